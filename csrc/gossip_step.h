@@ -11,7 +11,7 @@
 
 namespace gut_fast {
 
-enum class DType { float32, float64 };
+enum class DType { float32, float64, bfloat16 };
 
 // One parameter tensor of all agents: `columns` numbers per agent, agent after agent ([N, columns], contiguous).
 // `state_offset` is where the same block starts in each state buffer, in elements. Null gradients count as zero.
@@ -31,7 +31,8 @@ struct Mixing {
 };
 
 struct StepArgs {
-  DType dtype;
+  DType dtype;                 // of parameters and gradients; bfloat16 is computed in float32
+  DType state_dtype;           // of the state
   int num_states;              // q
   int num_messages;            // M
   const double* coefficients;  // A [M, q+2], B [q+1, q+2], C [q+1, M], E [q+1, M], one after the other

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/kernel.h"
+#include "cpu/stream.h"
 
 namespace py = pybind11;
 using gut_fast::DType;
@@ -20,7 +21,11 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-void gossip_step(bool double_precision, std::int64_t num_agents, const std::vector<Address>& parameters,
+// Calls gossip_step or stream_step: the same arguments, the same streams.
+using Run = void (*)(const gut_fast::StepArgs&, int num_threads);
+
+template <Run run>
+void step(DType dtype, DType state_dtype, std::int64_t num_agents, const std::vector<Address>& parameters,
                  const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
                  const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
                  Address neighbor, Address weight, Address gradient_scale, int num_threads) {
@@ -37,7 +42,8 @@ void gossip_step(bool double_precision, std::int64_t num_agents, const std::vect
   std::vector<void*> buffers;
   for (const auto address : state) buffers.push_back(pointer<void>(address));
   const gut_fast::StepArgs args{
-      double_precision ? DType::float64 : DType::float32,
+      dtype,
+      state_dtype,
       static_cast<int>(state.size()),
       num_messages,
       pointer<const double>(coefficients),
@@ -49,7 +55,7 @@ void gossip_step(bool double_precision, std::int64_t num_agents, const std::vect
       static_cast<std::int64_t>(segments.size()),
   };
   const py::gil_scoped_release release;
-  gut_fast::cpu::gossip_step(args, num_threads);
+  run(args, num_threads);
 }
 
 }  // namespace
@@ -62,8 +68,16 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("available_tiers", &gut_fast::cpu::available_tiers);
   module.def("tier", &gut_fast::cpu::tier);
   module.def("set_tier", &gut_fast::cpu::set_tier, py::arg("name"));
-  module.def("gossip_step", &gossip_step, py::arg("double_precision"), py::arg("num_agents"), py::arg("parameters"),
-             py::arg("gradients"), py::arg("columns"), py::arg("state"), py::arg("coefficients"),
-             py::arg("num_messages"), py::arg("row_start"), py::arg("neighbor"), py::arg("weight"),
-             py::arg("gradient_scale"), py::arg("num_threads"));
+  py::enum_<DType>(module, "DType")
+      .value("float32", DType::float32)
+      .value("float64", DType::float64)
+      .value("bfloat16", DType::bfloat16);
+  const auto def_step = [&](const char* name, auto function) {
+    module.def(name, function, py::arg("dtype"), py::arg("state_dtype"), py::arg("num_agents"), py::arg("parameters"),
+               py::arg("gradients"), py::arg("columns"), py::arg("state"), py::arg("coefficients"),
+               py::arg("num_messages"), py::arg("row_start"), py::arg("neighbor"), py::arg("weight"),
+               py::arg("gradient_scale"), py::arg("num_threads"));
+  };
+  def_step("gossip_step", &step<gut_fast::cpu::gossip_step>);
+  def_step("stream_step", &step<gut_fast::cpu::stream_step>);
 }

@@ -2,11 +2,33 @@ MAX_STATES: int
 MAX_MESSAGES: int
 CUDA_OPTION: str
 
+class DType:
+    float32: DType
+    float64: DType
+    bfloat16: DType
+
 def available_tiers() -> list[str]: ...
 def tier() -> str: ...
 def set_tier(name: str) -> None: ...
 def gossip_step(
-    double_precision: bool,
+    dtype: DType,
+    state_dtype: DType,
+    num_agents: int,
+    parameters: list[int],
+    gradients: list[int],
+    columns: list[int],
+    state: list[int],
+    coefficients: int,
+    num_messages: int,
+    row_start: int,
+    neighbor: int,
+    weight: int,
+    gradient_scale: int,
+    num_threads: int,
+) -> None: ...
+def stream_step(
+    dtype: DType,
+    state_dtype: DType,
     num_agents: int,
     parameters: list[int],
     gradients: list[int],

@@ -50,7 +50,8 @@ def gossip_step(step: GossipStep) -> None:
     # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
     gradients = [gradient.contiguous() for gradient in step.gradients]
     _core.gossip_step(
-        step.parameters[0].dtype is torch.float64,
+        dtype := getattr(_core.DType, str(step.parameters[0].dtype).removeprefix("torch.")),
+        dtype,
         num_agents,
         [parameter.data_ptr() for parameter in step.parameters],
         [gradient.data_ptr() for gradient in gradients],
