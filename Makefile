@@ -1,17 +1,21 @@
 # make demo: sixteen agents learn on real digits.   make test: lint, formats, types and tests.
-# Both set up .venv themselves; they need Python >= 3.10, a C++17 compiler and make.
+# make bench: how fast steps are here, each after a comparison with the reference (THREADS=2 make bench).
+# All set up .venv themselves; they need Python >= 3.10, a C++17 compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*) python/gut_fast/rules.py
 CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
 
-.PHONY: demo test lint format types check clean
+.PHONY: demo test bench lint format types check clean
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
 	$(BIN)/python -m gut_fast.experiments.demo
 
 test: lint types check
+
+bench: .venv/installed
+	$(BIN)/pytest benchmarks --benchmark-sort=name
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -87,8 +87,9 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
     for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(sys.modules, commands.__name__)
-    monkeypatch.delattr("gut_fast.experiments.commands")
+    for name in ("gut_fast.commands", "gut_fast.experiments.commands"):
+        monkeypatch.delitem(sys.modules, name)
+        monkeypatch.delattr(name)
     code, out, err = gut_fast_command("info")
     assert code == 2
     assert out == ""

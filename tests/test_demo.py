@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
+from gut_fast import lockstep
 from gut_fast.backends import cpu
 from gut_fast.backends import torch as plain_torch
-from gut_fast.experiments import demo, verify
+from gut_fast.experiments import demo
 
 SEEDS = (0, 1, 2)
 
@@ -88,8 +89,8 @@ def test_picture_and_numbers_are_written(reduced):
 
 
 def test_a_wrong_kernel_stops_the_demo(tmp_path, monkeypatch):
-    for error in (1e-3, math.nan):
-        monkeypatch.setattr(verify, "kernel_error", lambda *arguments, error=error, **options: error)
+    for error in (2.1, math.nan):
+        monkeypatch.setattr(lockstep, "compare", lambda *arguments, error=error, **options: error)
         with pytest.raises(RuntimeError, match="the compiled kernel disagrees with the reference: dsgd"):
             demo.demo(tmp_path / "outputs")
     assert not (tmp_path / "outputs").exists()

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from gut_fast import reference, rules, topology
+from gut_fast import rules, topology
 from gut_fast.backends import cpu
 from gut_fast.experiments import (
     TOPOLOGIES,
@@ -22,7 +22,6 @@ from gut_fast.experiments import (
     plots,
     summary,
     train,
-    verify,
 )
 from gut_fast.experiments.runner import samples_per_class
 
@@ -312,36 +311,6 @@ def test_tables_show_the_numbers_within_80_columns():
     assert [line.split()[:2] for line in text.splitlines()[4:6]] == [["0", "90.0"], ["1", "80.0"]]
     assert "85.0 ± 7.1" in text
     assert "mean" not in rendered(summary.seeds_table(runs[:1], "Title")).split("worst")[1]
-
-
-# Verification
-
-
-@pytest.mark.parametrize("rule", rules.RULES)
-@pytest.mark.parametrize("mixing", [topology.star(5), topology.one_peer_exponential(6)], ids=str)
-def test_kernel_is_the_reference(rule, mixing):
-    for dtype, tolerance in verify.TOLERANCES.items():
-        error = verify.kernel_error(rule, rules.RULES[rule].hyperparameters, mixing, 0.1, dtype=dtype, steps=20)
-        assert error <= tolerance
-
-
-def test_verification_notices_a_difference(monkeypatch):
-    true_step = reference.step
-    arguments = ("gut", {"mu": 0.5}, topology.ring(4), 0.1)
-    assert verify.kernel_error(*arguments) <= verify.TOLERANCES[torch.float64]
-
-    def slightly_wrong(rule, hyperparameters, *rest):
-        return true_step(rule, {**hyperparameters, "mu": 0.5 + 1e-9}, *rest)
-
-    monkeypatch.setattr(reference, "step", slightly_wrong)
-    assert verify.kernel_error(*arguments) > verify.TOLERANCES[torch.float64]
-
-    def with_nan(*arguments):
-        z, state = true_step(*arguments)
-        return z * math.nan, state
-
-    monkeypatch.setattr(reference, "step", with_nan)
-    assert not verify.kernel_error(*arguments) <= 1.0
 
 
 # The machine

@@ -25,6 +25,14 @@ def test_sgd_inside_equals_the_plain_class(rule):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-9)
 
 
+def test_state_in_bfloat16():
+    params = parameters(torch.float32)
+    optimizer = gf.Gossip(torch.optim.AdamW(params, lr=0.01), topology=RING, state_dtype=torch.bfloat16)
+    train(optimizer, params, range(3))
+    assert all(optimizer.state[p]["r"].dtype == torch.bfloat16 for p in params)
+    assert all(optimizer.inner.state[p]["exp_avg"].dtype == torch.float32 for p in params)
+
+
 def test_adamw_with_tracking_agrees_better_than_without():
     def disagreement(rule, **hyperparameters):
         params = parameters(shapes=((20,),))

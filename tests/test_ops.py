@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gut_fast import ops, topology
+from gut_fast.backends import GossipStep, cpu
 from gut_fast.rules import RULES
 from lockstep import seeded
 
@@ -42,7 +43,7 @@ BAD = {
     "gradient dtype": ({"gradients": [torch.zeros(4, 3).double(), torch.zeros(4, 2)]}, TypeError, "gradient 0 is"),
     "gradient count": ({"gradients": [torch.zeros(4, 3)]}, ValueError, "2 parameters but 1 gradients"),
     "state length": ({"state": [torch.zeros(19)]}, ValueError, "expected one contiguous row of 20"),
-    "state dtype": ({"state": [torch.zeros(20).double()]}, TypeError, "state 0 is torch.float64"),
+    "state dtype": ({"state": [torch.zeros(20).double()]}, TypeError, "the state is torch.float64; for parameters of"),
     "state missing": ({"state": []}, ValueError, "coefficients is .* expected a contiguous .* of shape"),
     "coefficients": ({"coefficients": torch.zeros(5, dtype=torch.float64)}, ValueError, "coefficients is"),
     "coefficients dtype": ({"coefficients": torch.zeros(13)}, ValueError, "coefficients is torch.float32"),
@@ -61,7 +62,7 @@ BAD = {
         {**{k: v for k, v in arguments(dtype=torch.half).items() if k in ("parameters", "gradients", "state")}}
         | {"backend": "cpu"},
         RuntimeError,
-        "backend 'cpu' is not available: it computes in float32 and float64, not in torch.float16",
+        "backend 'cpu' is not available: it serves parameters with state of .*; not torch.float16",
     ),
 }
 
@@ -79,13 +80,62 @@ def test_bad_input_raises_and_changes_nothing(case, backend):
 
 
 @pytest.mark.parametrize("backend", ["cpu", "torch"])
-def test_empty_gradient_is_zero(backend):
-    empty, zero = arguments(backend=backend), arguments(backend=backend)
-    empty["gradients"][0], zero["gradients"][0] = torch.empty(0), torch.zeros(4, 3)
-    for values in (empty, zero):
+@pytest.mark.parametrize("nothing", [None, torch.empty(0)], ids=["None", "empty"])
+def test_no_gradient_is_zero(nothing, backend):
+    without, zero = arguments(backend=backend), arguments(backend=backend)
+    without["gradients"][0], zero["gradients"][0] = nothing, torch.zeros(4, 3)
+    for values in (without, zero):
         ops.gossip_step_(**values)
     for name in ("parameters", "state"):
-        assert all(torch.equal(a, b) for a, b in zip(empty[name], zero[name], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(without[name], zero[name], strict=True))
+
+
+def test_the_direct_way_gives_the_bits_of_the_op():
+    direct, op = arguments(columns=(3, 2, 1)), arguments(columns=(3, 2, 1))
+    scale = torch.tensor([1.0, 0.5, 0.0, 2.0], dtype=torch.float64)
+    ops.gossip_step_(**{**direct, "parameters": tuple(direct["parameters"]), "grad_scale": scale})
+    torch.ops.gut_fast.gossip_step_(*{**op, "grad_scale": scale}.values())
+    for name in ("parameters", "state"):
+        assert all(torch.equal(a, b) for a, b in zip(direct[name], op[name], strict=True))
+
+
+def test_tensor_subclasses_go_through_the_op():
+    class Own(torch.Tensor):
+        pass
+
+    values = arguments()
+    values["parameters"][0] = values["parameters"][0].as_subclass(Own)
+    step = GossipStep(*list(values.values())[:-1])
+    assert cpu.direct_step(step) is None
+    ops.gossip_step_(**values)
+    plain = arguments()
+    ops.gossip_step_(**plain)
+    assert torch.equal(values["parameters"][0].as_subclass(torch.Tensor), plain["parameters"][0])
+
+
+NOT_PLAIN = {
+    "expanded": {"gradients": [torch.ones(4, 1).expand(4, 3), torch.zeros(4, 2)]},
+    "sparse": {"gradients": [torch.zeros(4, 3).to_sparse(), torch.zeros(4, 2)]},
+    "meta": {"gradients": [torch.zeros(4, 3, device="meta"), torch.zeros(4, 2)]},
+    "no tensor": {"gradients": [[1.0], torch.zeros(4, 2)]},
+    "too few": {"gradients": [torch.zeros(4, 3)]},
+    "transposed": {"gradients": [torch.zeros(3, 4), torch.zeros(4, 2)]},
+    "another dtype": {"gradients": [torch.zeros(4, 3).bfloat16(), torch.zeros(4, 2)]},
+    "state too long": {"state": [torch.zeros(21)]},
+    "state with steps": {"state": [torch.zeros(40)[::2]]},
+    "state of two dtypes": {"state": [torch.zeros(20), torch.zeros(20).bfloat16()]},
+    "short coefficients": {"coefficients": torch.zeros(12, dtype=torch.float64)},
+    "weights": {"weight": torch.zeros(8)},
+    "neighbours": {"neighbor": torch.zeros(7, dtype=torch.int64)},
+    "scale": {"grad_scale": torch.zeros(4)},
+    "no messages": {"num_messages": 0},
+}
+
+
+@pytest.mark.parametrize("case", NOT_PLAIN)
+def test_only_tensors_that_fit_go_straight_to_the_kernel(case):
+    assert cpu.direct_step(GossipStep(*list(arguments().values())[:-1])) is not None
+    assert cpu.direct_step(GossipStep(*list(arguments(**NOT_PLAIN[case]).values())[:-1])) is None
 
 
 def test_non_contiguous_and_expanded_gradients():

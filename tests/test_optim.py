@@ -7,13 +7,16 @@ import pickle
 import subprocess
 import sys
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch.optim import lr_scheduler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gut_fast as gf
-from gut_fast import reference
+from gut_fast import ops, reference
+from gut_fast.backends import cpu
 from lockstep import seeded
 
 RING = gf.topology.ring(6)
@@ -564,7 +567,7 @@ def test_bad_gradients_change_nothing():
     set_gradients(params, 0)
     before = snapshot(optimizer, params)
     params[1].grad = params[1].grad.to_sparse()
-    with pytest.raises(TypeError, match=r"a gradient is torch.sparse_coo; use dense gradients"):
+    with pytest.raises(TypeError, match=r"gradient 0 is torch.sparse_coo; use dense gradients"):
         optimizer.step()
     assert same(snapshot(optimizer, params), before)
 
@@ -598,8 +601,8 @@ def test_bad_topology_rule_and_backend():
         gf.GossipOptimizer(parameters(), "dsgd", lr=0.1, mu=0.5, topology=RING)
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         gf.GUT(parameters(), 0.1, topology=RING, backend="tpu")
-    with pytest.raises(RuntimeError, match="'cpu' is not available: it computes in float32 and float64"):
-        gf.GUT(parameters(torch.bfloat16), 0.1, topology=RING, backend="cpu")
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available: it serves .*; not torch.float16 with"):
+        gf.GUT(parameters(torch.float16), 0.1, topology=RING, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -667,3 +670,265 @@ def test_stable_hyperparameters_do_not_warn():
             gf.GossipOptimizer(parameters(num_agents=16), rule, lr=0.1, topology=gf.topology.ring(16))
         gf.GUT(parameters(num_agents=16), 0.1, 0.3, topology=gf.topology.torus(4, 4))
         gf.GUT(parameters(num_agents=16), 0.1, 0.9, topology=gf.topology.torus(4, 4).lazy(0.5))
+
+
+PAIRS = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+@pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS, ids=str)
+def test_bfloat16_is_computed_in_float32_and_rounded_once(dtype, state_dtype, backend):
+    params = parameters(dtype)
+    optimizer = gf.GUTm(params, lr=0.1, topology=RING, state_dtype=state_dtype, backend=backend)
+    names = optimizer.rule.states
+    for step in range(5):
+        set_gradients(params, step)
+        expected = []
+        for p in params:
+            state = {name: optimizer.state[p][name].double() for name in names}
+            settings = {"lr": 0.1, "momentum": 0.9, "mu": 0.8}
+            expected.append(
+                reference.step("gutm", settings, p.detach().double(), state, p.grad.double(), RING.matrix())
+            )
+        optimizer.step()
+        for p, (z, state) in zip(params, expected, strict=True):
+            for stored, exact in ((p.detach(), z), *((optimizer.state[p][name], state[name]) for name in names)):
+                assert stored.dtype == (dtype if exact is z else state_dtype)
+                rounding = 0.5 * torch.finfo(stored.dtype).eps * exact.abs()
+                assert ((stored.double() - exact).abs() <= 1.01 * rounding + 1e-5).all()
+
+
+@pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
+def test_state_of_another_dtype_continues_bit_for_bit(dtype, state_dtype, how):
+    def build(values):
+        return gf.GUTm(values, lr=0.1, topology=RING, state_dtype=state_dtype)
+
+    params = parameters(dtype)
+    optimizer = build(params)
+    train(optimizer, params, range(4))
+    if how == "state_dict":
+        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        twin = build(twins)
+        twin.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    else:
+        duplicate = copy.deepcopy if how == "deepcopy" else lambda pair: pickle.loads(pickle.dumps(pair))
+        twin, twins = duplicate((optimizer, params))
+    assert same(snapshot(optimizer, params), snapshot(twin, twins))
+    assert all(twin.state[p]["r"].dtype == state_dtype for p in twins)
+    train(optimizer, params, range(4, 8))
+    train(twin, twins, range(4, 8))
+    assert same(snapshot(optimizer, params), snapshot(twin, twins))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float64, torch.bfloat16),
+        (torch.float32, torch.float64),
+        (torch.float32, torch.float16),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.int32),
+    ],
+    ids=str,
+)
+def test_dtypes_that_do_not_go_together(dtype, state_dtype):
+    with pytest.raises(TypeError, match=f"GUT: the state is {state_dtype}; for parameters of {dtype} it can be"):
+        gf.GUT(parameters(dtype), 0.1, topology=RING, state_dtype=state_dtype)
+
+
+def no_detour(*arguments):
+    raise AssertionError("a step of plain tensors went through the dispatcher")
+
+
+def test_a_plain_step_goes_straight_to_the_kernel(monkeypatch):
+    params, twin = parameters(), parameters()
+    direct, detour = (gf.GUTm([{"params": p[:1]}, {"params": p[1:]}], 0.1, topology=RING) for p in (params, twin))
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "_dispatch", no_detour)
+        train(direct, params, range(3))
+        params[1].grad = None
+        direct.step()
+    monkeypatch.setattr(cpu, "_reader", None)  # as with PyTorch before 2.10
+    train(detour, twin, range(3))
+    twin[1].grad = None
+    detour.step()
+    assert same(snapshot(direct, params), snapshot(detour, twin))
+
+
+def replace_data(optimizer, params):
+    params[0].data = seeded(*params[0].shape, seed=77)
+
+
+def strided_gradient(optimizer, params):
+    params[0].grad = params[0].grad.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def reset_state(optimizer, params):
+    optimizer.state = collections.defaultdict(dict)
+
+
+def assign_and_delete_state(optimizer, params):
+    optimizer.state[params[0]], optimizer.state[params[1]] = (
+        {"m": params[0].detach() + 1},
+        {"r": params[1].detach() - 1},
+    )
+
+
+def load_own_state(optimizer, params):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def add_a_group(optimizer, params):
+    params.append(torch.nn.Parameter(seeded(6, 2, seed=8)))
+    params[-1].grad = seeded(6, 2, seed=9)
+    optimizer.add_param_group({"params": params[-1:], "mu": 0.1})
+
+
+def change_the_rate(optimizer, params):
+    optimizer.param_groups[0]["lr"] = 0.03
+
+
+def share_memory(optimizer, params):
+    for p in params:
+        p.share_memory_()
+
+
+def clone_everything(optimizer, params):
+    for p in params:
+        p.data, p.grad = p.data.clone(), p.grad.clone()
+
+
+def compiled_step(optimizer, params):
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+
+
+CHANGES = [
+    replace_data,
+    strided_gradient,
+    reset_state,
+    assign_and_delete_state,
+    load_own_state,
+    add_a_group,
+    change_the_rate,
+    share_memory,
+    clone_everything,
+    compiled_step,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_between_steps_is_seen(change, monkeypatch):
+    results = []
+    for reader in (cpu._reader, None):
+        monkeypatch.setattr(cpu, "_reader", reader)
+        params = parameters()
+        optimizer = gf.GUTm(params, 0.1, topology=RING)
+        train(optimizer, params, range(2))
+        set_gradients(params, 2)
+        change(optimizer, params)
+        optimizer.step()
+        train(optimizer, params, range(3, 5))
+        results.append(snapshot(optimizer, params))
+    assert same(*results)
+
+
+def gradient_of_another_shape(params):
+    params[0].grad.data = torch.zeros(6, 5, 3, dtype=torch.float64)
+
+
+def gradient_of_another_dtype(params):
+    params[0].grad.data = torch.zeros(6, 3, 5)
+
+
+def parameters_cut_short(params):
+    params[0].data = params[0].data[:4]
+
+
+def parameters_turned(params):
+    params[0].data = params[0].data.transpose(1, 2)
+
+
+def all_parameters_converted(params):
+    for p in params:
+        p.grad = None
+        p.data = p.data.float()
+
+
+REFUSED = {
+    gradient_of_another_shape: (ValueError, r"gradient 0 has shape \(6, 5, 3\), expected \(6, 3, 5\)"),
+    gradient_of_another_dtype: (TypeError, "gradient 0 is torch.float32 on cpu, but parameter 0 is torch.float64"),
+    parameters_cut_short: (ValueError, r"parameter 0 has shape \(4, 3, 5\), expected \(6, ...\)"),
+    parameters_turned: (ValueError, "parameter 0 is not contiguous"),
+    all_parameters_converted: (TypeError, "the state is torch.float64; for parameters of torch.float32 it can be"),
+}
+
+
+@pytest.mark.parametrize("damage", REFUSED)
+def test_what_no_longer_fits_changes_nothing(damage):
+    error, message = REFUSED[damage]
+    params = parameters()
+    optimizer = gf.GUTm([{"params": params[2:]}, {"params": params[:2]}], 0.1, topology=RING)
+    train(optimizer, params, range(2))
+    set_gradients(params, 2)
+    damage(params)
+    before = snapshot(optimizer, params)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert same(snapshot(optimizer, params), before)
+
+
+def test_converted_parameters_need_a_new_optimizer():
+    params = parameters(torch.float32)
+    optimizer = gf.GUT(params, 0.1, topology=RING)
+    for p in params:
+        p.data = p.data.bfloat16()
+    before = snapshot(optimizer, params)
+    with pytest.raises(TypeError, match=r"parameters are now torch.bfloat16, their state is torch.float32; make"):
+        optimizer.step()
+    assert same(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("profiler", [torch.autograd.profiler.profile, torch.profiler.profile])
+def test_hooks_run_once_and_profilers_see_the_step(profiler):
+    params = parameters()
+    optimizer = gf.GUT(params, 0.1, topology=RING)
+    calls = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before")),
+        optimizer.register_step_post_hook(lambda *_: calls.append("after")),
+    ]
+    train(optimizer, params, range(2))
+    assert calls == ["before", "after"] * 2
+    for handle in handles:
+        handle.remove()
+    with profiler() as profile:
+        train(optimizer, params, range(1))
+    assert any(event.key == "Optimizer.step#GUT.step" for event in profile.key_averages())
+    assert len(calls) == 4
+
+
+def test_dispatch_modes_see_the_op():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    seen = []
+    params = parameters()
+    optimizer = gf.GUT(params, 0.1, topology=RING)
+    with Watch():
+        optimizer.step()
+    assert any("gossip_step_" in name for name in seen)
+
+
+def test_steps_in_threads_of_their_own():
+    def run(params):
+        torch.set_num_threads(1)
+        train(gf.GUT(params, 0.1, topology=RING), params, range(30))
+        return [p.detach() for p in params]
+
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(run, [parameters() for _ in range(4)]))
+    assert all(same(result, run(parameters())) for result in results)

@@ -1,17 +1,21 @@
-// gut_fast._core: unpacks addresses that Python has checked, releases the GIL, calls the CPU kernel.
+// gut_fast._core: unpacks tensors, or addresses that Python has checked, releases the GIL, calls the CPU kernel.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "bindings/tensor_step.h"
 #include "cpu/kernel.h"
 #include "cpu/stream.h"
 
 namespace py = pybind11;
 using gut_fast::DType;
 using gut_fast::Segment;
+using gut_fast::bindings::TensorReader;
+using gut_fast::bindings::TensorStep;
 using Address = std::uintptr_t;
 
 namespace {
@@ -26,9 +30,9 @@ using Run = void (*)(const gut_fast::StepArgs&, int num_threads);
 
 template <Run run>
 void step(DType dtype, DType state_dtype, std::int64_t num_agents, const std::vector<Address>& parameters,
-                 const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
-                 const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
-                 Address neighbor, Address weight, Address gradient_scale, int num_threads) {
+          const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
+          const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
+          Address neighbor, Address weight, Address gradient_scale, int num_threads) {
   if (gradients.size() != parameters.size() || columns.size() != parameters.size()) {
     throw std::invalid_argument("parameters, gradients and columns must have one entry per segment");
   }
@@ -58,6 +62,24 @@ void step(DType dtype, DType state_dtype, std::int64_t num_agents, const std::ve
   run(args, num_threads);
 }
 
+// Null unless all tensors are such that the kernel can be called on them as they are.
+std::unique_ptr<TensorStep> tensor_step(const TensorReader& reader, const py::list& parameters, const py::list& state,
+                                        const py::list& gradients, py::handle coefficients, int num_messages,
+                                        py::handle row_start, py::handle neighbor, py::handle weight,
+                                        py::handle grad_scale) {
+  try {
+    return std::make_unique<TensorStep>(reader, parameters, state, gradients, coefficients, num_messages, row_start,
+                                        neighbor, weight, grad_scale);
+  } catch (const gut_fast::bindings::NotPlain&) {
+    return nullptr;
+  }
+}
+
+void run_tensors(const TensorStep& step, int num_threads) {
+  const py::gil_scoped_release release;
+  gut_fast::cpu::gossip_step(step.args(), num_threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -80,4 +102,10 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   };
   def_step("gossip_step", &step<gut_fast::cpu::gossip_step>);
   def_step("stream_step", &step<gut_fast::cpu::stream_step>);
+  py::class_<TensorReader>(module, "TensorReader");
+  module.def("tensor_reader", &TensorReader::make, py::arg("exchange_api"), py::arg("types"));
+  py::class_<TensorStep>(module, "TensorStep").def("run", &run_tensors, py::arg("num_threads"));
+  module.def("tensor_step", &tensor_step, py::arg("reader"), py::arg("parameters"), py::arg("state"),
+             py::arg("gradients"), py::arg("coefficients"), py::arg("num_messages"), py::arg("row_start"),
+             py::arg("neighbor"), py::arg("weight"), py::arg("grad_scale"));
 }

@@ -2,29 +2,34 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "gossip_step.h"
 
 namespace gut_fast::cpu {
 
-struct Operation {
-  std::int32_t agent;
-  bool mix;  // false: compute the agent's message; true: mix it with its neighbours' and store
-};
-
-// The order in which one tile of columns is computed. An agent's row is mixed as soon as its neighbours' messages are
-// there, and a scratch row is handed on as soon as nobody needs its message: a ring needs five rows for any number of
-// agents, so its tiles stay in the cache.
+// The order in which one tile of columns is computed. In step k of a tile the message of agent message_order[k] goes to
+// its scratch row, and in step k + lag agent mix_order[k], whose neighbours' messages are there by then, is mixed and
+// stored. The tile after begins at step N. Agents are ordered such that few messages and few rows wait, so that what
+// is waiting stays in the cache: a ring of any size needs six scratch rows.
 struct Schedule {
-  std::vector<Operation> operations;         // 2 per agent
-  std::vector<std::int32_t> slot;            // [N] scratch row of each agent's message
-  std::vector<std::int32_t> neighbor_slots;  // parallel to Mixing::neighbor
+  std::vector<std::int32_t> message_order, mix_order;  // [N]
+  std::int32_t lag = 0;
+  std::vector<std::int32_t> slot[2];           // [N] scratch row of each agent's message, in even and in odd tiles
+  std::vector<std::int32_t> neighbor_slot[2];  // parallel to Mixing::neighbor
   std::int32_t num_slots = 0;
+  bool uniform = false;  // everybody mixes with all others, with one weight
+
+  // Rows of scratch and rows of parameters or state that wait to be mixed, at any time.
+  std::int64_t live_rows(int num_messages, int num_outputs) const {
+    return std::int64_t{num_slots} * num_messages + std::int64_t{lag + 2} * num_outputs;
+  }
 };
 
 // Throws std::invalid_argument if the CSR arrays are not those of a matrix of this size.
-Schedule make_schedule(const Mixing& mixing);
+// The last schedule is kept for the next call, which in training is about the same mixing matrix. Safe in threads.
+std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing);
 
 // Columns per tile: a multiple of `block`, as many as keep the live rows in a quarter of a 512 KiB L2 cache. Measured
 // on Zen 3, 16 agents on a ring: 128 columns 0.45 of the ceiling, 256 0.47, 512 0.52, 1,024 0.61, 4,096 0.65.

@@ -1,4 +1,5 @@
-// How numbers lie in memory and what they are computed in: bfloat16 is storage only, its arithmetic is float32.
+// How numbers lie in memory, and how a few of them at a time are loaded, computed and stored. bfloat16 is storage only:
+// its arithmetic is float32.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,8 @@ struct BFloat16 {
 };
 
 template <DType dtype>
-using Element = std::conditional_t<dtype == DType::float64, double,
-                                   std::conditional_t<dtype == DType::float32, float, BFloat16>>;
+using Element =
+    std::conditional_t<dtype == DType::float64, double, std::conditional_t<dtype == DType::float32, float, BFloat16>>;
 
 // Parameters and gradients lie as `Parameter`, state lies as `State`, both are computed in `Compute`.
 template <DType parameter, DType state>
@@ -43,29 +44,89 @@ int storage_index(DType dtype, DType state_dtype, List<S...>) {
   return index;
 }
 
+inline std::int64_t item_size(DType dtype) {
+  return dtype == DType::float64 ? sizeof(double) : dtype == DType::float32 ? sizeof(float) : sizeof(BFloat16);
+}
+
+// `Count` numbers of type T that are computed together: a vector of the compiler's, or for one a plain number.
+template <typename T, int Count>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(sizeof(T) * Count)));
+};
 template <typename T>
-GUT_FAST_INLINE T load(const T* place) {
-  return *place;
-}
+struct VectorOf<T, 1> {
+  using type = T;
+};
 
-GUT_FAST_INLINE float load(const BFloat16* place) {
-  const auto bits = static_cast<std::uint32_t>(place->bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
-}
+template <typename T, int Count>
+struct Lanes {
+  static constexpr int count = Count;
+  using V = typename VectorOf<T, Count>::type;
 
-template <typename T>
-GUT_FAST_INLINE void store(T* place, T value) {
-  *place = value;
-}
+  static GUT_FAST_INLINE V broadcast(T value) {
+    if constexpr (Count == 1) {
+      return value;
+    } else {
+      V all;
+      for (int i = 0; i < Count; ++i) all[i] = value;
+      return all;
+    }
+  }
 
-// To the nearest, ties to even; NaN stays NaN.
-GUT_FAST_INLINE void store(BFloat16* place, float value) {
-  std::uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const std::uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  place->bits = static_cast<std::uint16_t>(value == value ? rounded : 0x7fc0);
-}
+  static GUT_FAST_INLINE V load(const T* place) {
+    V value;
+    std::memcpy(&value, place, sizeof value);
+    return value;
+  }
+
+  static GUT_FAST_INLINE V load(const BFloat16* place) {
+    Half half;
+    std::memcpy(&half, place, sizeof half);
+    return from_bits(widen(half) << 16);
+  }
+
+  static GUT_FAST_INLINE void store(T* place, V value) { std::memcpy(place, &value, sizeof value); }
+
+  // To the nearest, ties to even; NaN stays NaN.
+  static GUT_FAST_INLINE void store(BFloat16* place, V value) {
+    Word bits, number;
+    std::memcpy(&bits, &value, sizeof bits);
+    if constexpr (Count == 1) {
+      number = value == value ? ~0u : 0u;
+    } else {
+      const auto ordered = value == value;
+      std::memcpy(&number, &ordered, sizeof number);
+    }
+    const Word rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Half half = narrow((rounded & number) | (0x7fc0 & ~number));
+    std::memcpy(place, &half, sizeof half);
+  }
+
+ private:
+  using Word = typename VectorOf<std::uint32_t, Count>::type;
+  using Half = typename VectorOf<std::uint16_t, Count>::type;
+
+  static GUT_FAST_INLINE V from_bits(Word bits) {
+    V value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  static GUT_FAST_INLINE Word widen(Half half) {
+    if constexpr (Count == 1) {
+      return half;
+    } else {
+      return __builtin_convertvector(half, Word);
+    }
+  }
+
+  static GUT_FAST_INLINE Half narrow(Word word) {
+    if constexpr (Count == 1) {
+      return static_cast<Half>(word);
+    } else {
+      return __builtin_convertvector(word, Half);
+    }
+  }
+};
 
 }  // namespace gut_fast::cpu

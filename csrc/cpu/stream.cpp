@@ -13,6 +13,7 @@ namespace {
 template <typename Stored, int Q>
 struct Loop {
   using T = typename Stored::Compute;
+  using Lane = Lanes<T, 1>;
 
   static GUT_FAST_INLINE void run(const StepArgs* args, const Segment* segment, std::int64_t begin, std::int64_t end) {
     auto* z = static_cast<typename Stored::Parameter*>(segment->parameters);
@@ -23,14 +24,14 @@ struct Loop {
     }
     GUT_FAST_VECTORIZE
     for (auto i = begin; i < end; ++i) {
-      const T gradient = load(g + i);
+      const T gradient = Lane::load(g + i);
       T move = gradient;
       for (int k = 0; k < Q; ++k) {
-        const T value = load(state[k] + i);
+        const T value = Lane::load(state[k] + i);
         move += value;
-        store(state[k] + i, T(0.5) * value + gradient);
+        Lane::store(state[k] + i, T(0.5) * value + gradient);
       }
-      store(z + i, load(z + i) - T(0.01) * move);
+      Lane::store(z + i, Lane::load(z + i) - T(0.01) * move);
     }
   }
 };
@@ -38,7 +39,8 @@ struct Loop {
 using RunLoop = void (*)(const StepArgs*, const Segment*, std::int64_t begin, std::int64_t end);
 
 template <typename Tier, typename Stored, int Q>
-constexpr RunLoop loop = Tier::template run<Loop<Stored, Q>, const StepArgs*, const Segment*, std::int64_t, std::int64_t>;
+constexpr RunLoop loop =
+    Tier::template run<Loop<Stored, Q>, const StepArgs*, const Segment*, std::int64_t, std::int64_t>;
 
 struct TierLoops {
   const char* tier;
@@ -47,7 +49,8 @@ struct TierLoops {
 
 template <typename Tier, typename... Stored>
 constexpr TierLoops tier_loops(List<Stored...>) {
-  return {Tier::name, {{loop<Tier, Stored, 0>, loop<Tier, Stored, 1>, loop<Tier, Stored, 2>, loop<Tier, Stored, 3>}...}};
+  return {Tier::name,
+          {{loop<Tier, Stored, 0>, loop<Tier, Stored, 1>, loop<Tier, Stored, 2>, loop<Tier, Stored, 3>}...}};
 }
 
 template <typename... Tiers>

@@ -4,6 +4,7 @@
 #pragma once
 
 #define GUT_FAST_INLINE inline __attribute__((always_inline))
+#define GUT_FAST_LAMBDA __attribute__((always_inline))
 
 // Before a loop whose iterations are independent, though pointers that may be equal hide it from the compiler.
 #if defined(__clang__)
@@ -15,6 +16,7 @@
 namespace gut_fast::cpu {
 
 struct Baseline {
+  static constexpr int vector_bytes = 16;
   static constexpr const char* name = "baseline";
   static bool available() { return true; }
   template <typename Driver, typename... Args>
@@ -26,6 +28,7 @@ struct Baseline {
 #if defined(__x86_64__)
 
 struct X86V3 {
+  static constexpr int vector_bytes = 32;
   static constexpr const char* name = "x86-64-v3";
   static bool available() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
@@ -37,6 +40,7 @@ struct X86V3 {
 };
 
 struct X86V4 {
+  static constexpr int vector_bytes = 64;
   static constexpr const char* name = "x86-64-v4";
   static bool available() {
     return X86V3::available() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -1,3 +1,5 @@
+from torch import Tensor
+
 MAX_STATES: int
 MAX_MESSAGES: int
 CUDA_OPTION: str
@@ -7,6 +9,24 @@ class DType:
     float64: DType
     bfloat16: DType
 
+class TensorReader: ...
+
+class TensorStep:
+    def run(self, num_threads: int) -> None: ...
+
+def tensor_reader(exchange_api: object, types: list[type]) -> TensorReader | None: ...
+def tensor_step(
+    reader: TensorReader,
+    parameters: list[Tensor],
+    state: list[Tensor],
+    gradients: list[Tensor | None],
+    coefficients: Tensor,
+    num_messages: int,
+    row_start: Tensor,
+    neighbor: Tensor,
+    weight: Tensor,
+    grad_scale: Tensor | None,
+) -> TensorStep | None: ...
 def available_tiers() -> list[str]: ...
 def tier() -> str: ...
 def set_tier(name: str) -> None: ...

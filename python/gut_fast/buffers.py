@@ -56,15 +56,22 @@ class FlatState:
         parameters: tensors (N, *shape) of one dtype and device.
         names: of the states; each has the shape of its parameter and is zero at the start.
         num_agents: N.
+        dtype: of the state; None is that of the parameters.
 
     Attributes:
         buffers: one per name, all segments one after the other: what kernels work on.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str], num_agents: int) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        names: Sequence[str],
+        num_agents: int,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         num_elements = sum(parameter.numel() for parameter in parameters)
-        kind = (parameters[0].dtype, parameters[0].device) if parameters else (torch.float32, "cpu")
-        self.buffers = [allocate(num_elements, *kind) for _ in names]
+        first = parameters[0] if parameters else torch.empty(0, device="cpu")
+        self.buffers = [allocate(num_elements, dtype or first.dtype, first.device) for _ in names]
         shapes = [parameter.shape[1:] for parameter in parameters]
         self._views = [
             (parameter, name, view)
@@ -82,8 +89,3 @@ class FlatState:
             elif current is not view:
                 view.copy_(current)
             state[parameter][name] = view
-
-    def follow(self, state: MutableMapping[Tensor, dict[str, Tensor]]) -> None:
-        """Adopts again if something has been assigned to, or deleted from, `state`."""
-        if any(state[parameter].get(name) is not view for parameter, name, view in self._views):
-            self.adopt(state)

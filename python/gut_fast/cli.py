@@ -1,7 +1,7 @@
 """The command ``gut-fast``: its entry, and how it speaks of errors.
 
-The commands themselves are in `gut_fast.experiments.commands`. An error in what the user typed is one line on stderr
-and exit code 2; any other exception is a bug and keeps its traceback.
+The commands themselves are in `gut_fast.commands`. An error in what the user typed is one line on stderr and exit code
+2; any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         import typer
 
-        from gut_fast.experiments import commands
+        from gut_fast.commands import app
+        from gut_fast.experiments.terminal import BadArgumentError
     except ModuleNotFoundError as error:
         package = str(error.name).split(".")[0]
         if package not in ("typer", "rich"):
@@ -38,8 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _warnings_in_a_line():
-            return int(commands.app(given or ["--help"], standalone_mode=False) or 0)
-    except commands.BadArgumentError as error:
+            return int(app(given or ["--help"], standalone_mode=False) or 0)
+    except BadArgumentError as error:
         return _complain(str(error))
     except usage_error as error:
         return _complain(error.format_message())

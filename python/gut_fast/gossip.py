@@ -42,7 +42,7 @@ class Gossip(GossipOptimizer):
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
             by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon) would mix
             agents outside the topology and are refused.
-        rule, topology, backend, **hyperparameters: as for `GossipOptimizer`.
+        rule, topology, backend, state_dtype, **hyperparameters: as for `GossipOptimizer`.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
@@ -55,6 +55,7 @@ class Gossip(GossipOptimizer):
         *,
         topology: Topology,
         backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -65,7 +66,15 @@ class Gossip(GossipOptimizer):
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
         groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
-        super().__init__(groups, rule, topology=topology, lr=groups[0]["lr"], backend=backend, **hyperparameters)
+        super().__init__(
+            groups,
+            rule,
+            topology=topology,
+            lr=groups[0]["lr"],
+            backend=backend,
+            state_dtype=state_dtype,
+            **hyperparameters,
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, to the inner optimizer too; keys besides the rule's are the inner optimizer's."""
@@ -82,12 +91,12 @@ class Gossip(GossipOptimizer):
         self.inner.add_param_group({**inner_keys, "params": params})
         self._handed_on.append(own["lr"])
 
-    def _gradients(self) -> list[list[Tensor]]:
+    @torch.no_grad()
+    def _gradients(self) -> list[list[Tensor | None]]:
         """Lets the inner optimizer move, takes the move back, and returns it divided by the learning rate."""
-        nothing = [[torch.empty(0).to(parameter) for parameter in group["params"]] for group in self.param_groups]
-        for index, gradients in enumerate(nothing):
-            if gradients:
-                ops.check(self._group_step(index, self._coefficients(index), gradients, None))
+        for index, group in enumerate(self.param_groups):
+            if group["params"]:
+                ops.check(self._group_step(index, self._coefficients(index), [None] * len(group["params"]), None))
         self._hand_on_learning_rates()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         before = [parameter.clone() for parameter in parameters]

@@ -1,22 +1,28 @@
 """The one op PyTorch sees: an opaque, in-place gossip step.
 
-Schema, checks and the fake implementation are here; `gut_fast.backends` computes.
+Schema, checks and the fake implementation are here; `gut_fast.backends` computes. Passing many tensors through
+PyTorch's dispatcher and checking them one by one in Python costs several times what a small step does. So a step of
+plain CPU tensors that nobody traces goes straight to the compiled kernel (`backends.cpu.direct_step`); the op is for
+everything else: torch.compile, fake tensors, other devices and backends, and whatever has to be copied or refused.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gut_fast.backends import BACKENDS, GossipStep
+from gut_fast.backends import BACKENDS, GossipStep, cpu
 
-__all__ = ["check", "check_parameters", "gossip_step_", "select_backend"]
+__all__ = ["check", "check_dtypes", "check_parameters", "gossip_step_", "prepare", "select_backend"]
+
+MIXED = (torch.float32, torch.bfloat16)
+"""Dtypes of which parameters and state may have one each; for other parameters the state has theirs."""
 
 _library = torch.library.Library("gut_fast", "DEF")
 _library.define(
@@ -28,7 +34,7 @@ _library.define(
 def gossip_step_(
     parameters: Sequence[Tensor],
     state: Sequence[Tensor],
-    gradients: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
     coefficients: Tensor,
     num_messages: int,
     row_start: Tensor,
@@ -41,8 +47,10 @@ def gossip_step_(
 
     Args:
         parameters: one contiguous tensor of shape (N, *shape) per segment, all of one floating dtype and device.
-        state: q flat contiguous buffers of that dtype and device, each as long as all the parameters together.
-        gradients: as `parameters`, with any strides; a tensor of shape (0,) stands for a gradient of zero.
+        state: q flat contiguous buffers of that device, each as long as all the parameters together. They share one
+            dtype, that of the parameters; for float32 and bfloat16 parameters either of the two. Steps with bfloat16
+            are computed in float32 and rounded once, when stored.
+        gradients: as `parameters`, with any strides; None, or a tensor of shape (0,), stands for a gradient of zero.
         coefficients: A, B, C, E of the rule one after the other (`Coefficients.flat`), float64, on the CPU.
         num_messages: M, the number of rows of A.
         row_start: int64 [N + 1]; with `neighbor` and `weight` the off-diagonal non-zeros of W in CSR form, on the
@@ -56,19 +64,71 @@ def gossip_step_(
         TypeError, ValueError: a tensor is not as described.
         RuntimeError: the backend asked for is not available for these tensors.
     """
-    torch.ops.gut_fast.gossip_step_(
-        parameters, state, gradients, coefficients, num_messages, row_start, neighbor, weight, grad_scale, backend
+    step = GossipStep(
+        list(parameters),
+        list(state),
+        list(gradients),
+        coefficients,
+        num_messages,
+        row_start,
+        neighbor,
+        weight,
+        grad_scale,
     )
+    run = None if torch.compiler.is_compiling() else _direct(step, backend)
+    if run is None:
+        _dispatch(step, backend)
+    else:
+        run()
+
+
+def prepare(step: GossipStep, backend: str) -> Callable[[], None]:
+    """Checks a step and returns what performs it, so that several can be checked before one changes anything.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gossip_step_`.
+    """
+    run = _direct(step, backend)
+    if run is None:
+        _checked_backend(step, backend)
+        run = partial(_dispatch, step, backend)
+    return run
+
+
+def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
+    """What performs a step of plain CPU tensors without PyTorch's dispatcher; None for others, or if it is traced."""
+    if backend not in ("auto", "cpu") or torch._C._len_torch_dispatch_stack():
+        return None
+    compute = cpu.direct_step(step)
+    if compute is None:
+        return None
+
+    def run() -> None:
+        compute()
+        torch.autograd.graph.increment_version([*step.parameters, *step.state])
+
+    return run
+
+
+@torch.no_grad()
+def _dispatch(step: GossipStep, backend: str) -> None:
+    empty = [parameter.new_empty(0) for parameter in step.parameters[:1]]
+    gradients: list[Tensor | None] = [empty[0] if gradient is None else gradient for gradient in step.gradients]
+    torch.ops.gut_fast.gossip_step_(*step._replace(gradients=gradients), backend)
 
 
 def _gossip_step_impl(*arguments: Any) -> None:
     step, backend = GossipStep(*arguments[:-1]), arguments[-1]
-    if not step.parameters:
-        return
+    if step.parameters:
+        _checked_backend(step, backend).gossip_step(step)
+        torch.autograd.graph.increment_version([*step.parameters, *step.state])
+
+
+def _checked_backend(step: GossipStep, backend: str) -> ModuleType:
     check(step)
-    first = step.parameters[0]
-    select_backend(backend, first.device.type, first.dtype, len(step.state), step.num_messages).gossip_step(step)
-    torch.autograd.graph.increment_version([*step.parameters, *step.state])
+    dtype, state_dtype = step.dtypes
+    device_type = step.parameters[0].device.type
+    return select_backend(backend, device_type, dtype, len(step.state), step.num_messages, state_dtype)
 
 
 for _key in ("CPU", "CUDA"):
@@ -80,7 +140,14 @@ torch.library.register_fake("gut_fast::gossip_step_", lambda *args: None, lib=_l
 
 
 @lru_cache(maxsize=256)
-def select_backend(name: str, device_type: str, dtype: torch.dtype, num_states: int, num_messages: int) -> ModuleType:
+def select_backend(
+    name: str,
+    device_type: str,
+    dtype: torch.dtype,
+    num_states: int,
+    num_messages: int,
+    state_dtype: torch.dtype | None = None,
+) -> ModuleType:
     """The backend of that name, or for ``"auto"`` the first that can serve such tensors.
 
     Raises:
@@ -95,7 +162,7 @@ def select_backend(name: str, device_type: str, dtype: torch.dtype, num_states: 
     candidates = BACKENDS if name == "auto" else {name: BACKENDS[name]}
     reasons: list[str] = []
     for candidate, backend in candidates.items():
-        reason = backend.unavailable(device_type, dtype, num_states, num_messages)
+        reason = backend.unavailable(device_type, dtype, num_states, num_messages, state_dtype)
         if reason is None:
             if name == "auto" and device_type == "cpu" and BACKENDS["cpu"].why_missing is not None:
                 warnings.warn(f"steps are slow without the compiled kernel: {'; '.join(reasons)}", stacklevel=2)
@@ -112,19 +179,33 @@ def check(step: GossipStep) -> None:
     if len(step.gradients) != len(step.parameters):
         raise ValueError(f"{len(step.parameters)} parameters but {len(step.gradients)} gradients")
     for index, (parameter, gradient) in enumerate(zip(step.parameters, step.gradients, strict=True)):
+        if gradient is None:
+            continue
         if gradient.shape != parameter.shape and gradient.shape != (0,):
             raise ValueError(
                 f"gradient {index} has shape {tuple(gradient.shape)}, expected {tuple(parameter.shape)}, "
-                "or (0,) for a gradient of zero"
+                "or None for a gradient of zero"
             )
+        if gradient.layout is not torch.strided:
+            raise TypeError(f"gradient {index} is {gradient.layout}; use dense gradients (sparse=False)")
         _check_kind("gradient", index, gradient, first)
+    dtype, state_dtype = step.dtypes
+    check_dtypes(dtype, state_dtype)
     for index, buffer in enumerate(step.state):
         if buffer.shape != (num_elements,) or not buffer.is_contiguous():
             raise ValueError(
                 f"state {index} has shape {tuple(buffer.shape)}, strides {buffer.stride()}; "
                 f"expected one contiguous row of {num_elements}"
             )
-        _check_kind("state", index, buffer, first)
+        _check_kind("state", index, buffer, first, state_dtype)
+
+
+def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") -> None:
+    """Raises TypeError, its message after `where`, unless parameters of `dtype` may have state of `state_dtype`."""
+    allowed = MIXED if dtype in MIXED else (dtype,)
+    if state_dtype not in allowed:
+        choice = " or ".join(map(str, allowed))
+        raise TypeError(f"{where}the state is {state_dtype}; for parameters of {dtype} it can be {choice}")
 
 
 def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str = "") -> None:
@@ -149,10 +230,12 @@ def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str =
         _check_kind(f"{where}parameter", index, parameter, parameters[0])
 
 
-def _check_kind(what: str, index: int, tensor: Tensor, first: Tensor) -> None:
-    if tensor.dtype != first.dtype or tensor.device != first.device:
+def _check_kind(what: str, index: int, tensor: Tensor, first: Tensor, dtype: torch.dtype | None = None) -> None:
+    dtype = dtype or first.dtype
+    if tensor.dtype != dtype or tensor.device != first.device:
+        expected = f"parameter 0 is {first.dtype}" if dtype == first.dtype else f"all state must be {dtype}"
         raise TypeError(
-            f"{what} {index} is {tensor.dtype} on {tensor.device}, but parameter 0 is {first.dtype} on {first.device}; "
+            f"{what} {index} is {tensor.dtype} on {tensor.device}, but {expected} on {first.device}; "
             "convert it, or give it a parameter group of its own"
         )
 

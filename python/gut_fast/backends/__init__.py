@@ -1,7 +1,8 @@
 """Who can compute a gossip step: one module per backend, each with the same two functions.
 
-``unavailable(device_type, dtype, num_states, num_messages) -> str | None`` says why the backend cannot serve such
-tensors, or None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have been checked.
+``unavailable(device_type, dtype, num_states, num_messages, state_dtype) -> str | None`` says why the backend cannot
+serve such tensors, or None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have been
+checked.
 """
 
 from __future__ import annotations

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 
 from gut_fast.backends.step import GossipStep
 
-__all__ = ["gossip_step", "tier", "unavailable", "why_missing"]
+__all__ = ["direct_step", "gossip_step", "tier", "unavailable", "why_missing"]
+
+PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+)
+"""The dtypes of parameters and state that are compiled in."""
 
 try:
     from gut_fast import _core
@@ -22,15 +32,25 @@ else:
     except ValueError as error:
         why_missing = f"environment variable GUT_FAST_TIER: {error}"
 
+_exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10 and later
+_reader = (
+    None
+    if why_missing is not None or _exchange_api is None
+    else _core.tensor_reader(_exchange_api, [torch.Tensor, torch.nn.Parameter])
+)
 
-def unavailable(device_type: str, dtype: torch.dtype, num_states: int, num_messages: int) -> str | None:
+
+def unavailable(
+    device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
+) -> str | None:
     """Why this backend cannot serve such tensors, or None."""
     if why_missing is not None:
         return why_missing
     if device_type != "cpu":
         return f"it computes on CPU tensors, these are on {device_type!r}"
-    if dtype not in (torch.float32, torch.float64):
-        return f"it computes in float32 and float64, not in {dtype}"
+    if (dtype, state_dtype or dtype) not in PAIRS:
+        served = ", ".join(f"{one} with {other}" for one, other in PAIRS).replace("torch.", "")
+        return f"it serves parameters with state of {served}; not {dtype} with {state_dtype or dtype}"
     if num_states > _core.MAX_STATES or num_messages > _core.MAX_MESSAGES:
         return (
             f"it is compiled for up to {_core.MAX_STATES} states and {_core.MAX_MESSAGES} messages, "
@@ -47,14 +67,15 @@ def tier() -> str | None:
 def gossip_step(step: GossipStep) -> None:
     """One step in place, on `torch.get_num_threads()` threads."""
     num_agents = step.num_agents
+    dtype, state_dtype = (getattr(_core.DType, str(each).removeprefix("torch.")) for each in step.dtypes)
     # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
-    gradients = [gradient.contiguous() for gradient in step.gradients]
+    gradients = [None if gradient is None else gradient.contiguous() for gradient in step.gradients]
     _core.gossip_step(
-        dtype := getattr(_core.DType, str(step.parameters[0].dtype).removeprefix("torch.")),
         dtype,
+        state_dtype,
         num_agents,
         [parameter.data_ptr() for parameter in step.parameters],
-        [gradient.data_ptr() for gradient in gradients],
+        [0 if gradient is None else gradient.data_ptr() for gradient in gradients],
         [parameter.numel() // num_agents for parameter in step.parameters],
         [buffer.data_ptr() for buffer in step.state],
         step.coefficients.data_ptr(),
@@ -65,3 +86,17 @@ def gossip_step(step: GossipStep) -> None:
         0 if step.grad_scale is None else step.grad_scale.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+def direct_step(step: GossipStep) -> Callable[[], None] | None:
+    """What performs a step whose tensors are plain, contiguous ones on the CPU, just as described; None for others.
+
+    The same as checking it and `gossip_step`, without a word about what is wrong and 30 times as fast.
+    """
+    if _reader is None or not step.parameters:
+        return None
+    dtype, state_dtype = step.dtypes
+    if unavailable("cpu", dtype, len(step.state), step.num_messages, state_dtype) is not None:
+        return None
+    tensor_step = _core.tensor_step(_reader, *step)
+    return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())

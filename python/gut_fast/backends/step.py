@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["GossipStep"]
@@ -14,8 +15,8 @@ class GossipStep(NamedTuple):
 
     Attributes:
         parameters: one contiguous tensor (N, *shape) per segment; updated in place.
-        state: q flat buffers, each holding all segments one after the other; updated in place.
-        gradients: as `parameters`; a tensor without elements counts as zero.
+        state: q flat buffers of one dtype, each holding all segments one after the other; updated in place.
+        gradients: as `parameters`; None counts as zero, as does a tensor of shape (0,), which the op's schema asks for.
         coefficients: A, B, C, E one after the other, float64, on the CPU.
         num_messages: M.
         row_start, neighbor, weight: the off-diagonal non-zeros of W in CSR form (int64, int64, float64).
@@ -24,7 +25,7 @@ class GossipStep(NamedTuple):
 
     parameters: list[Tensor]
     state: list[Tensor]
-    gradients: list[Tensor]
+    gradients: list[Tensor | None]
     coefficients: Tensor
     num_messages: int
     row_start: Tensor
@@ -36,3 +37,9 @@ class GossipStep(NamedTuple):
     def num_agents(self) -> int:
         """N."""
         return self.row_start.numel() - 1
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
+        """Of parameters and gradients, and of the state; without state twice the same."""
+        dtype = self.parameters[0].dtype
+        return dtype, self.state[0].dtype if self.state else dtype

@@ -1,4 +1,8 @@
-"""The step in plain PyTorch operations: any device, any floating dtype, any rule. Slow, and always there."""
+"""The step in plain PyTorch operations: any device, any floating dtype, any rule. Slow, and always there.
+
+Computes in the tensors' dtype, but in float32 where parameters or state are stored in bfloat16: these are rounded once,
+to the nearest, ties to even, when they are stored.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,9 @@ from gut_fast.backends.step import GossipStep
 __all__ = ["gossip_step", "unavailable"]
 
 
-def unavailable(device_type: str, dtype: torch.dtype, num_states: int, num_messages: int) -> str | None:
+def unavailable(
+    device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
+) -> str | None:
     """Why this backend cannot serve such tensors, or None."""
     return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
 
@@ -26,12 +32,14 @@ def gossip_step(step: GossipStep) -> None:
     C = _take(coefficients, num_outputs, num_messages)
     E = _take(coefficients, num_outputs, num_messages)
 
+    dtype = torch.float32 if torch.bfloat16 in step.dtypes else step.dtypes[0]
     offset = 0
     for parameter, gradient in zip(step.parameters, step.gradients, strict=True):
         z = parameter.view(step.num_agents, -1)
         places = [z, *(buffer[offset : offset + z.numel()].view_as(z) for buffer in step.state)]
         offset += z.numel()
-        inputs = [*places, _scaled_gradient(gradient, z, step.grad_scale)]
+        inputs = [place.to(dtype) for place in places]
+        inputs.append(_scaled_gradient(gradient, inputs[0], step.grad_scale))
         messages = [_combine(row, inputs) for row in A]
         drifts = [_drift(message, step) for message in messages]
         outputs = [_combine([*B[row], *C[row], *E[row]], [*inputs, *messages, *drifts]) for row in range(num_outputs)]
@@ -63,10 +71,10 @@ def _take(flat: list[float], rows: int, columns: int) -> list[list[float]]:
     return matrix
 
 
-def _scaled_gradient(gradient: Tensor, z: Tensor, grad_scale: Tensor | None) -> Tensor:
-    if gradient.numel() == 0:
+def _scaled_gradient(gradient: Tensor | None, z: Tensor, grad_scale: Tensor | None) -> Tensor:
+    if gradient is None or gradient.numel() == 0:
         return torch.zeros_like(z)
-    gradient = gradient.reshape(z.shape)
+    gradient = gradient.reshape(z.shape).to(z.dtype)
     if grad_scale is None:
         return gradient
     scale = grad_scale.to(z)[:, None]

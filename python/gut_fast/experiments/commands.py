@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 import gut_fast
@@ -23,11 +21,12 @@ from gut_fast.experiments import folder as experiment_folder
 from gut_fast.experiments import machine, plots, summary
 from gut_fast.experiments.runner import Experiment, Run, make_simulator, samples_per_class
 from gut_fast.experiments.specs import TOPOLOGIES, parse_topology
+from gut_fast.experiments.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.simulation import Simulator, write_csv
 from gut_fast.simulation.engines import ENGINES
 from gut_fast.topology import Topology
 
-__all__ = ["BadArgumentError", "app"]
+__all__ = ["app"]
 
 app = typer.Typer(
     name="gut-fast",
@@ -38,33 +37,10 @@ app = typer.Typer(
 
 DEFAULT = Experiment()
 NUM_EVALUATIONS = 20
-MIN_WIDTH = 60
 MAX_SEEDS = 10_000
 MAX_AGENTS_DENSE_SPECTRUM = 10_000
 GAMMA_HELP = "Averaging rate γ in (0, 1]: W becomes I + γ (W − I)."
 SPECS = ", ".join(form.example for form in TOPOLOGIES.values())
-
-
-class BadArgumentError(Exception):
-    """What the user asked for cannot be done; the message says why."""
-
-
-@contextlib.contextmanager
-def _as_bad_argument() -> Iterator[None]:
-    """What the library raises while it takes in arguments is about the arguments."""
-    try:
-        yield
-    except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
-        raise BadArgumentError(str(error)) from error
-
-
-@contextlib.contextmanager
-def _writing() -> Iterator[None]:
-    """A full disk, or a folder that has become read-only, is not a bug either."""
-    try:
-        yield
-    except OSError as error:
-        raise BadArgumentError(f"cannot write: {error}") from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -132,7 +108,7 @@ def train(
     """Train all agents on one machine, for each seed; Ctrl-C stops in a state from which --resume goes on."""
     if threads is not None:
         torch.set_num_threads(threads)
-    with _as_bad_argument():
+    with as_bad_argument():
         plots.check_matplotlib()
         if reason := machine.wrong_tier():
             raise ValueError(reason)
@@ -224,14 +200,14 @@ def _train_all(out: Path, experiments: Sequence[Experiment]) -> None:
     """Trains seed after seed in the folder, then shows the results."""
     runs = []
     for experiment in experiments:
-        with _as_bad_argument():
+        with as_bad_argument():
             simulator = experiment_folder.load_simulator(out, experiment)
         typer.echo(
             f"seed {experiment.seed}: {experiment.rule} on {simulator.topology.name}, "
             f"backend {_backend_in_use(simulator)}, from step {simulator.step}"
         )
         try:
-            with _writing():
+            with writing():
                 runs.append(experiment_folder.train_in(out, experiment, simulator))
         except KeyboardInterrupt:
             typer.echo(
@@ -246,7 +222,12 @@ def _backend_in_use(simulator: Simulator) -> str:
     optimizer: Any = simulator.optimizer
     rule, values = optimizer.rule, simulator.stacked.values
     selected = ops.select_backend(
-        optimizer.backend, values.device.type, values.dtype, len(rule.states), rule.num_messages
+        optimizer.backend,
+        values.device.type,
+        values.dtype,
+        len(rule.states),
+        rule.num_messages,
+        optimizer.state_dtype,
     )
     return next(name for name, backend in BACKENDS.items() if backend is selected)
 
@@ -255,10 +236,10 @@ def _show_results(out: Path, runs: Sequence[Run]) -> None:
     experiment = runs[0].experiment
     title = f"{experiment.rule} on {experiment.topology}: {experiment.data}, {experiment.model}"
     table, picture = (out / name for name in experiment_folder.RESULTS)
-    with _writing():
+    with writing():
         write_csv([{"seed": run.experiment.seed, **run.final} for run in runs], table)
         plots.draw_training({experiment.rule: runs}, samples_per_class(experiment), title, picture)
-    console = _console()
+    console = console_of_text()
     console.print(summary.seeds_table(runs, title))
     console.print(f"{summary.LEGEND}\n")
     for run in runs:
@@ -274,18 +255,18 @@ def topology(
     out: Annotated[Path | None, typer.Option(help="Draw the graph and its spectrum into this PNG file.")] = None,
 ) -> None:
     """Show a topology: its spectrum, and which methods are stable on it."""
-    with _as_bad_argument():
+    with as_bad_argument():
         if out is not None:
             _check_picture(out)
         mixing = parse_topology(spec, gamma)
         _check_spectrum(mixing)
-    console = _console()
+    console = console_of_text()
     console.print(mixing.name, style="bold", soft_wrap=True)
     console.print(_grid(_topology_facts(mixing)))
     if mixing.is_static:
         console.print(_stability_table(mixing))
     if out is not None:
-        with _writing():
+        with writing():
             plots.draw_topology(mixing, out)
         console.print(f"wrote {out}", soft_wrap=True)
 
@@ -359,7 +340,7 @@ def info() -> None:
     """Show versions, backends and why one is missing, threads and instruction tiers."""
     status = {name: reason or "available" for name, reason in machine.backend_status().items()}
     tiers = machine.instruction_tiers()
-    console = _console()
+    console = console_of_text()
     facts = {
         **machine.versions(),
         "machine": machine.machine_line(),
@@ -376,16 +357,6 @@ def _package_status(package: str) -> str:
     version = machine.installed_version(package)
     extra = machine.OPTIONAL_PACKAGES[package]
     return version or f'not installed; pip install "gut_fast[{extra}]"'
-
-
-def _console() -> Console:
-    """Names of topologies and files have brackets and colons, which rich must leave alone.
-
-    It is never so narrow that rich would cut numbers: a terminal that is wraps the lines.
-    """
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, MIN_WIDTH)
-    return console
 
 
 def _grid(facts: Mapping[str, str]) -> Table:

@@ -24,6 +24,7 @@ __all__ = [
     "check_matplotlib",
     "draw_topology",
     "draw_training",
+    "new_figure",
     "plot_class_histogram",
     "plot_curves",
     "plot_graph",
@@ -58,7 +59,7 @@ def check_matplotlib() -> None:
 
 
 @contextmanager
-def _new_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
+def new_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure to draw on, written to `path` at the end. Raises as `check_matplotlib`."""
     check_matplotlib()
     import matplotlib as mpl
@@ -79,7 +80,7 @@ def draw_training(groups: Mapping[str, Sequence[Run]], histogram: Tensor, title:
         title: of the whole picture.
         path: file to write.
     """
-    with _new_figure(path, (12, 8.4)) as figure:
+    with new_figure(path, (12, 8.4)) as figure:
         axes = figure.subplots(2, 2, width_ratios=(1.15, 1))
         figure.suptitle(title, fontweight="bold", fontsize=13)
         first, num_seeds = next(iter(groups.values()))[0], len(next(iter(groups.values())))
@@ -160,7 +161,7 @@ def plot_class_histogram(axes: Axes, histogram: Tensor, title: str) -> None:
 def draw_topology(topology: Topology, path: str | Path) -> None:
     """Writes the graph and, of a static topology, the eigenvalues of its mixing matrix."""
     num_panels = 2 if topology.is_static else 1
-    with _new_figure(path, (6.2 * num_panels, 5.4)) as figure:
+    with new_figure(path, (6.2 * num_panels, 5.4)) as figure:
         axes = figure.subplots(1, num_panels, squeeze=False)[0]
         plot_graph(axes[0], topology)
         if topology.is_static:

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gut_fast.models.networks import MODELS, build, lenet5, mlp
+from gut_fast.models.networks import MODELS, build, lenet5, mlp, resnet20
 
-__all__ = ["MODELS", "build", "lenet5", "mlp"]
+__all__ = ["MODELS", "build", "lenet5", "mlp", "resnet20"]

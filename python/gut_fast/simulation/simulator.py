@@ -48,9 +48,10 @@ class Simulator:
         parts: one index tensor per agent into the training samples, as `gut_fast.data.partition` makes them.
         batch_size: samples per agent and step.
         loss: mean loss of a batch, (outputs [B, ...], labels [B]) -> scalar.
-        engine: ``"loop"`` (agent by agent), ``"vmap"`` (all at once) or ``"auto"``: both in turns during the first
-            steps, then the faster one. That choice depends on the time measured, and the engines round differently, so
-            a repeated run is the same bit for bit only with a named engine; a checkpoint keeps the choice once made.
+        engine: ``"loop"`` (agent by agent), ``"workers"`` (side by side in as many threads as torch has; CPU only),
+            ``"vmap"`` (all at once) or ``"auto"``: these in turns during the first steps, then the fastest. That choice
+            depends on the time measured, and the engines round differently, so a repeated run is the same bit for bit
+            only with a named engine; a checkpoint keeps the choice once made.
         seed: of the order of the samples and of random operations such as dropout. Torch's default generators are used
             but put back after `run`, and what they hold before has no influence.
 

@@ -1,0 +1,189 @@
+// A step whose arguments are torch tensors, read through DLPack's C exchange API: no libtorch, 30 ns a tensor.
+//
+// Everything is read and checked anew for every step, so nothing can have changed unseen since the last one.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <numeric>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "gossip_step.h"
+
+namespace gut_fast::bindings {
+
+namespace py = pybind11;
+
+// The part of DLPack's binary interface (version 1.3) that is used here.
+namespace dlpack {
+
+struct DataType {
+  std::uint8_t code, bits;
+  std::uint16_t lanes;
+
+  bool operator==(const DataType& other) const {
+    return code == other.code && bits == other.bits && lanes == other.lanes;
+  }
+};
+
+constexpr DataType kInt64{0, 64, 1}, kFloat32{2, 32, 1}, kFloat64{2, 64, 1}, kBfloat16{4, 16, 1};
+
+struct Tensor {
+  char* data;
+  std::int32_t device_type, device_id;
+  std::int32_t ndim;
+  DataType dtype;
+  const std::int64_t* shape;
+  const std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+
+constexpr std::int32_t kCpu = 1;
+
+struct ExchangeApi {
+  std::uint32_t major, minor;
+  const void* previous;
+  void* owning_functions[3];
+  int (*borrow)(void* object, Tensor* out);  // 0, or -1 with a Python error set
+};
+
+}  // namespace dlpack
+
+// Thrown for tensors that the caller has to look at more closely; never leaves this file.
+struct NotPlain {};
+
+inline void require(bool condition) {
+  if (!condition) throw NotPlain{};
+}
+
+// Reads dense, contiguous CPU tensors of the given Python types (subclasses may compute elsewhere).
+class TensorReader {
+ public:
+  // None where the interface is of another version.
+  static std::optional<TensorReader> make(const py::capsule& exchange_api, std::vector<py::type> types) {
+    const auto* api = exchange_api.get_pointer<dlpack::ExchangeApi>();
+    if (api->major != 1 || api->borrow == nullptr) return std::nullopt;
+    return TensorReader(api, std::move(types));
+  }
+
+  dlpack::Tensor read(py::handle object) const {
+    const auto type = py::type::handle_of(object);
+    require(std::any_of(types_.begin(), types_.end(), [&](const py::type& known) { return known.is(type); }));
+    dlpack::Tensor tensor;
+    if (api_->borrow(object.ptr(), &tensor) != 0) {
+      PyErr_Clear();
+      throw NotPlain{};
+    }
+    require(tensor.device_type == dlpack::kCpu);
+    std::int64_t length = 1;
+    for (int d = tensor.ndim - 1; d >= 0; --d) {
+      require(tensor.shape[d] == 1 || tensor.strides[d] == length);
+      length *= std::max<std::int64_t>(tensor.shape[d], 1);
+    }
+    tensor.data += tensor.byte_offset;
+    return tensor;
+  }
+
+  // The data of a tensor of one dimension.
+  template <typename T>
+  T* row(py::handle object, dlpack::DataType dtype, std::int64_t length) const {
+    const auto tensor = read(object);
+    require(tensor.dtype == dtype && tensor.ndim == 1 && tensor.shape[0] == length);
+    return reinterpret_cast<T*>(tensor.data);
+  }
+
+ private:
+  TensorReader(const dlpack::ExchangeApi* api, std::vector<py::type> types) : api_(api), types_(std::move(types)) {}
+
+  const dlpack::ExchangeApi* api_;
+  std::vector<py::type> types_;
+};
+
+// The arguments of one step. The tensors must stay alive and as they are until it has run.
+class TensorStep {
+ public:
+  TensorStep(const TensorReader& reader, const py::list& parameters, const py::list& state, const py::list& gradients,
+             py::handle coefficients, int num_messages, py::handle row_start, py::handle neighbor, py::handle weight,
+             py::handle grad_scale) {
+    require(!parameters.empty() && parameters.size() == gradients.size() && num_messages > 0);
+    read_mixing(reader, row_start, neighbor, weight);
+    read_segments(reader, parameters, gradients);
+    read_state(reader, state);
+    const std::int64_t q = args_.num_states = static_cast<int>(state.size());
+    args_.num_messages = num_messages;
+    const std::int64_t numbers = num_messages * (q + 2) + (q + 1) * (q + 2) + 2 * (q + 1) * num_messages;
+    args_.coefficients = reader.row<double>(coefficients, dlpack::kFloat64, numbers);
+    const auto num_agents = args_.mixing.num_agents;
+    args_.gradient_scale =
+        grad_scale.is_none() ? nullptr : reader.row<double>(grad_scale, dlpack::kFloat64, num_agents);
+    args_.state = state_.data();
+    args_.segments = segments_.data();
+    args_.num_segments = static_cast<std::int64_t>(segments_.size());
+  }
+  TensorStep(const TensorStep&) = delete;
+
+  const StepArgs& args() const { return args_; }
+
+ private:
+  static DType storage(dlpack::DataType dtype) {
+    if (dtype == dlpack::kFloat64) return DType::float64;
+    if (dtype == dlpack::kBfloat16) return DType::bfloat16;
+    require(dtype == dlpack::kFloat32);
+    return DType::float32;
+  }
+
+  void read_mixing(const TensorReader& reader, py::handle row_start, py::handle neighbor, py::handle weight) {
+    const auto starts = reader.read(row_start);
+    require(starts.dtype == dlpack::kInt64 && starts.ndim == 1 && starts.shape[0] >= 2);
+    const auto num_agents = starts.shape[0] - 1;
+    const auto* first = reinterpret_cast<const std::int64_t*>(starts.data);
+    const auto num_edges = first[num_agents];
+    args_.mixing = {num_agents, first, reader.row<std::int64_t>(neighbor, dlpack::kInt64, num_edges),
+                    reader.row<double>(weight, dlpack::kFloat64, num_edges)};
+  }
+
+  // Parameters [N, ...] of one type, each with a gradient of its shape, or None.
+  void read_segments(const TensorReader& reader, const py::list& parameters, const py::list& gradients) {
+    const auto num_agents = args_.mixing.num_agents;
+    const auto dtype = reader.read(*parameters.begin()).dtype;
+    args_.dtype = args_.state_dtype = storage(dtype);
+    segments_.reserve(parameters.size());
+    auto gradient = gradients.begin();
+    for (const auto& object : parameters) {
+      const auto parameter = reader.read(object);
+      require(parameter.dtype == dtype && parameter.ndim > 0 && parameter.shape[0] == num_agents);
+      const auto* end = parameter.shape + parameter.ndim;
+      const auto columns = std::accumulate(parameter.shape + 1, end, std::int64_t{1}, std::multiplies<>{});
+      segments_.push_back({parameter.data, gradient_like(reader, parameter, *gradient++), columns, num_elements_});
+      num_elements_ += num_agents * columns;
+    }
+  }
+
+  static const void* gradient_like(const TensorReader& reader, const dlpack::Tensor& parameter, py::handle object) {
+    if (object.is_none()) return nullptr;
+    const auto gradient = reader.read(object);
+    require(gradient.dtype == parameter.dtype && gradient.ndim == parameter.ndim);
+    require(std::equal(parameter.shape, parameter.shape + parameter.ndim, gradient.shape));
+    return gradient.data;
+  }
+
+  // Buffers [num_elements] of one type.
+  void read_state(const TensorReader& reader, const py::list& state) {
+    if (state.empty()) return;
+    const auto dtype = reader.read(*state.begin()).dtype;
+    args_.state_dtype = storage(dtype);
+    for (const auto& buffer : state) state_.push_back(reader.row<void>(buffer, dtype, num_elements_));
+  }
+
+  std::vector<Segment> segments_;
+  std::vector<void*> state_;
+  std::int64_t num_elements_ = 0;
+  StepArgs args_{};
+};
+
+}  // namespace gut_fast::bindings
