@@ -1,14 +1,61 @@
-"""The README shows what works: its code runs, its table is the table."""
+"""The READMEs show what works: their code and commands run, their tables are the tables, their numbers were measured."""
 
 import re
+import shlex
 from pathlib import Path
 
+import pytest
 import torch
+import typer
 
 import gut_fast as gf
+from gut_fast.benchmark import results
+from gut_fast.benchmark.cases import CASES, GROUPS
+from gut_fast.commands import app
+from gut_fast.experiments.demo import METHODS, SEEDS
 from gut_fast.rules import RULES
+from gut_fast.verification import report
+from gut_fast.verification.cases import THREADS
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")}
+RESULTS = ROOT / "benchmarks/results/amd-epyc.json"
+
+
+def blocks(text, language=""):
+    """The contents of fenced blocks."""
+    return [
+        body for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE) if kind == language
+    ]
+
+
+def section(heading):
+    return README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def commands(text):
+    """Whatever is typed in a shell: lines of blocks, and code within a sentence."""
+    indented = [line[4:] for line in text.splitlines() if line.startswith("    ")]
+    lines = [line for block in blocks(text) for line in block.splitlines()] + indented
+    lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    return [shlex.split(line, comments=True) for line in lines if re.match(r"(gut-fast|make|python|pytest) ", line)]
+
+
+def how_fast_row(case, measured):
+    """The numbers of a case in the README's table, as the results have them."""
+    measured = sorted((result for result in measured if result.case == case), key=lambda result: result.threads)
+    assert [result.threads for result in measured] == [1, 2], f"{case} was not measured on one and two threads"
+    cells = [[f"{1e3 * each.ours:.2f}{'*' * bool(each.disturbance.reasons())}" for each in measured]]
+    cells.append([f"{each.fraction_of_ceiling():.2f}" for each in measured])
+    for family in ("sgd", "compile", "eager", "authors"):
+        best = [(each, each.best(family)) for each in measured]
+        cells.append(["–" if name is None else times(each.times_ours(name)) for each, name in best])
+    return " | ".join(" / ".join(dict.fromkeys(pair)) if pair == ["–", "–"] else " / ".join(pair) for pair in cells)
+
+
+def times(ratio):
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def test_the_code_runs(capsys):
@@ -16,7 +63,7 @@ def test_the_code_runs(capsys):
     known = dict(RULES)
     names = {"__name__": "readme", "gf": gf}
     try:
-        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        for block in blocks(README, "python"):
             exec(compile(block, "README.md", "exec"), names)  # the README is ours
         names["optimizer"].step()
     finally:
@@ -42,6 +89,62 @@ def test_topologies_and_names_are_there():
         assert name in gf.__all__
 
 
-def test_the_picture_is_there():
-    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
-        assert (Path(__file__).parents[1] / path).is_file()
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_lead_somewhere(page):
+    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if "://" not in target]
+    assert targets
+    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).is_file()] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_are_there(page):
+    found = commands(PAGES[page])
+    assert {"README.md": 12, "benchmarks/README.md": 6}[page] <= len(found)
+    makefile = (ROOT / "Makefile").read_text()
+    for program, *arguments in found:
+        if program == "make":
+            assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), arguments
+        elif program == "gut-fast":
+            check_arguments(arguments)
+        else:
+            assert (ROOT / arguments[0]).exists(), arguments
+
+
+def check_arguments(arguments):
+    """Parses them as the command line does, without running the command; raises at an unknown option."""
+    command, rest = typer.main.get_command(app), list(arguments)
+    while rest and rest[0] in getattr(command, "commands", {}):
+        command = command.commands[rest.pop(0)]
+    assert not hasattr(command, "commands") or not rest, arguments
+    if not hasattr(command, "commands"):
+        command.make_context("gut-fast", rest)
+    cases = [value for option, value in zip(arguments, arguments[1:], strict=False) if option == "--case"]
+    assert set(cases) <= GROUPS.keys() | CASES.keys()
+
+
+def test_what_the_demo_prints():
+    printed = blocks(section("What `make demo` prints"))[0]
+    error = (
+        rf"compiled kernel = reference, {len(METHODS)} methods: error .* \(float64\), .* \(float32\) of plain PyTorch's"
+    )
+    assert re.search(f"^{error}$", printed, re.MULTILINE)
+    assert f"{len(METHODS)} methods, {len(SEEDS)} seeds each" in printed
+    for label, method in METHODS.items():
+        assert re.search(rf"^ *{re.escape(label)} +{method.lr:g} ", printed, re.MULTILINE)
+
+
+def test_what_verify_prints():
+    printed = blocks(section("How do I know it is right"))[0]
+    for line in report.legend([], THREADS).splitlines()[:-1]:
+        assert line in printed
+    last = printed.splitlines()[-1]
+    assert re.fullmatch(rf"right: [\d,]+ comparisons of {len(RULES)} rules in \d+ s", last)
+
+
+def test_how_fast_is_as_measured():
+    measured = results.load(RESULTS)
+    rows = [line for line in section("How fast").splitlines() if re.match(r"\| .*\(`", line)]
+    assert len(rows) >= 5
+    for row in rows:
+        case = re.search(r"\(`(.+?)`\)", row).group(1)
+        assert row.split(" | ", 1)[1] == f"{how_fast_row(case, measured)} |"

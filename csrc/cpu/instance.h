@@ -32,23 +32,26 @@ struct Row {
 };
 
 struct LoopArgs {
-  Row sent, mixed;                   // whose message is computed, who is mixed
-  void* scratch;                     // what the neighbours' slots are rows of
-  std::int64_t stride;               // of scratch rows, in numbers
-  const std::int32_t* slot;          // of the mixed agent's neighbours
-  const void* weight;                // of the same
-  std::int64_t degree;               // how many
-  std::int64_t num_agents;           // N
-  const void* next[kMaxStates + 2];  // where the rows begin whose message comes next
+  Row sent, mixed;                         // whose message is computed, who is mixed
+  Row after;                               // in a chain: whose message comes after `sent`
+  void* scratch;                           // what the neighbours' slots are rows of
+  std::int64_t stride;                     // of scratch rows, in numbers
+  const std::int32_t* slot;                // of the mixed agent's neighbours
+  const void* weight;                      // of the same
+  const void* chain_weight;                // in a chain: of the neighbours of `sent`
+  std::int64_t degree;                     // how many neighbours the mixed agent has
+  std::int64_t num_agents;                 // N
+  const void* next[2 * (kMaxStates + 2)];  // where the rows begin whose messages come next
   int num_next;
 };
 
 using Loop = void (*)(const LoopArgs&);
 
-// By kind; where there is none for a degree, kAnyDegree serves.
+// By kind; where there is none for a degree, kAnyDegree serves, where there is no chain, two steps do.
 struct Loops {
   int lanes;  // columns come in multiples of it
   Loop message[2], mix[2], both[kNumKinds];
+  Loop chain;  // of two steps along a path of agents: see loops.h
 };
 
 struct Instance {

@@ -129,7 +129,7 @@ void step(const StepArgs& args, int num_threads, const Loops& wide, const Loops&
   const auto per_agent = args.gradient_scale ? num_coefficients(args) * kItem : 0;
   Work work{{&args, schedule.get(), wide, narrow, kItem, weight.get(), coefficients.get(), per_agent, zeros.get(), tile,
              stride},
-            make_chunks(args, num_threads, tile),
+            make_chunks(args, num_threads, tile, kBlock),
             static_cast<char*>(scratch.get()),
             scratch_bytes};
   parallel_chunks(num_threads, static_cast<std::int64_t>(work.chunks.size()), Work::chunk, &work);

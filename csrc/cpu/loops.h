@@ -18,6 +18,7 @@ constexpr std::int64_t kAhead = 128;  // columns: how far ahead in a row its nex
 
 template <typename P, typename Stored, int kLanes>
 struct Equations {
+  using Pattern = P;
   using T = typename Stored::Compute;
   using Parameter = typename Stored::Parameter;
   using State = typename Stored::State;
@@ -110,6 +111,12 @@ struct Equations {
   template <bool uniform>
   static GUT_FAST_INLINE void message(const Places& row, const With& with, std::int64_t c) {
     V u[P::K], message[P::M];
+    send<uniform>(row, with, c, u, message);
+  }
+
+  template <bool uniform>
+  static GUT_FAST_INLINE void send(const Places& row, const With& with, std::int64_t c, V (&u)[P::K],
+                                   V (&message)[P::M]) {
     load(row, c, u);
     for (int m = 0; m < P::M; ++m) {
       const auto at = m * row.stride + c;
@@ -183,33 +190,88 @@ struct MixLoop {
   }
 };
 
+// Calls columns(c) for the columns of a row, vector by vector, and ahead(c) before each cache line of them; fetches the
+// first lines of the rows that come next on the way.
+template <typename Of, typename Ahead, typename Columns>
+GUT_FAST_INLINE void walk(const LoopArgs& args, Ahead ahead, Columns columns) {
+  constexpr std::int64_t kLanes = Of::Lane::count, kLineColumns = kLine / sizeof(typename Of::T);
+  constexpr std::int64_t kStride = kLineColumns > kLanes ? kLineColumns : kLanes;
+  const auto count = args.sent.count;
+  int line = 0;
+  for (std::int64_t begin = 0; begin < count; begin += kBlock, ++line) {
+    for (int k = 0; k < args.num_next && line < kHeadLines; ++k) {
+      __builtin_prefetch(static_cast<const char*>(args.next[k]) + line * kLine, 0, 2);
+    }
+    const auto end = begin + kBlock < count ? begin + kBlock : count;
+    const auto whole = begin + (end - begin) / kStride * kStride;
+    for (auto c = begin; c < whole; c += kStride) {
+      ahead(c);
+      for (int i = 0; i < kStride; i += kLanes) columns(c + i);
+    }
+    for (auto c = whole; c < end; c += kLanes) columns(c);
+  }
+}
+
 // One message and one mix at a time.
 template <typename Of, Kind kind>
 struct BothLoop {
   static GUT_FAST_INLINE void run(const LoopArgs& args) {
-    constexpr std::int64_t kLanes = Of::Lane::count;
-    constexpr std::int64_t kStride = kLine / sizeof(typename Of::T) > kLanes ? kLine / sizeof(typename Of::T) : kLanes;
     const typename Of::Places sent(args.sent, args.stride), mixed(args.mixed, args.stride);
     const auto message_with = Of::with(args.sent), mix_with = Of::with(args.mixed);
     const typename Of::template Neighbors<kind> neighbors(args);
-    const auto both = [&](std::int64_t c) GUT_FAST_LAMBDA {
-      Of::template message<kind == kUniform>(sent, message_with, c);
-      Of::mix(mixed, mix_with, neighbors, c);
-    };
-    const auto count = args.sent.count;
-    int line = 0;
-    for (std::int64_t begin = 0; begin < count; begin += kBlock, ++line) {
-      for (int k = 0; k < args.num_next && line < kHeadLines; ++k) {
-        __builtin_prefetch(static_cast<const char*>(args.next[k]) + line * kLine, 0, 2);
-      }
-      const auto end = begin + kBlock < count ? begin + kBlock : count;
-      const auto whole = begin + (end - begin) / kStride * kStride;
-      for (auto c = begin; c < whole; c += kStride) {
-        Of::prefetch_ahead(sent, c);
-        for (int i = 0; i < kStride; i += kLanes) both(c + i);
-      }
-      for (auto c = whole; c < end; c += kLanes) both(c);
+    walk<Of>(
+        args, [&](std::int64_t c) GUT_FAST_LAMBDA { Of::prefetch_ahead(sent, c); },
+        [&](std::int64_t c) GUT_FAST_LAMBDA {
+          Of::template message<kind == kUniform>(sent, message_with, c);
+          Of::mix(mixed, mix_with, neighbors, c);
+        });
+  }
+};
+
+// Two steps along a path: `mixed`, `sent` and `after` follow each other, and the middle one is mixed in the same
+// iteration in which its message is computed, from registers. Rings and chains are paths but for their ends. It saves
+// the loads that bound the loop where memory does not: 0.75 of the ceiling without, 0.82 with it (16-ring, Zen 3).
+template <typename Of>
+struct ChainLoop {
+  using V = typename Of::V;
+  using Places = typename Of::Places;
+  using Neighbors = typename Of::template Neighbors<kDegree2>;
+  static constexpr int M = Of::Pattern::M, K = Of::Pattern::K;
+
+  static GUT_FAST_INLINE void run(const LoopArgs& args) {
+    const Places mixed(args.mixed, args.stride), sent(args.sent, args.stride), after(args.after, args.stride);
+    const auto with = Of::with(args.sent);
+    const Neighbors neighbors(args);
+    const auto* weight = static_cast<const typename Of::T*>(args.chain_weight);
+    const V weights[2] = {Of::Lane::broadcast(weight[0]), Of::Lane::broadcast(weight[1])};
+    walk<Of>(
+        args,
+        [&](std::int64_t c) GUT_FAST_LAMBDA {
+          Of::prefetch_ahead(sent, c);
+          Of::prefetch_ahead(after, c);
+        },
+        [&](std::int64_t c) GUT_FAST_LAMBDA { columns(mixed, sent, after, with, neighbors, weights, c); });
+  }
+
+  static GUT_FAST_INLINE void columns(const Places& mixed, const Places& sent, const Places& after,
+                                      const typename Of::With& with, const Neighbors& neighbors, const V (&weights)[2],
+                                      std::int64_t c) {
+    V u[K], sent_u[K], after_u[K], older[M], message[M], newer[M], drift[M];
+    Of::template send<false>(sent, with, c, sent_u, message);
+    Of::load(mixed, c, u);
+    for (int m = 0; m < M; ++m) {
+      const auto at = m * mixed.stride + c;
+      older[m] = Of::Lane::load(mixed.own + at);
+      const V first = neighbors.weight[0] * (Of::Lane::load(neighbors.neighbor[0] + at) - older[m]);
+      drift[m] = first + neighbors.weight[1] * (message[m] - older[m]);
     }
+    Of::template outputs<false>(mixed, with, c, u, older, drift);
+    Of::template send<false>(after, with, c, after_u, newer);
+    for (int m = 0; m < M; ++m) {
+      const V first = weights[0] * (older[m] - message[m]);
+      drift[m] = first + weights[1] * (newer[m] - message[m]);
+    }
+    Of::template outputs<false>(sent, with, c, sent_u, message, drift);
   }
 };
 
@@ -221,12 +283,14 @@ constexpr Loops wide_loops() {
   Loops loops{kLanes,
               {nullptr, Tier::template run<MessageLoop<Of, false>, const LoopArgs&>},
               {nullptr, Tier::template run<MixLoop<Of, kAnyDegree>, const LoopArgs&>},
-              {nullptr, Tier::template run<BothLoop<Of, kAnyDegree>, const LoopArgs&>}};
+              {nullptr, Tier::template run<BothLoop<Of, kAnyDegree>, const LoopArgs&>},
+              nullptr};
   if constexpr (!P::dense) {
     loops.message[kUniform] = Tier::template run<MessageLoop<Of, true>, const LoopArgs&>;
     loops.mix[kUniform] = Tier::template run<MixLoop<Of, kUniform>, const LoopArgs&>;
     loops.both[kUniform] = Tier::template run<BothLoop<Of, kUniform>, const LoopArgs&>;
     if constexpr (sizeof(typename Stored::Compute) == sizeof(float)) {
+      loops.chain = Tier::template run<ChainLoop<Of>, const LoopArgs&>;
       loops.both[kDegree1] = Tier::template run<BothLoop<Of, kDegree1>, const LoopArgs&>;
       loops.both[kDegree2] = Tier::template run<BothLoop<Of, kDegree2>, const LoopArgs&>;
       loops.both[kDegree3] = Tier::template run<BothLoop<Of, kDegree3>, const LoopArgs&>;
@@ -242,7 +306,8 @@ constexpr Loops one_by_one() {
   Loops loops{1,
               {nullptr, Baseline::run<MessageLoop<Of, false>, const LoopArgs&>},
               {nullptr, Baseline::run<MixLoop<Of, kAnyDegree>, const LoopArgs&>},
-              {}};
+              {},
+              nullptr};
   if constexpr (!P::dense) {
     loops.message[kUniform] = Baseline::run<MessageLoop<Of, true>, const LoopArgs&>;
     loops.mix[kUniform] = Baseline::run<MixLoop<Of, kUniform>, const LoopArgs&>;

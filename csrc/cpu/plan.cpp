@@ -195,19 +195,20 @@ std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing) {
 }
 
 std::int64_t tile_columns(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t block) {
-  constexpr std::int64_t kBudget = 1 << 20, kLeast = 512, kMost = 4096;  // bytes; columns
+  constexpr std::int64_t kBudget = 2 << 20, kLeast = 2048, kMost = 4096;  // bytes; columns
   const auto bytes_per_column = schedule.live_rows(args.num_messages, args.num_states + 1) * itemsize;
   return std::clamp(kBudget / bytes_per_column / block * block, kLeast, kMost);
 }
 
-std::vector<Chunk> make_chunks(const StepArgs& args, int num_threads, std::int64_t tile) {
-  constexpr std::int64_t kChunksPerThread = 8, kFewest = 2048;  // shorter chunks lose what the prefetches bring
+std::vector<Chunk> make_chunks(const StepArgs& args, int num_threads, std::int64_t tile, std::int64_t block) {
+  constexpr std::int64_t kChunksPerThread = 8, kFewest = 2048;  // a shorter row is not worth its beginning
   std::int64_t total = 0;
   for (std::int64_t s = 0; s < args.num_segments; ++s) total += args.segments[s].columns;
   auto length = std::max<std::int64_t>(total, 1);
   if (num_threads > 1) {
-    const auto wanted = std::max(total / (num_threads * kChunksPerThread), kFewest);
-    length = (wanted + tile - 1) / tile * tile;
+    const auto wanted = std::max(total / (num_threads * kChunksPerThread), kFewest),
+               unit = wanted < tile ? block : tile;
+    length = (wanted + unit - 1) / unit * unit;
   }
   std::vector<Chunk> chunks;
   for (std::int64_t s = 0; s < args.num_segments; ++s) {

@@ -31,8 +31,10 @@ struct Schedule {
 // The last schedule is kept for the next call, which in training is about the same mixing matrix. Safe in threads.
 std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing);
 
-// Columns per tile: a multiple of `block`, as many as keep the live rows in a quarter of a 512 KiB L2 cache. Measured
-// on Zen 3, 16 agents on a ring: 128 columns 0.45 of the ceiling, 256 0.47, 512 0.52, 1,024 0.61, 4,096 0.65.
+// Columns per tile: a multiple of `block`. Long rows suit the hardware's prefetchers; 4,096 columns were best wherever
+// the live rows fit the outer caches (Zen 3, 512 KiB of L2, 32 MiB of L3; fractions of the ceiling): a 32-torus .64,
+// .69 and .71 with budgets of .5, 2 and 1 MiB; a random 4-regular graph of 1,024 agents .27, .30, .31, .33 with at
+// least 128, 512, 1,024 and 4,096 columns.
 std::int64_t tile_columns(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t block);
 
 struct Chunk {
@@ -40,7 +42,7 @@ struct Chunk {
   std::int64_t begin, end;  // columns
 };
 
-// All segments in chunks of whole tiles, a few per thread: who comes late finds work, and who is delayed leaves some.
-std::vector<Chunk> make_chunks(const StepArgs& args, int num_threads, std::int64_t tile);
+// All segments in chunks, a few per thread: who comes late finds work, and who is delayed leaves some.
+std::vector<Chunk> make_chunks(const StepArgs& args, int num_threads, std::int64_t tile, std::int64_t block);
 
 }  // namespace gut_fast::cpu

@@ -30,9 +30,14 @@ class Sweep {
     const std::int64_t lag = schedule_.lag;
     for (std::int64_t step = 0; step < rows + lag; ++step) {
       const bool sends = step < rows, mixes = step >= lag;
+      if (mixes && step + 1 < rows && is_chain(step)) {
+        run_chain(step++, rows);
+        continue;
+      }
       if (sends) set_row(args_.sent, schedule_.message_order, step);
       if (mixes) set_mixed(step - lag);
       if (sends && mixes && args_.sent.count == args_.mixed.count && loops_.both[kAnyDegree]) {
+        args_.num_next = 0;
         set_next(step + 1, rows);
         both_loop()(args_);
       } else {
@@ -64,14 +69,13 @@ class Sweep {
   void set_mixed(std::int64_t index) {
     set_row(args_.mixed, schedule_.mix_order, index);
     const auto edge = mixing_.row_start[args_.mixed.agent];
-    args_.degree = mixing_.row_start[args_.mixed.agent + 1] - edge;
+    args_.degree = degree(args_.mixed.agent);
     args_.slot = schedule_.neighbor_slot[args_.mixed.parity].data() + edge;
     args_.weight = static_cast<const char*>(plan_.weight) + edge * plan_.item;
   }
 
   // The rows of the message after this one, whose first lines are fetched beforehand.
   void set_next(std::int64_t index, std::int64_t rows) {
-    args_.num_next = 0;
     if (index >= rows) return;
     const auto column = begin_ + index / mixing_.num_agents * plan_.tile;
     const auto offset = schedule_.message_order[index % mixing_.num_agents] * segment_.columns + column;
@@ -79,6 +83,35 @@ class Sweep {
     for (int k = 0; k < plan_.args->num_states; ++k) args_.next[args_.num_next++] = state(k, offset);
     if (segment_.gradients) args_.next[args_.num_next++] = gradients(offset);
   }
+
+  // Whether this step and the next are about three agents in a row: the one mixed now, the one whose message is
+  // computed now and who is mixed next, and the one whose message is computed next, each mixing with just those beside.
+  bool is_chain(std::int64_t step) const {
+    const auto n = mixing_.num_agents, mix = step - schedule_.lag;
+    if (loops_.chain == nullptr || plan_.per_agent != 0 || step / n != (mix + 1) / n || step / n != (step + 1) / n ||
+        step / n != mix / n) {
+      return false;
+    }
+    const auto mixed = schedule_.mix_order[mix % n], sent = schedule_.message_order[step % n];
+    const auto after = schedule_.message_order[(step + 1) % n];
+    const auto* of_mixed = mixing_.neighbor + mixing_.row_start[mixed];
+    const auto* of_sent = mixing_.neighbor + mixing_.row_start[sent];
+    return schedule_.mix_order[(mix + 1) % n] == sent && degree(mixed) == 2 && degree(sent) == 2 &&
+           of_mixed[1] == sent && of_sent[0] == mixed && of_sent[1] == after;
+  }
+
+  void run_chain(std::int64_t step, std::int64_t rows) {
+    set_row(args_.sent, schedule_.message_order, step);
+    set_row(args_.after, schedule_.message_order, step + 1);
+    set_mixed(step - schedule_.lag);
+    args_.chain_weight = static_cast<const char*>(plan_.weight) + mixing_.row_start[args_.sent.agent] * plan_.item;
+    args_.num_next = 0;
+    set_next(step + 2, rows);
+    set_next(step + 3, rows);
+    loops_.chain(args_);
+  }
+
+  std::int64_t degree(std::int64_t agent) const { return mixing_.row_start[agent + 1] - mixing_.row_start[agent]; }
 
   Loop both_loop() const {
     const auto exact = args_.degree >= 1 && args_.degree <= 4 ? kDegree1 + args_.degree - 1 : kAnyDegree;
