@@ -1,5 +1,6 @@
 """The compiled kernel against the reference: every rule, size, topology, thread count and instruction tier."""
 
+import math
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import gut_fast as gf
 from gut_fast import _core, ops, topology
 from gut_fast.rules import RULES, Coefficients, UpdateRule
 from lockstep import Lockstep, seeded
@@ -285,3 +287,27 @@ def test_tier_names():
     with pytest.raises(ValueError, match=r"instruction tier 'x87' is not available here; there are: .*baseline"):
         _core.set_tier("x87")
     assert _core.tier() in _core.available_tiers()
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_plain_gossip_does_not_read_gradients(rule):
+    z = torch.nn.Parameter(seeded(4, 70, seed=5, dtype=torch.float32))
+    z.grad = torch.full_like(z, math.nan)
+    optimizer = gf.GossipOptimizer([z], rule, lr=0.0, topology=gf.topology.ring(4), backend="cpu")
+    optimizer.step()
+    assert bool(z.isfinite().all())
+    assert all(bool(value.isfinite().all()) for value in optimizer.state[z].values())
+
+
+def test_as_many_edges_as_the_complete_graph_are_not_yet_that_graph():
+    n = 6
+    row_start = torch.arange(n + 1) * (n - 1)
+    neighbor = torch.cat([torch.ones(n - 1, dtype=torch.int64), gf.topology.complete(n).csr().neighbor[n - 1 :]])
+    weight = torch.full((n * (n - 1),), 0.1, dtype=torch.float64)
+    results = []
+    for backend in ("cpu", "torch"):
+        z, r, g = (seeded(n, 33, seed=seed, dtype=torch.float32) for seed in (1, 2, 3))
+        coefficients = torch.tensor(RULES["gut"].coefficients(0.1, mu=0.3).flat(), dtype=torch.float64)
+        ops.gossip_step_([z], [r.flatten()], [g], coefficients, 1, row_start, neighbor, weight, None, backend)
+        results.append(z)
+    assert torch.allclose(*results, atol=1e-5)

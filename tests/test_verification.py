@@ -293,3 +293,10 @@ def test_lines_keep_the_worst():
     assert line.passed
     line.add("d", math.inf)
     assert not line.passed
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_reference_that_is_not_finite_is_not_taken_for_a_proof(poison):
+    row = torch.ones(2, 3, dtype=torch.float64)
+    twin = torch.full((2, 3), poison, dtype=torch.float32)
+    assert lockstep.excess_error([row], [row], [twin], lr=0.1) == math.inf

@@ -184,6 +184,19 @@ def test_an_interrupted_wait_is_made_good_at_the_next_call(threads, monkeypatch,
     assert log == ["old job has ended", "new job"]
 
 
+def test_gradient_mode_and_autocasting_are_the_callers_in_every_thread(threads):
+    threads(2)
+    both = threading.Barrier(2)
+
+    def modes():
+        both.wait(timeout=30)
+        return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert Workers(2).run([modes, modes]) == [(False, True, torch.bfloat16)] * 2
+    assert Workers(2).run([modes, modes])[0][:2] == (True, False)
+
+
 def threads_of_workers():
     return [thread for thread in threading.enumerate() if thread.name.startswith("gut_fast")]
 

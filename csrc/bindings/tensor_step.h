@@ -85,6 +85,7 @@ class TensorReader {
       require(tensor.shape[d] == 1 || tensor.strides[d] == length);
       length *= std::max<std::int64_t>(tensor.shape[d], 1);
     }
+    require(length == 0 || tensor.data != nullptr || tensor.ndim == 0);
     tensor.data += tensor.byte_offset;
     return tensor;
   }

@@ -95,17 +95,28 @@ Buffer typed_weights(const Mixing& mixing) {
   return buffer;
 }
 
+bool is_of_gradient(const StepArgs& args, std::int64_t i) {
+  const std::int64_t K = args.num_states + 2, L = args.num_states + 1;
+  return i < (args.num_messages + L) * K && i % K == K - 1;
+}
+
+bool reads_gradient(const StepArgs& args) {
+  for (std::int64_t i = 0; i < num_coefficients(args); ++i) {
+    if (is_of_gradient(args, i) && args.coefficients[i] != 0.0) return true;
+  }
+  return false;
+}
+
 // The rule's coefficients in the kernel's type; with a gradient scale one set for each agent, the scale folded in.
 template <typename T>
 Buffer typed_coefficients(const StepArgs& args) {
-  const std::int64_t K = args.num_states + 2, L = args.num_states + 1, size = num_coefficients(args);
+  const auto size = num_coefficients(args);
   const auto sets = args.gradient_scale ? args.mixing.num_agents : 1;
   Buffer buffer = allocate_lines(sets * size * sizeof(T));
   T* typed = static_cast<T*>(buffer.get());
   for (std::int64_t set = 0; set < sets; ++set) {
     for (std::int64_t i = 0; i < size; ++i) {
-      const bool of_gradient = i < (args.num_messages + L) * K && i % K == K - 1;
-      const double scale = args.gradient_scale && of_gradient ? args.gradient_scale[set] : 1.0;
+      const double scale = args.gradient_scale && is_of_gradient(args, i) ? args.gradient_scale[set] : 1.0;
       typed[set * size + i] = static_cast<T>(args.coefficients[i] * scale);
     }
   }
@@ -124,12 +135,13 @@ void step(const StepArgs& args, int num_threads, const Loops& wide, const Loops&
   const Buffer weight = typed_weights<T>(args.mixing), coefficients = typed_coefficients<T>(args);
   const Buffer zeros = allocate_lines(tile * kItem);
   std::memset(zeros.get(), 0, tile * kItem);
+  std::vector<Chunk> chunks = make_chunks(args, num_threads, tile, kBlock);
+  num_threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(chunks.size(), 1)));
   const Buffer scratch = allocate_lines(num_threads * scratch_bytes);
-
   const auto per_agent = args.gradient_scale ? num_coefficients(args) * kItem : 0;
-  Work work{{&args, schedule.get(), wide, narrow, kItem, weight.get(), coefficients.get(), per_agent, zeros.get(), tile,
-             stride},
-            make_chunks(args, num_threads, tile, kBlock),
+  Work work{{&args, schedule.get(), reads_gradient(args), wide, narrow, kItem, weight.get(), coefficients.get(),
+             per_agent, zeros.get(), tile, stride},
+            std::move(chunks),
             static_cast<char*>(scratch.get()),
             scratch_bytes};
   parallel_chunks(num_threads, static_cast<std::int64_t>(work.chunks.size()), Work::chunk, &work);

@@ -1,7 +1,6 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
-#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <string>
@@ -122,10 +121,22 @@ Schedule schedule_in(std::vector<std::int32_t> message_order, const Mixing& mixi
   return schedule;
 }
 
+// Whether everybody mixes with all others, once each, and with one weight.
 bool is_uniform(const Mixing& mixing) {
   const auto n = mixing.num_agents, edges = mixing.row_start[n];
-  return n > 5 && edges == n * (n - 1) &&
-         std::all_of(mixing.weight, mixing.weight + edges, [&](double w) { return w == mixing.weight[0]; });
+  if (n <= 5 || edges != n * (n - 1) ||
+      !std::all_of(mixing.weight, mixing.weight + edges, [&](double w) { return w == mixing.weight[0]; })) {
+    return false;
+  }
+  std::vector<std::int64_t> named_by(n, -1);
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (mixing.row_start[i + 1] - mixing.row_start[i] != n - 1) return false;
+    for (auto e = mixing.row_start[i]; e < mixing.row_start[i + 1]; ++e) {
+      if (named_by[mixing.neighbor[e]] == i) return false;
+      named_by[mixing.neighbor[e]] = i;
+    }
+  }
+  return true;
 }
 
 // Agents breadth first: neighbours come soon after each other, so few messages wait for theirs (Cuthill and McKee).
@@ -178,20 +189,12 @@ struct Known {
 }  // namespace
 
 std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing) {
-  static std::mutex mutex;
-  static std::shared_ptr<const Known> last;
-  std::shared_ptr<const Known> known;
-  {
-    const std::lock_guard lock(mutex);
-    known = last;
-  }
-  if (!known || !known->is(mixing)) {
+  thread_local std::shared_ptr<const Known> last;  // no lock, which a fork could leave taken in the child
+  if (!last || !last->is(mixing)) {
     check(mixing);
-    known = std::make_shared<const Known>(mixing);
-    const std::lock_guard lock(mutex);
-    last = known;
+    last = std::make_shared<const Known>(mixing);
   }
-  return {known, &known->schedule};
+  return {last, &last->schedule};
 }
 
 std::int64_t tile_columns(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t block) {

@@ -28,7 +28,7 @@ struct Schedule {
 };
 
 // Throws std::invalid_argument if the CSR arrays are not those of a matrix of this size.
-// The last schedule is kept for the next call, which in training is about the same mixing matrix. Safe in threads.
+// A thread keeps its last schedule for the next call, which in training is about the same mixing matrix.
 std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing);
 
 // Columns per tile: a multiple of `block`. Long rows suit the hardware's prefetchers; 4,096 columns were best wherever

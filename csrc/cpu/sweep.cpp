@@ -57,7 +57,7 @@ class Sweep {
     row.z = parameters(offset);
     for (int k = 0; k < plan_.args->num_states; ++k) row.state[k] = state(k, offset);
     const double* scale = plan_.args->gradient_scale;
-    const bool has_gradient = segment_.gradients && !(scale && scale[row.agent] == 0.0);
+    const bool has_gradient = reads_gradients() && !(scale && scale[row.agent] == 0.0);
     row.gradient = has_gradient ? gradients(offset) : plan_.zeros;
     row.coefficients = static_cast<const char*>(plan_.coefficients) + row.agent * plan_.per_agent;
     row.own = scratch(schedule_.slot[row.parity][row.agent]);
@@ -81,7 +81,7 @@ class Sweep {
     const auto offset = schedule_.message_order[index % mixing_.num_agents] * segment_.columns + column;
     args_.next[args_.num_next++] = parameters(offset);
     for (int k = 0; k < plan_.args->num_states; ++k) args_.next[args_.num_next++] = state(k, offset);
-    if (segment_.gradients) args_.next[args_.num_next++] = gradients(offset);
+    if (reads_gradients()) args_.next[args_.num_next++] = gradients(offset);
   }
 
   // Whether this step and the next are about three agents in a row: the one mixed now, the one whose message is
@@ -114,10 +114,13 @@ class Sweep {
   std::int64_t degree(std::int64_t agent) const { return mixing_.row_start[agent + 1] - mixing_.row_start[agent]; }
 
   Loop both_loop() const {
-    const auto exact = args_.degree >= 1 && args_.degree <= 4 ? kDegree1 + args_.degree - 1 : kAnyDegree;
-    const Loop loop = loops_.both[uniform_ ? kUniform : exact];
+    const auto degree = args_.degree;
+    const int exact = degree >= 1 && degree <= 4 ? kDegree1 + static_cast<int>(degree) - 1 : int{kAnyDegree};
+    const Loop loop = loops_.both[uniform_ ? int{kUniform} : exact];
     return loop ? loop : loops_.both[kAnyDegree];
   }
+
+  bool reads_gradients() const { return plan_.reads_gradient && segment_.gradients != nullptr; }
 
   void* parameters(std::int64_t offset) const {
     return static_cast<char*>(segment_.parameters) + offset * parameter_item_;

@@ -29,6 +29,7 @@ namespace gut_fast::cpu {
 struct Plan {
   const StepArgs* args;
   const Schedule* schedule;
+  bool reads_gradient;  // false where its coefficients are all zero: plain gossip must not spread a NaN in it
   Loops wide, narrow;
   std::int64_t item;         // bytes of a number that is computed with
   const void* weight;        // Mixing::weight in that type

@@ -228,7 +228,9 @@ def excess_error(rows: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequenc
         floor = ROUNDINGS[twin.dtype] * torch.finfo(twin.dtype).eps * scale
         lost = (twin.double() - truth).abs().max().item()
         error = (mine.double() - truth).abs().max().item()
-        worst = max(worst, error / max(lost, floor)) if math.isfinite(error) else math.inf
+        if not (math.isfinite(error) and math.isfinite(lost)):
+            return math.inf
+        worst = max(worst, error / max(lost, floor))
     return worst
 
 

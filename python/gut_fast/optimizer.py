@@ -215,7 +215,7 @@ class GossipOptimizer(Optimizer):
     def _group_step(
         self, index: int, coefficients: Tensor, gradients: list[Tensor | None], grad_scale: Tensor | None
     ) -> GossipStep:
-        parameters, state = self.param_groups[index]["params"], self._flat_states[index].buffers
+        parameters, state = list(self.param_groups[index]["params"]), self._flat_states[index].buffers
         device = parameters[0].device
         step = GossipStep(
             parameters,
@@ -262,9 +262,10 @@ class GossipOptimizer(Optimizer):
                 )
 
     def _checked_grad_scale(self, grad_scale: Tensor) -> Tensor:
-        if not isinstance(grad_scale, Tensor) or grad_scale.shape != (self.topology.num_agents,):
-            given = tuple(grad_scale.shape) if isinstance(grad_scale, Tensor) else type(grad_scale).__name__
-            raise ValueError(f"{self._name}: grad_scale must be a tensor [{self.topology.num_agents}], got {given}")
+        n = self.topology.num_agents
+        if not isinstance(grad_scale, Tensor) or grad_scale.shape != (n,) or grad_scale.is_complex():
+            given = f"{grad_scale.dtype} {[*grad_scale.shape]}" if isinstance(grad_scale, Tensor) else type(grad_scale)
+            raise ValueError(f"{self._name}: grad_scale must be a real tensor [{n}], got {given}")
         return grad_scale.to(torch.float64).contiguous()
 
     @property

@@ -69,7 +69,7 @@ def gossip_step(step: GossipStep) -> None:
     num_agents = step.num_agents
     dtype, state_dtype = (getattr(_core.DType, str(each).removeprefix("torch.")) for each in step.dtypes)
     # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
-    gradients = [None if gradient is None else gradient.contiguous() for gradient in step.gradients]
+    gradients = [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
     _core.gossip_step(
         dtype,
         state_dtype,

@@ -128,6 +128,7 @@ def _own_case(
         raise ValueError(f"unknown backend {backend!r}; known are auto, {', '.join(BACKENDS)}")
     shapes = SHAPES[model] if model is not None else ((columns or CASES["ring-16"].columns,),)
     name = f"{rule} {topology} {model or shapes[0][0]} {dtype}{'' if state_dtype is None else '/' + state_dtype}"
+    name += "" if backend == "auto" else f" {backend}"
     case = Case(name, rule, topology, shapes, dict(STEP_SIZE), dtype, state_dtype, backend)
     case.make_topology()
     return case

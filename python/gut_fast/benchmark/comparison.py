@@ -79,7 +79,8 @@ def largest_error(contender: Contender, workload: Workload, columns: Tensor | No
         contender.step()
         for name, mine in _shown(contender, columns).items():
             truth = z if name == "z" else state[name]
-            error = float((mine - truth).abs().max() / truth.abs().max())
+            scale = truth.abs().max()
+            error = float((mine - truth).abs().max() / (scale if scale != 0 else 1.0))
             if not error <= tolerance(workload):
                 raise WrongResultError(
                     f"{name} is off by {error:.1e} after step {step + 1}, more than {tolerance(workload):.1e}"

@@ -94,8 +94,8 @@ class WorkersEngine(LoopEngine):
     That holds for dropout and whatever else draws from torch's default generator in the forward pass: a gradient after
     which the generator has moved is computed again, and from then on forward passes run in the order of the agents, and
     backward passes beside them. Random numbers from elsewhere, or drawn in the backward pass, come in any order.
-    The module and the loss are called in several threads. A context of the calling thread, such as `torch.autocast`,
-    does not reach these; enter it in the module's ``forward``.
+    The module and the loss are called in several threads, with the caller's gradient mode and autocasting; other
+    contexts of the calling thread do not reach them.
 
     Raises:
         ValueError: the model is not on the CPU.

@@ -22,8 +22,9 @@ class Workers:
     """Does jobs on `torch.get_num_threads()` threads, one of which is the caller's.
 
     Whoever is free takes the next job, and every operator of a job has one thread. The caller works too and waits only
-    for jobs that have begun, so on a busy machine it does all of them alone. Threads sleep between the calls, and end
-    when this object is gone. A forked process starts threads of its own.
+    for jobs that have begun, so on a busy machine it does all of them alone. Gradient mode and autocasting are the
+    caller's in every thread. Threads sleep between the calls, and end when this object is gone. A forked process starts
+    threads of its own.
 
     Args:
         max_threads: more are never used.
@@ -85,6 +86,8 @@ class _SharedJobs(Generic[Result]):
         self._jobs = enumerate(jobs)
         self._lock = threading.Lock()
         self._stopped = False
+        self._grad_enabled = torch.is_grad_enabled()
+        self._autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}
         self.results: dict[int, Result] = {}
 
     def work(self) -> None:
@@ -92,9 +95,10 @@ class _SharedJobs(Generic[Result]):
         # Of this thread: torch keeps the number per thread, and gives the number set last to threads yet to come.
         torch.set_num_threads(1)
         try:
-            while (taken := self._take()) is not None:
-                index, job = taken
-                self.results[index] = job()
+            with torch.set_grad_enabled(self._grad_enabled), torch.autocast("cpu", **self._autocast):
+                while (taken := self._take()) is not None:
+                    index, job = taken
+                    self.results[index] = job()
         except BaseException:
             self._stopped = True
             raise
