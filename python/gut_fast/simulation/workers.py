@@ -87,7 +87,8 @@ class _SharedJobs(Generic[Result]):
         self._lock = threading.Lock()
         self._stopped = False
         self._grad_enabled = torch.is_grad_enabled()
-        self._autocast = {"dtype": torch.get_autocast_dtype("cpu"), "enabled": torch.is_autocast_enabled("cpu")}
+        self._autocast_dtype = torch.get_autocast_dtype("cpu")
+        self._autocast_enabled = torch.is_autocast_enabled("cpu")
         self.results: dict[int, Result] = {}
 
     def work(self) -> None:
@@ -95,7 +96,10 @@ class _SharedJobs(Generic[Result]):
         # Of this thread: torch keeps the number per thread, and gives the number set last to threads yet to come.
         torch.set_num_threads(1)
         try:
-            with torch.set_grad_enabled(self._grad_enabled), torch.autocast("cpu", **self._autocast):
+            with (
+                torch.set_grad_enabled(self._grad_enabled),
+                torch.autocast("cpu", self._autocast_dtype, self._autocast_enabled),
+            ):
                 while (taken := self._take()) is not None:
                     index, job = taken
                     self.results[index] = job()
