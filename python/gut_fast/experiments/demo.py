@@ -102,7 +102,7 @@ def demo(
     first = next(iter(methods.values()))
     console.print(_task(first), style="bold")
     console.print(_setting(first))
-    console.print(_check_kernel(methods.values()))
+    console.print(_check_kernel(methods.values()), soft_wrap=True)
     engine = _fastest_engine(first)
     console.print(f"training: {len(methods)} methods, {len(seeds)} seeds each, engine {engine}")
     groups = _train_all({label: replace(method, engine=engine) for label, method in methods.items()}, seeds, console)
