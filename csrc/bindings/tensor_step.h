@@ -81,11 +81,13 @@ class TensorReader {
     }
     require(tensor.device_type == dlpack::kCpu);
     std::int64_t length = 1;
+    bool empty = false;
     for (int d = tensor.ndim - 1; d >= 0; --d) {
       require(tensor.shape[d] == 1 || tensor.strides[d] == length);
       length *= std::max<std::int64_t>(tensor.shape[d], 1);
+      empty = empty || tensor.shape[d] == 0;
     }
-    require(length == 0 || tensor.data != nullptr || tensor.ndim == 0);
+    require(empty || tensor.data != nullptr);  // null where the storage has been freed
     tensor.data += tensor.byte_offset;
     return tensor;
   }
