@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gut_fast.buffers import allocate, segment_views
+from gut_fast.buffers import FlatState, allocate, segment_views
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
@@ -39,3 +39,15 @@ def test_segment_views_are_agent_major_blocks():
 def test_segments_must_fill_the_buffer():
     with pytest.raises(ValueError, match=r"3 agents of shapes \[\(2,\)\] need 6 elements, the buffer has 7"):
         segment_views(torch.zeros(7), 3, [(2,)])
+
+
+def test_state_that_does_not_fit_is_refused_before_anything_changes():
+    parameters = [torch.zeros(2, 3), torch.zeros(2, 4)]
+    flat = FlatState(parameters, ["r"], 2, torch.float32)
+    state = {parameter: {} for parameter in parameters}
+    flat.adopt(state)
+    state[parameters[0]]["r"] = torch.ones(2, 3)
+    state[parameters[1]]["r"] = torch.ones(4)
+    with pytest.raises(ValueError, match=r"state 'r' of a parameter must be a tensor \[2, 4\], got \[4\]"):
+        flat.adopt(state)
+    assert not flat.buffers[0].any()
