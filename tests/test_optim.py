@@ -444,12 +444,12 @@ def test_a_schedule_that_misses_zero_by_a_rounding_is_zero():
 
 def test_a_learning_rate_too_small_for_the_dtype_changes_nothing():
     params = parameters(torch.float16)
-    optimizer = gf.GUT([{"params": params[:1]}, {"params": params[1:]}], 1.0, topology=RING)
+    optimizer = gf.GUT([{"params": params[:1]}, {"params": params[1:]}], 1e-38, topology=RING)
     train(optimizer, params, range(1))
     set_gradients(params, 1)
-    optimizer.param_groups[1]["lr"] = 1e-6
+    optimizer.param_groups[1]["lr"] = 1e-39
     before = snapshot(optimizer, params)
-    with pytest.raises(ValueError, match=r"lr=1e-06 makes a coefficient of 1e\+06, more than torch.float16 holds"):
+    with pytest.raises(ValueError, match=r"lr=1e-39 makes a coefficient of 1e\+39, more than torch.float32 holds"):
         optimizer.step()
     assert same(snapshot(optimizer, params), before)
 
@@ -673,11 +673,15 @@ def test_stable_hyperparameters_do_not_warn():
 
 
 PAIRS = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+HALF_PAIRS = [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float16, torch.float16)]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS, ids=str)
-def test_bfloat16_is_computed_in_float32_and_rounded_once(dtype, state_dtype, backend):
+@pytest.mark.parametrize(
+    ("dtype", "state_dtype", "backend"),
+    [(*pair, "cpu") for pair in PAIRS] + [(*pair, "torch") for pair in PAIRS + HALF_PAIRS],
+    ids=str,
+)
+def test_half_width_numbers_are_computed_in_float32_and_rounded_once(dtype, state_dtype, backend):
     params = parameters(dtype)
     optimizer = gf.GUTm(params, lr=0.1, topology=RING, state_dtype=state_dtype, backend=backend)
     names = optimizer.rule.states
@@ -698,7 +702,7 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once(dtype, state_dtype, ba
                 assert ((stored.double() - exact).abs() <= 1.01 * rounding + 1e-5).all()
 
 
-@pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS, ids=str)
+@pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS + HALF_PAIRS, ids=str)
 @pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
 def test_state_of_another_dtype_continues_bit_for_bit(dtype, state_dtype, how):
     def build(values):
@@ -727,8 +731,8 @@ def test_state_of_another_dtype_continues_bit_for_bit(dtype, state_dtype, how):
         (torch.float64, torch.float32),
         (torch.float64, torch.bfloat16),
         (torch.float32, torch.float64),
-        (torch.float32, torch.float16),
-        (torch.float16, torch.float32),
+        (torch.float16, torch.bfloat16),
+        (torch.bfloat16, torch.float64),
         (torch.float32, torch.int32),
     ],
     ids=str,
@@ -736,6 +740,30 @@ def test_state_of_another_dtype_continues_bit_for_bit(dtype, state_dtype, how):
 def test_dtypes_that_do_not_go_together(dtype, state_dtype):
     with pytest.raises(TypeError, match=f"GUT: the state is {state_dtype}; for parameters of {dtype} it can be"):
         gf.GUT(parameters(dtype), 0.1, topology=RING, state_dtype=state_dtype)
+
+
+def test_capturable_steps_are_the_same_and_their_coefficients_stay_where_they_are():
+    params, twin = parameters(), parameters()
+    one, other = gf.GUTm(params, 0.1, topology=RING, capturable=True), gf.GUTm(twin, 0.1, topology=RING)
+    train(one, params, range(3))
+    train(other, twin, range(3))
+    coefficients = one._group_step(0, one._coefficients(0), [None] * len(params), None).coefficients
+    before = coefficients.clone()
+    for optimizer in (one, other):
+        optimizer.param_groups[0]["lr"] = 0.05
+    one.update_coefficients()
+    expected = one.rule.coefficients(0.05, **one.rule.hyperparameters).flat()
+    assert coefficients.tolist() == expected != before.tolist()
+    train(one, params, range(3, 6))
+    train(other, twin, range(3, 6))
+    assert same(snapshot(one, params), snapshot(other, twin))
+    assert one._coefficients(0) is coefficients
+    assert one.num_steps == 6
+
+
+def test_capturable_needs_a_static_topology():
+    with pytest.raises(ValueError, match="capturable=True needs a topology that does not vary with time, got one_peer"):
+        gf.GUT(parameters(num_agents=8), 0.1, topology=gf.topology.one_peer_exponential(8), capturable=True)
 
 
 def no_detour(*arguments):

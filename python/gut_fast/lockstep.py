@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from gut_fast import ops, reference
+from gut_fast.backends import arithmetic
 from gut_fast.buffers import segment_views
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
@@ -36,7 +37,7 @@ __all__ = [
 LIMIT = 2.0
 """Largest `excess_error` of a right kernel: its sums may run in another order than plain PyTorch's."""
 
-ROUNDINGS = {torch.float64: 32, torch.float32: 4, torch.bfloat16: 1}
+ROUNDINGS = {torch.float64: 32, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
 """The unit is at least so many roundings of the largest entry; in float64, which has no truth above it, it is that."""
 
 GUARD = 7.5
@@ -44,7 +45,7 @@ GUARD_LENGTH = 64
 
 
 class Precision(NamedTuple):
-    """How parameters and state are stored. The arithmetic on bfloat16 is that of float32."""
+    """How parameters and state are stored. The arithmetic on half-width numbers is that of float32."""
 
     dtype: torch.dtype
     state_dtype: torch.dtype
@@ -52,7 +53,7 @@ class Precision(NamedTuple):
     @property
     def arithmetic(self) -> torch.dtype:
         """The dtype of sums and products."""
-        return _arithmetic(self.dtype)
+        return arithmetic(self.dtype)
 
     def __str__(self) -> str:
         names = [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(self)]
@@ -69,6 +70,9 @@ PRECISIONS: dict[str, Precision] = {
         Precision(torch.float32, torch.bfloat16),
         Precision(torch.bfloat16, torch.bfloat16),
         Precision(torch.bfloat16, torch.float32),
+        Precision(torch.float32, torch.float16),
+        Precision(torch.float16, torch.float16),
+        Precision(torch.float16, torch.float32),
     )
 }
 """All precisions that a kernel may serve, by name: that of the parameters, after a slash that of the state."""
@@ -78,8 +82,8 @@ PRECISIONS: dict[str, Precision] = {
 class Problem:
     """N agents with segments of `columns` numbers each, on quadratics of their own: g_i = h_i (z_i − b_i).
 
-    Start, curvatures h and optima b are numbers that bfloat16 holds, so all precisions solve the same problem. The
-    curvatures are a few hundredths of 1/η, so that no learning rate diverges.
+    Start, curvatures h and optima b are numbers that bfloat16 and float16 hold, so all precisions solve the same
+    problem. The curvatures are a few hundredths of 1/η, so that no learning rate diverges.
 
     Attributes:
         hyperparameters: those of the rule, and ``weight_decay``.
@@ -105,8 +109,8 @@ class Problem:
         self._coefficients: dict[float, Tensor] = {}
         shape = (self.num_agents, sum(self.columns))
         curvature, optimum, start = (seeded(*shape, seed=3 * self.seed + k) for k in (1, 2, 3))
-        self.curvature = ((curvature.abs() + 0.5) / (20 * self.lr)).bfloat16().double()
-        self.optimum, self.start = optimum.bfloat16().double(), start.bfloat16().double()
+        self.curvature = ((curvature.abs() + 0.5) / (20 * self.lr)).bfloat16().half().double()
+        self.optimum, self.start = optimum.bfloat16().half().double(), start.bfloat16().half().double()
         for index, block in enumerate(self.curvature.split(self.columns, dim=1)):
             if index in self.idle:
                 block.zero_()
@@ -130,8 +134,8 @@ class Problem:
         return self._coefficients[settings["lr"]]
 
     def gradient(self, z: Tensor) -> Tensor:
-        """At z [N, ΣD], in its dtype; bfloat16 is rounded once, at the end."""
-        kind = _arithmetic(z.dtype)
+        """At z [N, ΣD], in its dtype; half-width numbers are rounded once, at the end."""
+        kind = arithmetic(z.dtype)
         return (self.curvature.to(kind) * (z.to(kind) - self.optimum.to(kind))).to(z.dtype)
 
     def run_reference(self, num_steps: int, precision: Precision = EXACT) -> list[Tensor]:
@@ -234,13 +238,13 @@ def excess_error(rows: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequenc
     return worst
 
 
-def compare(problem: Problem, precision: Precision, backend: str, *, num_steps: int = 30) -> float:
-    """`excess_error` of a backend on the CPU.
+def compare(problem: Problem, precision: Precision, backend: str, *, num_steps: int = 30, device: str = "cpu") -> float:
+    """`excess_error` of a backend on a device.
 
     Raises:
         RuntimeError: the backend is not available.
     """
-    rows = OpRun(problem, precision, backend).run(num_steps).rows()
+    rows = OpRun(problem, precision, backend, device).run(num_steps).rows()
     exact, plain = problem.run_reference(num_steps), problem.run_reference(num_steps, precision)
     return excess_error(rows, exact, plain, problem.lr)
 
@@ -248,7 +252,3 @@ def compare(problem: Problem, precision: Precision, backend: str, *, num_steps: 
 def seeded(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
     """Standard normal numbers, always the same ones."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def _arithmetic(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32

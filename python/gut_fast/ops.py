@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.backends import BACKENDS, GossipStep, cpu
+from gut_fast.backends import BACKENDS, HALVES, GossipStep, arithmetic, cpu
 
-__all__ = ["check", "check_dtypes", "check_parameters", "gossip_step_", "prepare", "select_backend"]
-
-MIXED = (torch.float32, torch.bfloat16)
-"""Dtypes of which parameters and state may have one each; for other parameters the state has theirs."""
+__all__ = [
+    "check",
+    "check_dtypes",
+    "check_parameters",
+    "combine_",
+    "gossip_step_",
+    "message",
+    "prepare",
+    "select_backend",
+]
 
 _library = torch.library.Library("gut_fast", "DEF")
 _library.define(
@@ -48,17 +54,18 @@ def gossip_step_(
     Args:
         parameters: one contiguous tensor of shape (N, *shape) per segment, all of one floating dtype and device.
         state: q flat contiguous buffers of that device, each as long as all the parameters together. They share one
-            dtype, that of the parameters; for float32 and bfloat16 parameters either of the two. Steps with bfloat16
-            are computed in float32 and rounded once, when stored.
+            dtype, that of the parameters, or float32 beside bfloat16 or float16, either way round. Steps with a
+            half-width dtype are computed in float32 and rounded once, when stored.
         gradients: as `parameters`, with any strides; None, or a tensor of shape (0,), stands for a gradient of zero.
-        coefficients: A, B, C, E of the rule one after the other (`Coefficients.flat`), float64, on the CPU.
+        coefficients: A, B, C, E of the rule one after the other (`Coefficients.flat`), float64, on the CPU; or on the
+            parameters' device, where a captured CUDA graph reads them anew at every replay.
         num_messages: M, the number of rows of A.
         row_start: int64 [N + 1]; with `neighbor` and `weight` the off-diagonal non-zeros of W in CSR form, on the
             parameters' device.
         neighbor: int64 [edges].
         weight: float64 [edges].
         grad_scale: float64 [N], a factor on each agent's gradient; zero drops the gradient, NaN included.
-        backend: ``"auto"``, ``"cpu"`` or ``"torch"``.
+        backend: ``"auto"``, or one of `gut_fast.backends.BACKENDS`.
 
     Raises:
         TypeError, ValueError: a tensor is not as described.
@@ -96,18 +103,26 @@ def prepare(step: GossipStep, backend: str) -> Callable[[], None]:
 
 
 def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
-    """What performs a step of plain CPU tensors without PyTorch's dispatcher; None for others, or if it is traced."""
-    if backend not in ("auto", "cpu") or torch._C._len_torch_dispatch_stack():
+    """What performs a step of plain tensors without PyTorch's dispatcher; None for others, or if it is traced."""
+    if torch._C._len_torch_dispatch_stack():
         return None
-    compute = cpu.direct_step(step)
+    compute = cpu.direct_step(step) if backend in ("auto", "cpu") else None
     if compute is None:
-        return None
+        if not step.parameters or not step.parameters[0].is_cuda or not _are_plain(step):
+            return None
+        compute = partial(_checked_backend(step, backend).gossip_step, step)
 
     def run() -> None:
         compute()
         torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
     return run
+
+
+def _are_plain(step: GossipStep) -> bool:
+    """Whether no tensor is of a class that may compute elsewhere."""
+    plain = {torch.Tensor, torch.nn.Parameter, type(None)}
+    return {*map(type, step.parameters), *map(type, step.state), *map(type, step.gradients)} <= plain
 
 
 @torch.no_grad()
@@ -124,11 +139,69 @@ def _gossip_step_impl(*arguments: Any) -> None:
         torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
 
-def _checked_backend(step: GossipStep, backend: str) -> ModuleType:
+@torch.no_grad()
+def message(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") -> None:
+    """The first half of a step whose agents are on several ranks: what each agent sends.
+
+    Writes S_1 … S_M of agent i one after the other into ``rows[i]``, each the agent's whole model, segment after
+    segment, and changes nothing else. Mixing weights are not read.
+
+    Args:
+        step: of the N agents that are here.
+        rows: N contiguous tensors [M ΣD], of the parameters' dtype or that of arithmetic (float32 for half-width ones).
+        backend: as in `gossip_step_`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
+    """
+    module = _checked_backend(step, backend, "message")
+    _check_rows(step, rows, step.num_agents)
+    module.message(step, list(rows))
+    torch.autograd.graph.increment_version(list(rows))
+
+
+@torch.no_grad()
+def combine_(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") -> None:
+    """The second half, in place: mixes what was sent, and computes parameters and state anew.
+
+    The drift is ``D(i) = Σ_j w_ij (rows[j] − rows[i])``: of the rows as they were sent, so that their rounding does not
+    move the mean over agents. S in the outputs is computed anew. After `message` into rows of the dtype of arithmetic
+    the result is that of `gossip_step_`, bit for bit.
+
+    Args:
+        step: as for `message`; `neighbor` indexes into the rows.
+        rows: those of the N agents that are here, then received ones.
+        backend: as in `gossip_step_`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `message`.
+    """
+    module = _checked_backend(step, backend, "combine")
+    _check_rows(step, rows, len(rows))
+    module.combine(step, list(rows))
+    torch.autograd.graph.increment_version([*step.parameters, *step.state])
+
+
+def _check_rows(step: GossipStep, rows: Sequence[Tensor], num_rows: int) -> None:
+    first = step.parameters[0]
+    length = step.num_messages * sum(parameter.numel() for parameter in step.parameters) // step.num_agents
+    if len(rows) != num_rows or num_rows < step.num_agents:
+        raise ValueError(f"{len(rows)} rows of messages, expected {step.num_agents}: one for each agent that is here")
+    for index, row in enumerate(rows):
+        if row.shape != (length,) or not row.is_contiguous():
+            shape, strides = tuple(row.shape), row.stride()
+            raise ValueError(f"row {index} has shape {shape}, strides {strides}; expected {length} contiguous numbers")
+        if row.dtype not in (first.dtype, arithmetic(first.dtype)) or row.dtype != rows[0].dtype:
+            raise TypeError(f"row {index} is {row.dtype}, row 0 {rows[0].dtype}, the parameters are {first.dtype}")
+        if row.device != first.device:
+            raise TypeError(f"row {index} is on {row.device}, the parameters are on {first.device}")
+
+
+def _checked_backend(step: GossipStep, backend: str, function: str = "gossip_step") -> ModuleType:
     check(step)
     dtype, state_dtype = step.dtypes
     device_type = step.parameters[0].device.type
-    return select_backend(backend, device_type, dtype, len(step.state), step.num_messages, state_dtype)
+    return select_backend(backend, device_type, dtype, len(step.state), step.num_messages, state_dtype, function)
 
 
 for _key in ("CPU", "CUDA"):
@@ -147,8 +220,9 @@ def select_backend(
     num_states: int,
     num_messages: int,
     state_dtype: torch.dtype | None = None,
+    function: str = "gossip_step",
 ) -> ModuleType:
-    """The backend of that name, or for ``"auto"`` the first that can serve such tensors.
+    """The backend of that name, or for ``"auto"`` the first that has the function and can serve such tensors.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -163,6 +237,8 @@ def select_backend(
     reasons: list[str] = []
     for candidate, backend in candidates.items():
         reason = backend.unavailable(device_type, dtype, num_states, num_messages, state_dtype)
+        if reason is None and not hasattr(backend, function):
+            reason = f"it has no {function}"
         if reason is None:
             if name == "auto" and device_type == "cpu" and BACKENDS["cpu"].why_missing is not None:
                 warnings.warn(f"steps are slow without the compiled kernel: {'; '.join(reasons)}", stacklevel=2)
@@ -202,10 +278,11 @@ def check(step: GossipStep) -> None:
 
 def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") -> None:
     """Raises TypeError, its message after `where`, unless parameters of `dtype` may have state of `state_dtype`."""
-    allowed = MIXED if dtype in MIXED else (dtype,)
-    if state_dtype not in allowed:
-        choice = " or ".join(map(str, allowed))
-        raise TypeError(f"{where}the state is {state_dtype}; for parameters of {dtype} it can be {choice}")
+    if dtype == state_dtype or (torch.float32 in (dtype, state_dtype) and {dtype, state_dtype} & set(HALVES)):
+        return
+    others = HALVES if dtype == torch.float32 else [torch.float32] if dtype in HALVES else []
+    choice = " or ".join(map(str, (dtype, *others)))
+    raise TypeError(f"{where}the state is {state_dtype}; for parameters of {dtype} it can be {choice}")
 
 
 def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str = "") -> None:
@@ -245,8 +322,9 @@ def _check_mixing(step: GossipStep) -> None:
     expected = step.num_messages * (rows + 1) + rows * (rows + 1) + 2 * rows * step.num_messages
     if step.num_messages < 1:
         raise ValueError(f"num_messages must be at least 1, got {step.num_messages}")
-    _check_vector("coefficients", step.coefficients, torch.float64, expected, torch.device("cpu"))
     device, num_edges = step.parameters[0].device, step.neighbor.numel()
+    home = device if step.coefficients.device == device else torch.device("cpu")
+    _check_vector("coefficients", step.coefficients, torch.float64, expected, home)
     if step.row_start.numel() < 2:
         raise ValueError(f"row_start must have N + 1 >= 2 entries, got {step.row_start.numel()}")
     _check_vector("row_start", step.row_start, torch.int64, step.num_agents + 1, device)

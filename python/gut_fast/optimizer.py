@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gut_fast import analysis, ops
-from gut_fast.backends import GossipStep
+from gut_fast.backends import GossipStep, arithmetic
 from gut_fast.buffers import FlatState
 from gut_fast.rules import RULES, UpdateRule, get_rule
 from gut_fast.topology import CSR, Topology
@@ -39,9 +39,12 @@ class GossipOptimizer(Optimizer):
         lr: learning rate η >= 0; at 0 the parameters mix and the state stays as it is.
         weight_decay: λ >= 0, adds λz to the gradient.
         maximize: ascends instead of descending.
-        backend: ``"auto"``, ``"cpu"`` (the compiled kernel) or ``"torch"``.
-        state_dtype: of the state; None is the parameters'. For float32 and bfloat16 parameters it may be either of the
-            two: such steps are computed in float32, and what is bfloat16 is rounded once, when stored.
+        backend: ``"auto"``, or one of `gut_fast.backends.BACKENDS`.
+        state_dtype: of the state; None is the parameters'. It may be float32 beside parameters of bfloat16 or float16,
+            or the other way round: such steps are computed in float32, and rounded once, when stored.
+        capturable: steps can be captured in a CUDA graph, with the backends ``"cuda"`` and ``"triton"`` on a static
+            topology. The coefficients live on the device; after a change of the learning rate or a hyper-parameter
+            call `update_coefficients`, then replay. Capture anew after `load_state_dict`.
         **hyperparameters: those of the rule.
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start.
@@ -65,16 +68,21 @@ class GossipOptimizer(Optimizer):
         maximize: bool = False,
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
+        capturable: bool = False,
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
+        if capturable and not topology.is_static:
+            raise ValueError(f"capturable=True needs a topology that does not vary with time, got {topology}")
         self.rule = get_rule(rule)
         self.topology = topology
         self.backend = backend
         self.state_dtype = state_dtype
+        self.capturable = capturable
         self._eager_steps = 0
-        self._compiled_steps = torch.zeros((), dtype=torch.int64, device="cpu")  # torch.compile loses a number's change
+        # torch.compile and CUDA graphs lose a number's change, so their steps are counted in a tensor.
+        self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._static_mixing: dict[torch.device, CSR] = {}
         self._flat_states: list[FlatState] = []  # one per group
         self._followed: tuple[list[Tensor], dict[str, list[Tensor]]] = [], {}
@@ -85,7 +93,18 @@ class GossipOptimizer(Optimizer):
     @property
     def num_steps(self) -> int:
         """Steps taken; a time-varying topology mixes with ``topology.matrix(num_steps)`` next."""
-        return self._eager_steps + int(self._compiled_steps)
+        return self._eager_steps + int(self._traced_steps)
+
+    def update_coefficients(self) -> None:
+        """Brings the coefficients up to date with the hyper-parameters, as a step would.
+
+        For ``capturable=True``: a replayed graph reads them from the device and does not look at ``param_groups``.
+
+        Raises:
+            TypeError, ValueError: a bad learning rate or hyper-parameter; its group's coefficients stay as they are.
+        """
+        for index in range(len(self.param_groups)):
+            self._coefficients(index)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
@@ -105,6 +124,8 @@ class GossipOptimizer(Optimizer):
         self._flat_states.append(flat_state)
         for device in {tensor.device for tensor in tensors} if self.topology.is_static else ():
             self._static_mixing[device] = self.topology.csr(0, device)
+            if self.capturable:
+                self._traced_steps = self._traced_steps.to(device)
         self._cached_coefficients.append(({}, torch.empty(0, device="cpu")))
 
     def _new_flat_state(self, parameters: Sequence[Tensor]) -> FlatState:
@@ -165,6 +186,7 @@ class GossipOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        is_captured = self._is_captured()
         coefficients = [self._coefficients(index) for index in range(len(self.param_groups))]
         if grad_scale is not None:
             grad_scale = self._checked_grad_scale(grad_scale)
@@ -178,15 +200,35 @@ class GossipOptimizer(Optimizer):
         if torch.compiler.is_compiling():
             for step in steps:
                 ops.gossip_step_(*step, self.backend)
-            self._compiled_steps += 1
+            self._traced_steps += 1
         else:
             for run in [ops.prepare(step, self.backend) for step in steps]:
                 run()
-            self._eager_steps += 1
+            if is_captured:
+                self._traced_steps += 1
+            else:
+                self._eager_steps += 1
         return loss
 
     _watched_step = Optimizer.profile_hook_step(_step)
     """With the hooks and the profiler's range of torch."""
+
+    def _is_captured(self) -> bool:
+        """Whether a CUDA graph is being captured, which is refused unless the optimizer is made for it."""
+        is_on_gpu = any(group["params"] and group["params"][0].is_cuda for group in self.param_groups)
+        if torch.compiler.is_compiling() or not is_on_gpu or not torch.cuda.is_current_stream_capturing():
+            return False
+        if not self.capturable:
+            raise RuntimeError(
+                f"{self._name}: to capture steps in a CUDA graph, make the optimizer with capturable=True"
+            )
+        is_new = [
+            self._hyperparameters(group) != known
+            for group, (known, _) in zip(self.param_groups, self._cached_coefficients, strict=True)
+        ]
+        if any(is_new):
+            raise RuntimeError(f"{self._name}: call update_coefficients() before the capture")
+        return True
 
     def _follow_state(self) -> None:
         """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
@@ -248,16 +290,23 @@ class GossipOptimizer(Optimizer):
         if hyperparameters != known:
             flat = self.rule.coefficients(**hyperparameters).flat()
             self._check_range(flat, hyperparameters["lr"], self.param_groups[index]["params"])
-            coefficients = torch.tensor(flat, dtype=torch.float64, device="cpu")
+            fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
+            if not self.capturable:
+                coefficients = fresh
+            elif known:
+                coefficients.copy_(fresh, non_blocking=True)
+            else:
+                coefficients = fresh.to(next((each.device for each in self.param_groups[index]["params"]), "cpu"))
             self._cached_coefficients[index] = (hyperparameters, coefficients)
         return coefficients
 
     def _check_range(self, coefficients: list[float], lr: float, parameters: Sequence[Tensor]) -> None:
         for parameter in parameters[:1]:
-            largest, most = max(map(abs, coefficients)), torch.finfo(parameter.dtype).max
+            dtype = arithmetic(parameter.dtype)
+            largest, most = max(map(abs, coefficients)), torch.finfo(dtype).max
             if largest > most:
                 raise ValueError(
-                    f"{self._name}: lr={lr} makes a coefficient of {largest:.3g}, more than {parameter.dtype} holds "
+                    f"{self._name}: lr={lr} makes a coefficient of {largest:.3g}, more than {dtype} holds "
                     f"({most:.3g}); use a larger lr, or 0"
                 )
 
@@ -320,7 +369,7 @@ class GossipOptimizer(Optimizer):
                 for name, view in self.state[parameter].items():
                     view.copy_(loaded["state"][index][name])
         self._eager_steps = state_dict.get("step", 0)
-        self._compiled_steps.zero_()
+        self._traced_steps.zero_()
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
@@ -358,7 +407,16 @@ class GossipOptimizer(Optimizer):
             raise ValueError(f"{self._name}: state of parameter {index} is {found}, expected {expected}")
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("rule", "topology", "backend", "state_dtype", "_eager_steps", "_compiled_steps", "_static_mixing")
+        names = (
+            "rule",
+            "topology",
+            "backend",
+            "state_dtype",
+            "capturable",
+            "_eager_steps",
+            "_traced_steps",
+            "_static_mixing",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
 
     @torch.no_grad()
@@ -367,7 +425,7 @@ class GossipOptimizer(Optimizer):
         super().__setstate__(state)
         # A shallow copy shares these with its original.
         self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.state.items()})
-        self._compiled_steps = self._compiled_steps.clone()
+        self._traced_steps = self._traced_steps.clone()
         self._cached_coefficients = [({}, torch.empty(0, device="cpu")) for _ in self.param_groups]
         self._flat_states = [self._new_flat_state(group["params"]) for group in self.param_groups]
         self._followed = [], {}

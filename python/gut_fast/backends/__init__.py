@@ -1,8 +1,14 @@
-"""Who can compute a gossip step: one module per backend, each with the same two functions.
+"""Who can compute a gossip step: one module per backend, each with the same functions.
 
 ``unavailable(device_type, dtype, num_states, num_messages, state_dtype) -> str | None`` says why the backend cannot
 serve such tensors, or None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have been
 checked.
+
+The split form is for agents on several ranks. ``message(step, rows)`` writes what agent i sends into ``rows[i]``, the M
+messages one after the other, each the whole model, segment after segment. ``combine(step, rows)`` mixes and updates in
+place: ``step.neighbor`` indexes into the rows, the local agents' own first, received ones after them. The drift is
+``Σ_j w_ij (rows[j] − rows[i])``, of the rows as they were sent, so that their rounding does not move the mean over
+agents. A backend without the two has no split form.
 """
 
 from __future__ import annotations
@@ -11,9 +17,9 @@ from types import ModuleType
 
 from gut_fast.backends import cpu
 from gut_fast.backends import torch as plain_torch
-from gut_fast.backends.step import GossipStep
+from gut_fast.backends.step import HALVES, GossipStep, arithmetic
 
-__all__ = ["BACKENDS", "GossipStep"]
+__all__ = ["BACKENDS", "HALVES", "GossipStep", "arithmetic"]
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": plain_torch}
 """Backends by name, in the order in which ``"auto"`` tries them."""

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GossipStep"]
+__all__ = ["GossipStep", "arithmetic"]
+
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def arithmetic(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums and products on what is stored in `dtype`: float32 for the half-width ones, else itself."""
+    return torch.float32 if dtype in HALVES else dtype
 
 
 class GossipStep(NamedTuple):
@@ -17,7 +24,7 @@ class GossipStep(NamedTuple):
         parameters: one contiguous tensor (N, *shape) per segment; updated in place.
         state: q flat buffers of one dtype, each holding all segments one after the other; updated in place.
         gradients: as `parameters`; None counts as zero, as does a tensor of shape (0,), which the op's schema asks for.
-        coefficients: A, B, C, E one after the other, float64, on the CPU.
+        coefficients: A, B, C, E one after the other, float64, on the CPU or the parameters' device.
         num_messages: M.
         row_start, neighbor, weight: the off-diagonal non-zeros of W in CSR form (int64, int64, float64).
         grad_scale: one float64 factor per agent on its gradient, or None; zero drops the gradient, NaN included.

@@ -1,17 +1,22 @@
 """The step in plain PyTorch operations: any device, any floating dtype, any rule. Slow, and always there.
 
-Computes in the tensors' dtype, but in float32 where parameters or state are stored in bfloat16: these are rounded once,
-to the nearest, ties to even, when they are stored.
+Computes in the tensors' dtype, but in float32 where parameters or state are stored in a half-width one: these are
+rounded once, to the nearest, ties to even, when they are stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import GossipStep
+from gut_fast.backends.step import GossipStep, arithmetic
 
-__all__ = ["gossip_step", "unavailable"]
+__all__ = ["combine", "gossip_step", "message", "unavailable"]
+
+Row = Sequence["float | Tensor"]
 
 
 def unavailable(
@@ -23,31 +28,97 @@ def unavailable(
 
 def gossip_step(step: GossipStep) -> None:
     """One step in place, segment by segment. Deterministic: one neighbour of every agent at a time, in CSR order."""
-    _check_edges(step)
-    num_inputs, num_messages = len(step.state) + 2, step.num_messages
-    num_outputs = num_inputs - 1
-    coefficients = step.coefficients.tolist()
-    A = _take(coefficients, num_messages, num_inputs)
-    B = _take(coefficients, num_outputs, num_inputs)
-    C = _take(coefficients, num_outputs, num_messages)
-    E = _take(coefficients, num_outputs, num_messages)
+    _check_edges(step, step.num_agents)
+    coefficients = _Coefficients.of(step)
+    for segment in _segments(step):
+        messages = [_combine(row, segment.inputs) for row in coefficients.A]
+        drifts = [_drift(message, step) for message in messages]
+        segment.store(coefficients, messages, drifts)
 
-    dtype = torch.float32 if torch.bfloat16 in step.dtypes else step.dtypes[0]
+
+def message(step: GossipStep, rows: Sequence[Tensor]) -> None:
+    """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
+    coefficients = _Coefficients.of(step)
+    for segment in _segments(step):
+        for m, row in enumerate(coefficients.A):
+            message = _combine(row, segment.inputs)
+            for sent, own in zip(rows, message, strict=False):
+                segment.of(sent, m, step.num_messages).copy_(own)
+
+
+def combine(step: GossipStep, rows: Sequence[Tensor]) -> None:
+    """Mixes the rows and updates in place, the second half of the split form."""
+    _check_edges(step, len(rows))
+    coefficients = _Coefficients.of(step)
+    for segment in _segments(step):
+        dtype = segment.inputs[0].dtype
+        messages = [_combine(row, segment.inputs) for row in coefficients.A]
+        drifts = [
+            _drift(torch.stack([segment.of(row, m, step.num_messages).to(dtype) for row in rows]), step)
+            for m in range(step.num_messages)
+        ]
+        segment.store(coefficients, messages, drifts)
+
+
+class _Coefficients(NamedTuple):
+    """Rows of A, B, C and E: numbers, or scalars on the device, which are never read by the host."""
+
+    A: list[Row]
+    B: list[Row]
+    C: list[Row]
+    E: list[Row]
+
+    @staticmethod
+    def of(step: GossipStep) -> _Coefficients:
+        flat = step.coefficients
+        remaining: Iterator[float | Tensor] = iter(flat.tolist() if flat.device.type == "cpu" else flat.unbind())
+        outputs, messages = len(step.state) + 1, step.num_messages
+
+        def matrix(rows: int, columns: int) -> list[Row]:
+            return [[next(remaining) for _ in range(columns)] for _ in range(rows)]
+
+        return _Coefficients(
+            matrix(messages, outputs + 1),
+            matrix(outputs, outputs + 1),
+            matrix(outputs, messages),
+            matrix(outputs, messages),
+        )
+
+
+class _Segment(NamedTuple):
+    """One segment of all agents: where z and the states lie, [N, d] each, and u in the dtype of arithmetic."""
+
+    places: list[Tensor]
+    inputs: list[Tensor]
+    column: int
+    """Of its first number in one agent's whole model."""
+
+    def of(self, row: Tensor, m: int, num_messages: int) -> Tensor:
+        """This segment [d] of message m in an agent's row of messages."""
+        return row.view(num_messages, -1)[m, self.column : self.column + self.places[0].shape[1]]
+
+    def store(self, coefficients: _Coefficients, messages: list[Tensor], drifts: list[Tensor]) -> None:
+        terms = [*self.inputs, *messages, *drifts]
+        _, B, C, E = coefficients
+        outputs = [_combine([*b, *c, *e], terms) for b, c, e in zip(B, C, E, strict=True)]
+        for place, output in zip(self.places, outputs, strict=True):
+            place.copy_(output)
+
+
+def _segments(step: GossipStep) -> Iterator[_Segment]:
+    dtype = torch.promote_types(*map(arithmetic, step.dtypes))
     offset = 0
     for parameter, gradient in zip(step.parameters, step.gradients, strict=True):
         z = parameter.view(step.num_agents, -1)
         places = [z, *(buffer[offset : offset + z.numel()].view_as(z) for buffer in step.state)]
-        offset += z.numel()
         inputs = [place.to(dtype) for place in places]
-        inputs.append(_scaled_gradient(gradient, inputs[0], step.grad_scale))
-        messages = [_combine(row, inputs) for row in A]
-        drifts = [_drift(message, step) for message in messages]
-        outputs = [_combine([*B[row], *C[row], *E[row]], [*inputs, *messages, *drifts]) for row in range(num_outputs)]
-        for place, output in zip(places, outputs, strict=True):
-            place.copy_(output)
+        yield _Segment(
+            places, [*inputs, _scaled_gradient(gradient, inputs[0], step.grad_scale)], offset // step.num_agents
+        )
+        offset += z.numel()
 
 
-def _check_edges(step: GossipStep) -> None:
+def _check_edges(step: GossipStep, num_rows: int) -> None:
     """As the compiled kernel does; on a GPU it would wait for the device."""
     if step.row_start.device.type != "cpu":
         return
@@ -55,20 +126,13 @@ def _check_edges(step: GossipStep) -> None:
     if step.row_start[0] != 0 or bool((degree < 0).any()):
         raise ValueError(f"row_start must begin at 0 and never decrease, got {step.row_start.tolist()}")
     agents = torch.arange(step.num_agents, device="cpu").repeat_interleave(degree)
-    wrong = (step.neighbor < 0) | (step.neighbor >= step.num_agents) | (step.neighbor == agents)
+    wrong = (step.neighbor < 0) | (step.neighbor >= num_rows) | (step.neighbor == agents)
     if bool(wrong.any()):
         edge = int(wrong.nonzero()[0])
         raise ValueError(
             f"row {int(agents[edge])} names agent {int(step.neighbor[edge])}, which is not another one of the "
-            f"{step.num_agents}"
+            f"{num_rows}"
         )
-
-
-def _take(flat: list[float], rows: int, columns: int) -> list[list[float]]:
-    """The next matrix of the flat coefficients; consumes them."""
-    matrix = [flat[row * columns : (row + 1) * columns] for row in range(rows)]
-    del flat[: rows * columns]
-    return matrix
 
 
 def _scaled_gradient(gradient: Tensor | None, z: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -81,22 +145,25 @@ def _scaled_gradient(gradient: Tensor | None, z: Tensor, grad_scale: Tensor | No
     return torch.where(scale == 0, 0.0, scale * gradient)
 
 
-def _combine(row: list[float], inputs: list[Tensor]) -> Tensor:
+def _combine(row: Row, inputs: Sequence[Tensor]) -> Tensor:
     """Σ row[k] inputs[k] over the coefficients that are not zero: what a rule does not read cannot bring in NaN."""
     total = torch.zeros_like(inputs[0])
     for coefficient, tensor in zip(row, inputs, strict=True):
-        if coefficient != 0:
+        if isinstance(coefficient, Tensor):
+            total += torch.where(coefficient == 0, 0.0, coefficient.to(tensor) * tensor)
+        elif coefficient != 0:
             total.add_(tensor, alpha=coefficient)
     return total
 
 
-def _drift(message: Tensor, step: GossipStep) -> Tensor:
-    """D(i) = Σ_j W[i, j] (S(j) − S(i))."""
-    drift = torch.zeros_like(message)
+def _drift(messages: Tensor, step: GossipStep) -> Tensor:
+    """D(i) = Σ_j W[i, j] (S(j) − S(i)), [N, d]; the first N of the messages are the agents' own."""
+    own = messages[: step.num_agents]
+    drift = torch.zeros_like(own)
     degree = step.row_start.diff()
     for k in range(int(degree.max())):
         agents = torch.nonzero(degree > k).squeeze(1)
         edges = step.row_start[agents] + k
-        difference = message[step.neighbor[edges]] - message[agents]
-        drift[agents] += step.weight[edges, None].to(message) * difference
+        difference = messages[step.neighbor[edges]] - own[agents]
+        drift[agents] += step.weight[edges, None].to(own) * difference
     return drift
