@@ -1,5 +1,7 @@
 """Flat buffers: distinct page offsets, and segments as views."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,17 +9,22 @@ from gut_fast.buffers import FlatState, allocate, segment_views
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("num_elements", [0, 1, 4097])
+@pytest.mark.parametrize("num_elements", [0, 1, 4097, 2_500_000])
 def test_allocate(num_elements, dtype):
     flat = allocate(num_elements, dtype)
     assert flat.shape == (num_elements,)
     assert flat.dtype == dtype
     assert not flat.any()
     assert flat.data_ptr() % 64 == 0 or num_elements == 0
+    flat.fill_(3)
+    twin = copy.deepcopy(flat)
+    flat.zero_()
+    assert (twin == 3).all()
 
 
-def test_buffers_allocated_together_start_at_different_offsets_of_a_page():
-    offsets = {allocate(100_000, torch.float32).data_ptr() % 4096 for _ in range(7)}
+@pytest.mark.parametrize("num_elements", [100_000, 2_000_000])
+def test_buffers_allocated_together_start_at_different_offsets_of_a_page(num_elements):
+    offsets = {allocate(num_elements, torch.float32).data_ptr() % 4096 for _ in range(7)}
     assert len(offsets) == 7
 
 

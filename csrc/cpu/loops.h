@@ -15,6 +15,7 @@
 namespace gut_fast::cpu {
 
 constexpr std::int64_t kAhead = 128;  // columns: how far ahead in a row its next lines are fetched
+constexpr int kBlockVectors = 4;      // that one loop over the neighbours serves: with 4 messages, 4 sums in registers
 
 template <typename P, typename Stored, int kLanes>
 struct Equations {
@@ -67,7 +68,21 @@ struct Equations {
 
     GUT_FAST_INLINE V weight_of(std::int64_t j) const { return Lane::broadcast(static_cast<const T*>(args.weight)[j]); }
 
-    // sum_j W[i][j] (S(j) - S(i)), at `at` of the scratch rows.
+    // sum_j W[i][j] (S(j) - S(i)) of a block of vectors, whose sums do not wait for each other.
+    template <int n>
+    GUT_FAST_INLINE void drifts(const V (&message)[n], std::int64_t at, V (&drift)[n]) const {
+      for (int v = 0; v < n; ++v) drift[v] = Lane::broadcast(T(0));
+      for (std::int64_t j = 0; j < args.degree; ++j) {
+        const T* of_neighbor = row_of(j) + at;
+        const V weight = weight_of(j);
+        for (int v = 0; v < n; ++v) {
+          const V term = weight * (Lane::load(of_neighbor + v * kLanes) - message[v]);
+          drift[v] = j == 0 ? term : drift[v] + term;  // not 0 + term, which would make -0 into 0
+        }
+      }
+    }
+
+    // The same of one vector.
     GUT_FAST_INLINE V drift(const Places& row, V message, std::int64_t at) const {
       V drift = Lane::broadcast(T(0));
       if constexpr (kind == kUniform) {
@@ -75,11 +90,6 @@ struct Equations {
         const V all = Lane::broadcast(static_cast<T>(args.num_agents));
         const V rest = Lane::load(row.total + at) - all * (message - Lane::load(row.first + at));
         drift = weight[0] * (rest + Lane::load(row.lost + at));
-      } else if constexpr (kind == kAnyDegree) {
-        for (std::int64_t j = 0; j < args.degree; ++j) {
-          const V term = weight_of(j) * (Lane::load(row_of(j) + at) - message);
-          drift = j == 0 ? term : drift + term;
-        }
       } else {
         for (int j = 0; j < known; ++j) {
           const V term = weight[j] * (Lane::load(neighbor[j] + at) - message);
@@ -143,6 +153,41 @@ struct Equations {
     outputs<false>(row, with, c, u, message, drift);
   }
 
+  // The same for a block of n vectors and any number of neighbours: each neighbour's row is found once for all of them.
+  template <int n>
+  static GUT_FAST_INLINE void mix_block(const Places& row, const With& with, const Neighbors<kAnyDegree>& neighbors,
+                                        std::int64_t c) {
+    V message[P::M][n], drift[P::M][n];
+    for (int m = 0; m < P::M; ++m) {
+      const auto at = m * row.stride + c;
+      for (int v = 0; v < n; ++v) message[m][v] = Lane::load(row.own + at + v * kLanes);
+      neighbors.template drifts<n>(message[m], at, drift[m]);
+    }
+    for (int v = 0; v < n; ++v) {
+      V u[P::K], own[P::M], own_drift[P::M];
+      for (int m = 0; m < P::M; ++m) {
+        own[m] = message[m][v];
+        own_drift[m] = drift[m][v];
+      }
+      load(row, c + v * kLanes, u);
+      outputs<false>(row, with, c + v * kLanes, u, own, own_drift);
+    }
+  }
+
+  template <Kind kind>
+  static GUT_FAST_INLINE void mix_all(const Places& row, const With& with, const Neighbors<kind>& neighbors,
+                                      std::int64_t begin, std::int64_t end) {
+    auto c = begin;
+    if constexpr (kind == kAnyDegree) {
+      for (; c + kBlockVectors * kLanes <= end; c += kBlockVectors * kLanes) {
+        mix_block<kBlockVectors>(row, with, neighbors, c);
+      }
+      for (; c < end; c += kLanes) mix_block<1>(row, with, neighbors, c);
+    } else {
+      for (; c < end; c += kLanes) mix(row, with, neighbors, c);
+    }
+  }
+
   // o_l = sum_k B[l][k] u_k + sum_m C[l][m] S_m + sum_m E[l][m] D_m
   template <bool early>
   static GUT_FAST_INLINE void outputs(const Places& row, const With& with, std::int64_t c, const V (&u)[P::K],
@@ -186,14 +231,14 @@ struct MixLoop {
     const typename Of::Places row(args.mixed, args.stride);
     const auto with = Of::with(args.mixed);
     const typename Of::template Neighbors<kind> neighbors(args);
-    for (std::int64_t c = 0; c < args.mixed.count; c += Of::Lane::count) Of::mix(row, with, neighbors, c);
+    Of::mix_all(row, with, neighbors, 0, args.mixed.count);
   }
 };
 
-// Calls columns(c) for the columns of a row, vector by vector, and ahead(c) before each cache line of them; fetches the
-// first lines of the rows that come next on the way.
-template <typename Of, typename Ahead, typename Columns>
-GUT_FAST_INLINE void walk(const LoopArgs& args, Ahead ahead, Columns columns) {
+// Calls columns(c) for the columns of a row, vector by vector, ahead(c) before each cache line of them and then(c, d)
+// after each block of them, c to d; fetches the first lines of the rows that come next on the way.
+template <typename Of, typename Ahead, typename Columns, typename Then>
+GUT_FAST_INLINE void walk(const LoopArgs& args, Ahead ahead, Columns columns, Then then) {
   constexpr std::int64_t kLanes = Of::Lane::count, kLineColumns = kLine / sizeof(typename Of::T);
   constexpr std::int64_t kStride = kLineColumns > kLanes ? kLineColumns : kLanes;
   const auto count = args.sent.count;
@@ -209,8 +254,13 @@ GUT_FAST_INLINE void walk(const LoopArgs& args, Ahead ahead, Columns columns) {
       for (int i = 0; i < kStride; i += kLanes) columns(c + i);
     }
     for (auto c = whole; c < end; c += kLanes) columns(c);
+    then(begin, end);
   }
 }
+
+struct Nothing {
+  GUT_FAST_INLINE void operator()(std::int64_t, std::int64_t) const {}
+};
 
 // One message and one mix at a time.
 template <typename Of, Kind kind>
@@ -219,12 +269,20 @@ struct BothLoop {
     const typename Of::Places sent(args.sent, args.stride), mixed(args.mixed, args.stride);
     const auto message_with = Of::with(args.sent), mix_with = Of::with(args.mixed);
     const typename Of::template Neighbors<kind> neighbors(args);
-    walk<Of>(
-        args, [&](std::int64_t c) GUT_FAST_LAMBDA { Of::prefetch_ahead(sent, c); },
-        [&](std::int64_t c) GUT_FAST_LAMBDA {
-          Of::template message<kind == kUniform>(sent, message_with, c);
-          Of::mix(mixed, mix_with, neighbors, c);
-        });
+    const auto ahead = [&](std::int64_t c) GUT_FAST_LAMBDA { Of::prefetch_ahead(sent, c); };
+    const auto message = [&](std::int64_t c)
+                             GUT_FAST_LAMBDA { Of::template message<kind == kUniform>(sent, message_with, c); };
+    if constexpr (kind == kAnyDegree) {
+      walk<Of>(args, ahead, message, [&](std::int64_t begin, std::int64_t end) GUT_FAST_LAMBDA {
+        Of::mix_all(mixed, mix_with, neighbors, begin, end);
+      });
+    } else {
+      const auto both = [&](std::int64_t c) GUT_FAST_LAMBDA {
+        message(c);
+        Of::mix(mixed, mix_with, neighbors, c);
+      };
+      walk<Of>(args, ahead, both, Nothing());
+    }
   }
 };
 
@@ -250,7 +308,7 @@ struct ChainLoop {
           Of::prefetch_ahead(sent, c);
           Of::prefetch_ahead(after, c);
         },
-        [&](std::int64_t c) GUT_FAST_LAMBDA { columns(mixed, sent, after, with, neighbors, weights, c); });
+        [&](std::int64_t c) GUT_FAST_LAMBDA { columns(mixed, sent, after, with, neighbors, weights, c); }, Nothing());
   }
 
   static GUT_FAST_INLINE void columns(const Places& mixed, const Places& sent, const Places& after,

@@ -198,9 +198,14 @@ std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing) {
 }
 
 std::int64_t tile_columns(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t block) {
-  constexpr std::int64_t kBudget = 2 << 20, kLeast = 2048, kMost = 4096;  // bytes; columns
+  // Messages that many others read should stay in L2; else what matters is that rows are long enough for the
+  // hardware's prefetchers.
+  const bool is_read_often =
+      args.mixing.row_start[args.mixing.num_agents] > 8 * args.mixing.num_agents && !schedule.uniform;
+  const std::int64_t budget = is_read_often ? 256 << 10 : 2 << 20;     // bytes
+  const std::int64_t least = is_read_often ? 512 : 2048, most = 4096;  // columns
   const auto bytes_per_column = schedule.live_rows(args.num_messages, args.num_states + 1) * itemsize;
-  return std::clamp(kBudget / bytes_per_column / block * block, kLeast, kMost);
+  return std::clamp(budget / bytes_per_column / block * block, least, most);
 }
 
 std::vector<Chunk> make_chunks(const StepArgs& args, int num_threads, std::int64_t tile, std::int64_t block) {
