@@ -134,6 +134,9 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
         (["train", "--seeds", "1,1"], "none twice"),
         (["train", "--engine", "warp"], "unknown engine 'warp'"),
         (["train", "--backend", "gpu"], "unknown backend 'gpu'"),
+        (["train", "--state-dtype", "int8"], "state_dtype must be a floating dtype of torch, such as bfloat16"),
+        (["train", "--state-dtype", "float64"], "the state is torch.float64; for parameters of torch.float32"),
+        (["train", "--device", "tpu"], "device 'tpu' cannot be used: "),
         (["train", "--threads", "0"], "Invalid value for '--threads'"),
         (["train", "--resume"], "outputs/train holds no experiment"),
         (["topology"], "Missing argument 'SPEC'"),
@@ -288,7 +291,7 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         *("train", "--topology", "torus:2x3", "--gamma", "0.5", "--rule", "dsgdm", "--nesterov", "--lr", "0.2"),
         *("--weight-decay", "0.01", "--partition", "shards", "--classes-per-agent", "2", "--batch-size", "8"),
         *("--steps", "2", "--milestones", "", "--decay", "0.5", "--engine", "loop", "--backend", "torch"),
-        *("--seeds", "7,", "--threads", "1"),
+        *("--seeds", "7,", "--threads", "1", "--state-dtype", "bfloat16", "--device", "cpu"),
     )
     assert code == 0
     assert Experiment.load(tmp_path / "outputs" / "train" / "seed-7" / "config.json") == Experiment(
@@ -307,6 +310,7 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         eval_every=1,
         engine="loop",
         backend="torch",
+        state_dtype="bfloat16",
         seed=7,
     )
 

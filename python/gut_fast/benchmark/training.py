@@ -232,7 +232,7 @@ def compare(trainers: dict[str, Trainer]) -> dict[str, float]:
                 _two_steps(trainer)
                 state = [trainer.optimizer.state[parameter]["r"] for parameter in trainer.stacked.parameters()]
                 _error(name, "step", [parameter.detach() for parameter in trainer.stacked.parameters()], z)
-                _error(name, "step's r", state, r)
+                _error(name, "step's r", state, r, [*truth, *r])  # r is made of gradients, and inherits their error
     return errors
 
 
@@ -245,9 +245,11 @@ def _gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def _error(name: str, what: str, mine: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Raises WrongResultError unless all tensors are equal, to rounding."""
-    largest = max(float(tensor.abs().max()) for tensor in truth)
+def _error(
+    name: str, what: str, mine: Sequence[Tensor], truth: Sequence[Tensor], scale: Sequence[Tensor] | None = None
+) -> float:
+    """Raises WrongResultError unless all tensors are equal, to rounding of the largest entry of `scale` or `truth`."""
+    largest = max(float(tensor.abs().max()) for tensor in scale or truth)
     error = max(float((a - b).abs().max()) for a, b in zip(mine, truth, strict=True)) / largest
     if not error < MAX_ERROR:
         raise WrongResultError(f"{name}: its {what} differs from the plain loop's by {error:.1e} of the largest entry")

@@ -98,6 +98,8 @@ def train(
     seeds: Annotated[str, _method(help="How many (3 is 0,1,2) or which (7,8 or, a single one, 7,).")] = "1",
     engine: Annotated[str, _computing(help=_one_of(ENGINES))] = DEFAULT.engine,
     backend: Annotated[str, _computing(help=f"auto, {', '.join(BACKENDS)}.")] = DEFAULT.backend,
+    state_dtype: Annotated[str | None, _computing(help="Of the state, such as bfloat16. Default: the model's.")] = None,
+    device: Annotated[str, _computing(help="For example cpu, cuda or cuda:1.")] = DEFAULT.device,
     threads: Annotated[int | None, _computing(min=1, help="1 is best for small models. Default: as PyTorch.")] = None,
     eval_every: Annotated[
         int | None, _output(help=f"Steps between evaluations. Default: {NUM_EVALUATIONS} in all.")
@@ -136,6 +138,8 @@ def train(
                 eval_every=max(steps // NUM_EVALUATIONS, 1) if eval_every is None else eval_every,
                 engine=engine,
                 backend=backend,
+                state_dtype=state_dtype,
+                device=device,
             )
             experiments = [replace(experiment, seed=seed) for seed in _seeds(seeds)]
             make_simulator(experiments[0])

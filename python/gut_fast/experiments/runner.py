@@ -41,6 +41,8 @@ class Experiment:
         hyperparameters: of the rule; defaults are filled in.
         partition_options: for example ``{"alpha": 0.1}``.
         lr, weight_decay, milestones, decay, batch_size, steps, eval_every: as in `GossipOptimizer` and `Simulator`.
+        state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
+        device: where parameters and data live, for example ``"cpu"`` or ``"cuda"``.
 
     Raises:
         TypeError, ValueError: an unknown rule, bad hyper-parameters of it, or bad steps, milestones, decay or
@@ -64,6 +66,8 @@ class Experiment:
     eval_every: int | None = 20
     engine: str = "auto"
     backend: str = "auto"
+    state_dtype: str | None = None
+    device: str = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -133,6 +137,7 @@ def make_simulator(experiment: Experiment) -> Simulator:
         OSError, ImportError, RuntimeError: a file, a package or the backend asked for is missing.
     """
     topology = parse_topology(experiment.topology, experiment.gamma)
+    device, state_dtype = _device(experiment.device), _dtype(experiment.state_dtype)
     dataset = _load_data(experiment.data, experiment.seed)
 
     def optimizer(parameters: list[nn.Parameter]) -> GossipOptimizer:
@@ -143,11 +148,12 @@ def make_simulator(experiment: Experiment) -> Simulator:
             lr=experiment.lr,
             weight_decay=experiment.weight_decay,
             backend=experiment.backend,
+            state_dtype=state_dtype,
             **experiment.hyperparameters,
         )
 
     return Simulator(
-        _initial_model(experiment, dataset),
+        _initial_model(experiment, dataset).to(device),
         topology,
         optimizer=optimizer,
         data=dataset,
@@ -184,6 +190,22 @@ def _load_data(name: str, seed: int) -> Dataset:
     """The data set of that name; `seed` splits it into training and test samples if it has no split of its own."""
     takes_seed = name in data.DATASETS and "seed" in inspect.signature(data.DATASETS[name]).parameters
     return data.load(name, **({"seed": seed} if takes_seed else {}))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"state_dtype must be a floating dtype of torch, such as bfloat16, got {name!r}")
+    return dtype
 
 
 def _divide(experiment: Experiment, dataset: Dataset, num_agents: int) -> list[Tensor]:
