@@ -14,6 +14,8 @@
 namespace py = pybind11;
 using gut_fast::DType;
 using gut_fast::Segment;
+using gut_fast::bindings::NotPlain;
+using gut_fast::bindings::SegmentTensors;
 using gut_fast::bindings::TensorReader;
 using gut_fast::bindings::TensorStep;
 using Address = std::uintptr_t;
@@ -70,8 +72,19 @@ std::unique_ptr<TensorStep> tensor_step(const TensorReader& reader, const py::li
   try {
     return std::make_unique<TensorStep>(reader, parameters, state, gradients, coefficients, num_messages, row_start,
                                         neighbor, weight, grad_scale);
-  } catch (const gut_fast::bindings::NotPlain&) {
+  } catch (const NotPlain&) {
     return nullptr;
+  }
+}
+
+// Whether parameters, state and gradients are as kernels take them, on whatever device.
+bool are_plain(const TensorReader& reader, std::int64_t num_agents, const py::list& parameters, const py::list& state,
+               const py::list& gradients) {
+  try {
+    SegmentTensors(reader, num_agents, parameters, state, gradients);
+    return true;
+  } catch (const NotPlain&) {
+    return false;
   }
 }
 
@@ -104,6 +117,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   def_step("stream_step", &step<gut_fast::cpu::stream_step>);
   py::class_<TensorReader>(module, "TensorReader");
   module.def("tensor_reader", &TensorReader::make, py::arg("exchange_api"), py::arg("types"));
+  module.def("are_plain", &are_plain, py::arg("reader"), py::arg("num_agents"), py::arg("parameters"), py::arg("state"),
+             py::arg("gradients"));
   py::class_<TensorStep>(module, "TensorStep").def("run", &run_tensors, py::arg("num_threads"));
   module.def("tensor_step", &tensor_step, py::arg("reader"), py::arg("parameters"), py::arg("state"),
              py::arg("gradients"), py::arg("coefficients"), py::arg("num_messages"), py::arg("row_start"),

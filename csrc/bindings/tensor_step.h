@@ -1,4 +1,4 @@
-// A step whose arguments are torch tensors, read through DLPack's C exchange API: no libtorch, 30 ns a tensor.
+// The tensors of a step, read through DLPack's C exchange API: no libtorch, 30 ns a tensor.
 //
 // Everything is read and checked anew for every step, so nothing can have changed unseen since the last one.
 #pragma once
@@ -33,17 +33,23 @@ struct DataType {
 
 constexpr DataType kInt64{0, 64, 1}, kFloat32{2, 32, 1}, kFloat64{2, 64, 1}, kBfloat16{4, 16, 1};
 
+struct Device {
+  std::int32_t type, id;
+
+  bool operator==(const Device& other) const { return type == other.type && id == other.id; }
+};
+
+constexpr Device kCpu{1, 0};
+
 struct Tensor {
   char* data;
-  std::int32_t device_type, device_id;
+  Device device;
   std::int32_t ndim;
   DataType dtype;
   const std::int64_t* shape;
   const std::int64_t* strides;
   std::uint64_t byte_offset;
 };
-
-constexpr std::int32_t kCpu = 1;
 
 struct ExchangeApi {
   std::uint32_t major, minor;
@@ -61,7 +67,7 @@ inline void require(bool condition) {
   if (!condition) throw NotPlain{};
 }
 
-// Reads dense, contiguous CPU tensors of the given Python types (subclasses may compute elsewhere).
+// Reads dense, contiguous tensors of the given Python types (subclasses may compute elsewhere).
 class TensorReader {
  public:
   // None where the interface is of another version.
@@ -79,7 +85,6 @@ class TensorReader {
       PyErr_Clear();
       throw NotPlain{};
     }
-    require(tensor.device_type == dlpack::kCpu);
     std::int64_t length = 1;
     bool empty = false;
     for (int d = tensor.ndim - 1; d >= 0; --d) {
@@ -94,9 +99,9 @@ class TensorReader {
 
   // The data of a tensor of one dimension.
   template <typename T>
-  T* row(py::handle object, dlpack::DataType dtype, std::int64_t length) const {
+  T* row(py::handle object, dlpack::DataType dtype, std::int64_t length, dlpack::Device device) const {
     const auto tensor = read(object);
-    require(tensor.dtype == dtype && tensor.ndim == 1 && tensor.shape[0] == length);
+    require(tensor.dtype == dtype && tensor.device == device && tensor.ndim == 1 && tensor.shape[0] == length);
     return reinterpret_cast<T*>(tensor.data);
   }
 
@@ -107,26 +112,71 @@ class TensorReader {
   std::vector<py::type> types_;
 };
 
-// The arguments of one step. The tensors must stay alive and as they are until it has run.
+// Parameters [N, ...] of one type and device, each with a gradient of its shape or None, and flat buffers of state.
+class SegmentTensors {
+ public:
+  SegmentTensors(const TensorReader& reader, std::int64_t num_agents, const py::list& parameters, const py::list& state,
+                 const py::list& gradients) {
+    require(!parameters.empty() && parameters.size() == gradients.size());
+    const auto first = reader.read(*parameters.begin());
+    device = first.device;
+    dtype = state_dtype = first.dtype;
+    segments.reserve(parameters.size());
+    auto gradient = gradients.begin();
+    std::int64_t num_elements = 0;
+    for (const auto& object : parameters) {
+      const auto parameter = reader.read(object);
+      require(parameter.dtype == dtype && parameter.device == device);
+      require(parameter.ndim > 0 && parameter.shape[0] == num_agents);
+      const auto* end = parameter.shape + parameter.ndim;
+      const auto columns = std::accumulate(parameter.shape + 1, end, std::int64_t{1}, std::multiplies<>{});
+      segments.push_back({parameter.data, gradient_like(reader, parameter, *gradient++), columns, num_elements});
+      num_elements += num_agents * columns;
+    }
+    if (!state.empty()) state_dtype = reader.read(*state.begin()).dtype;
+    for (const auto& buffer : state) {
+      buffers.push_back(reader.row<void>(buffer, state_dtype, num_elements, device));
+    }
+  }
+
+  dlpack::Device device;
+  dlpack::DataType dtype, state_dtype;
+  std::vector<Segment> segments;
+  std::vector<void*> buffers;
+
+ private:
+  static const void* gradient_like(const TensorReader& reader, const dlpack::Tensor& parameter, py::handle object) {
+    if (object.is_none()) return nullptr;
+    const auto gradient = reader.read(object);
+    require(gradient.dtype == parameter.dtype && gradient.device == parameter.device);
+    require(gradient.ndim == parameter.ndim);
+    require(std::equal(parameter.shape, parameter.shape + parameter.ndim, gradient.shape));
+    return gradient.data;
+  }
+};
+
+// The arguments of one step on the CPU. The tensors must stay alive and as they are until it has run.
 class TensorStep {
  public:
   TensorStep(const TensorReader& reader, const py::list& parameters, const py::list& state, const py::list& gradients,
              py::handle coefficients, int num_messages, py::handle row_start, py::handle neighbor, py::handle weight,
-             py::handle grad_scale) {
-    require(!parameters.empty() && parameters.size() == gradients.size() && num_messages > 0);
-    read_mixing(reader, row_start, neighbor, weight);
-    read_segments(reader, parameters, gradients);
-    read_state(reader, state);
-    const std::int64_t q = args_.num_states = static_cast<int>(state.size());
-    args_.num_messages = num_messages;
+             py::handle grad_scale)
+      : mixing_(mixing_of(reader, row_start, neighbor, weight)),
+        tensors_(reader, mixing_.num_agents, parameters, state, gradients) {
+    require(num_messages > 0 && tensors_.device == dlpack::kCpu);
+    const std::int64_t q = static_cast<std::int64_t>(state.size());
     const std::int64_t numbers = num_messages * (q + 2) + (q + 1) * (q + 2) + 2 * (q + 1) * num_messages;
-    args_.coefficients = reader.row<double>(coefficients, dlpack::kFloat64, numbers);
-    const auto num_agents = args_.mixing.num_agents;
-    args_.gradient_scale =
-        grad_scale.is_none() ? nullptr : reader.row<double>(grad_scale, dlpack::kFloat64, num_agents);
-    args_.state = state_.data();
-    args_.segments = segments_.data();
-    args_.num_segments = static_cast<std::int64_t>(segments_.size());
+    args_ = {storage(tensors_.dtype),
+             storage(tensors_.state_dtype),
+             static_cast<int>(q),
+             num_messages,
+             reader.row<double>(coefficients, dlpack::kFloat64, numbers, dlpack::kCpu),
+             mixing_,
+             grad_scale.is_none() ? nullptr
+                                  : reader.row<double>(grad_scale, dlpack::kFloat64, mixing_.num_agents, dlpack::kCpu),
+             tensors_.buffers.data(),
+             tensors_.segments.data(),
+             static_cast<std::int64_t>(tensors_.segments.size())};
   }
   TensorStep(const TensorStep&) = delete;
 
@@ -140,52 +190,19 @@ class TensorStep {
     return DType::float32;
   }
 
-  void read_mixing(const TensorReader& reader, py::handle row_start, py::handle neighbor, py::handle weight) {
+  static Mixing mixing_of(const TensorReader& reader, py::handle row_start, py::handle neighbor, py::handle weight) {
     const auto starts = reader.read(row_start);
-    require(starts.dtype == dlpack::kInt64 && starts.ndim == 1 && starts.shape[0] >= 2);
+    require(starts.dtype == dlpack::kInt64 && starts.device == dlpack::kCpu);
+    require(starts.ndim == 1 && starts.shape[0] >= 2);
     const auto num_agents = starts.shape[0] - 1;
     const auto* first = reinterpret_cast<const std::int64_t*>(starts.data);
     const auto num_edges = first[num_agents];
-    args_.mixing = {num_agents, first, reader.row<std::int64_t>(neighbor, dlpack::kInt64, num_edges),
-                    reader.row<double>(weight, dlpack::kFloat64, num_edges)};
+    return {num_agents, first, reader.row<std::int64_t>(neighbor, dlpack::kInt64, num_edges, dlpack::kCpu),
+            reader.row<double>(weight, dlpack::kFloat64, num_edges, dlpack::kCpu)};
   }
 
-  // Parameters [N, ...] of one type, each with a gradient of its shape, or None.
-  void read_segments(const TensorReader& reader, const py::list& parameters, const py::list& gradients) {
-    const auto num_agents = args_.mixing.num_agents;
-    const auto dtype = reader.read(*parameters.begin()).dtype;
-    args_.dtype = args_.state_dtype = storage(dtype);
-    segments_.reserve(parameters.size());
-    auto gradient = gradients.begin();
-    for (const auto& object : parameters) {
-      const auto parameter = reader.read(object);
-      require(parameter.dtype == dtype && parameter.ndim > 0 && parameter.shape[0] == num_agents);
-      const auto* end = parameter.shape + parameter.ndim;
-      const auto columns = std::accumulate(parameter.shape + 1, end, std::int64_t{1}, std::multiplies<>{});
-      segments_.push_back({parameter.data, gradient_like(reader, parameter, *gradient++), columns, num_elements_});
-      num_elements_ += num_agents * columns;
-    }
-  }
-
-  static const void* gradient_like(const TensorReader& reader, const dlpack::Tensor& parameter, py::handle object) {
-    if (object.is_none()) return nullptr;
-    const auto gradient = reader.read(object);
-    require(gradient.dtype == parameter.dtype && gradient.ndim == parameter.ndim);
-    require(std::equal(parameter.shape, parameter.shape + parameter.ndim, gradient.shape));
-    return gradient.data;
-  }
-
-  // Buffers [num_elements] of one type.
-  void read_state(const TensorReader& reader, const py::list& state) {
-    if (state.empty()) return;
-    const auto dtype = reader.read(*state.begin()).dtype;
-    args_.state_dtype = storage(dtype);
-    for (const auto& buffer : state) state_.push_back(reader.row<void>(buffer, dtype, num_elements_));
-  }
-
-  std::vector<Segment> segments_;
-  std::vector<void*> state_;
-  std::int64_t num_elements_ = 0;
+  Mixing mixing_;
+  SegmentTensors tensors_;
   StepArgs args_{};
 };
 

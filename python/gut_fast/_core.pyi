@@ -15,6 +15,13 @@ class TensorStep:
     def run(self, num_threads: int) -> None: ...
 
 def tensor_reader(exchange_api: object, types: list[type]) -> TensorReader | None: ...
+def are_plain(
+    reader: TensorReader,
+    num_agents: int,
+    parameters: list[Tensor],
+    state: list[Tensor],
+    gradients: list[Tensor | None],
+) -> bool: ...
 def tensor_step(
     reader: TensorReader,
     parameters: list[Tensor],

@@ -108,7 +108,7 @@ def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
         return None
     compute = cpu.direct_step(step) if backend in ("auto", "cpu") else None
     if compute is None:
-        if not step.parameters or not step.parameters[0].is_cuda or not _are_plain(step):
+        if not step.parameters or not step.parameters[0].is_cuda or not _are_of_torch(step):
             return None
         compute = partial(_checked_backend(step, backend).gossip_step, step)
 
@@ -119,7 +119,7 @@ def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
     return run
 
 
-def _are_plain(step: GossipStep) -> bool:
+def _are_of_torch(step: GossipStep) -> bool:
     """Whether no tensor is of a class that may compute elsewhere."""
     plain = {torch.Tensor, torch.nn.Parameter, type(None)}
     return {*map(type, step.parameters), *map(type, step.state), *map(type, step.gradients)} <= plain
@@ -250,6 +250,9 @@ def select_backend(
 def check(step: GossipStep) -> None:
     """Raises TypeError or ValueError unless the step's tensors are as `gossip_step_` describes them."""
     _check_mixing(step)
+    if cpu.are_plain(step) and step.parameters[0].is_floating_point():
+        check_dtypes(*step.dtypes)
+        return
     check_parameters(step.parameters, step.num_agents)
     first, num_elements = step.parameters[0], sum(parameter.numel() for parameter in step.parameters)
     if len(step.gradients) != len(step.parameters):

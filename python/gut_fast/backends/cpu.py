@@ -9,7 +9,7 @@ import torch
 
 from gut_fast.backends.step import GossipStep
 
-__all__ = ["direct_step", "gossip_step", "tier", "unavailable", "why_missing"]
+__all__ = ["are_plain", "direct_step", "gossip_step", "tier", "unavailable", "why_missing"]
 
 PAIRS = (
     (torch.float32, torch.float32),
@@ -100,3 +100,13 @@ def direct_step(step: GossipStep) -> Callable[[], None] | None:
         return None
     tensor_step = _core.tensor_step(_reader, *step)
     return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())
+
+
+def are_plain(step: GossipStep) -> bool:
+    """Whether parameters, state and gradients are plain, contiguous tensors of one device, and fit each other.
+
+    False also where this cannot be seen quickly. It looks at nothing else of the step.
+    """
+    return _reader is not None and _core.are_plain(
+        _reader, step.num_agents, step.parameters, step.state, step.gradients
+    )
