@@ -4,7 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*) python/gut_fast/rules.py
-CPP := $(wildcard csrc/*.h csrc/*/*.h csrc/*/*.cpp)
+CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emulation/*.h tests/emulation/*.cpp)
 
 .PHONY: demo test bench lint format types check clean
 .DELETE_ON_ERROR:

@@ -1,11 +1,14 @@
 """What all tests share: one thread, unless a test asks for more, so that they are quick on a busy machine."""
 
+import os
 import signal
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run in its interpreter, on CPU tensors
 # A shell's background jobs, and so the processes that tests start, ignore Ctrl-C; some tests press it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -12,7 +12,7 @@ PACKAGE = Path(gut_fast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"rules", "buffers", "_core", "data", "models"},
+    {"rules", "buffers", "_core", "_cuda", "data", "models"},
     {"mixing"},
     {"topology"},
     {"reference", "analysis"},
@@ -23,7 +23,8 @@ FLOORS = [
     {"gossip"},
     {"simulation"},
     {"experiments"},
-    {"benchmark", "verification"},
+    {"verification"},
+    {"benchmark"},
     {"commands"},
     {"cli"},
     {"__init__", "__main__"},

@@ -11,7 +11,7 @@ import torch
 
 import gut_fast
 from gut_fast import analysis, cli, topology
-from gut_fast.backends import cpu
+from gut_fast.backends import AUTOMATIC, cpu
 from gut_fast.experiments import Experiment, commands
 from gut_fast.rules import RULES
 from gut_fast.simulation import Simulator
@@ -70,9 +70,12 @@ def test_info_tells_what_there_is(gut_fast_command):
     facts = {line[:18].strip(): line[18:].strip() for line in out.splitlines()}
     assert code == 0
     assert facts["torch"] == torch.__version__
-    assert facts["backend cpu"] == "available"
+    assert facts["backend cpu"] == "for tensors on cpu"
+    assert facts["backend torch"] == "for tensors on cpu and cuda"
+    assert facts["auto on cpu"] == "cpu"
+    assert facts["auto on cuda"].split(";")[0] in AUTOMATIC["cuda"]
     assert facts["instruction tier"].startswith(f"{cpu.tier()} of ")
-    assert "CUDA" in out
+    assert facts["GPU"]
     assert facts["threads"] == "1"
 
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from gut_fast import rules, topology
-from gut_fast.backends import cpu
+from gut_fast.backends import cpu, cuda, triton
 from gut_fast.experiments import (
     TOPOLOGIES,
     Experiment,
@@ -326,16 +326,29 @@ def test_machine_tells_versions_tiers_and_what_is_missing():
     assert machine.missing_packages("no_such_a", "json", "no_such_b") == (
         'no_such_a and no_such_b not installed; install with: pip install "gut_fast[cli,data]"'
     )
-    assert machine.backend_status() == {"cpu": None, "torch": None}
+    status = machine.backend_status()
+    assert (status["cpu"], status["torch"]) == (None, None)
+    assert status["cuda"] is not None
     assert cpu.tier() in machine.instruction_tiers()
     assert f"1 thread, instruction tier {cpu.tier()}" in machine.machine_line()
 
 
 def test_machine_without_the_kernel(monkeypatch):
     monkeypatch.setattr(cpu, "why_missing", "it was not built")
-    assert machine.backend_status() == {"cpu": "it was not built", "torch": None}
+    assert machine.backend_status()["cpu"] == "it was not built"
+    assert machine.backend_line("cpu") == "it was not built"
+    assert machine.automatic_backend("cpu") == "torch; not cpu: it was not built"
     assert machine.instruction_tiers() == []
     assert "compiled kernel missing" in machine.machine_line()
+
+
+def test_machine_says_which_backend_a_gpu_would_get(monkeypatch):
+    monkeypatch.setattr(cuda, "why_missing", "no nvcc")
+    monkeypatch.setattr(triton, "why_missing", "no Triton")
+    assert machine.backend_line("cuda") == "no nvcc"
+    assert machine.backend_line("torch") == "for tensors on cpu and cuda"
+    assert machine.automatic_backend("cuda") == "torch; not cuda: no nvcc; not triton: no Triton"
+    assert machine.automatic_backend("cpu") == "cpu"
 
 
 # Pictures

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.backends import BACKENDS, HALVES, GossipStep, arithmetic, cpu
+from gut_fast.backends import AUTOMATIC, BACKENDS, HALVES, GossipStep, arithmetic, cpu
 
 __all__ = [
     "check",
@@ -222,7 +222,7 @@ def select_backend(
     state_dtype: torch.dtype | None = None,
     function: str = "gossip_step",
 ) -> ModuleType:
-    """The backend of that name, or for ``"auto"`` the first that has the function and can serve such tensors.
+    """The backend of that name, or for ``"auto"`` the first of `AUTOMATIC` that has the function and can serve them.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -233,9 +233,9 @@ def select_backend(
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
-    candidates = BACKENDS if name == "auto" else {name: BACKENDS[name]}
     reasons: list[str] = []
-    for candidate, backend in candidates.items():
+    for candidate in AUTOMATIC.get(device_type, ("torch",)) if name == "auto" else (name,):
+        backend = BACKENDS[candidate]
         reason = backend.unavailable(device_type, dtype, num_states, num_messages, state_dtype)
         if reason is None and not hasattr(backend, function):
             reason = f"it has no {function}"

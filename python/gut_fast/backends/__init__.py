@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from gut_fast.backends import cpu
+from gut_fast.backends import cpu, cuda, triton
 from gut_fast.backends import torch as plain_torch
 from gut_fast.backends.step import HALVES, GossipStep, arithmetic
 
-__all__ = ["BACKENDS", "HALVES", "GossipStep", "arithmetic"]
+__all__ = ["AUTOMATIC", "BACKENDS", "HALVES", "GossipStep", "arithmetic"]
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "torch": plain_torch}
-"""Backends by name, in the order in which ``"auto"`` tries them."""
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": plain_torch}
+"""Backends by name."""
+
+AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+"""Which of them ``"auto"`` tries, in this order, by the type of the tensors' device; elsewhere it is ``"torch"``."""

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import gut_fast
 from gut_fast import analysis, data, models, ops, rules
-from gut_fast.backends import BACKENDS, cpu
+from gut_fast.backends import AUTOMATIC, BACKENDS, cpu
 from gut_fast.experiments import folder as experiment_folder
 from gut_fast.experiments import machine, plots, summary
 from gut_fast.experiments.runner import Experiment, Run, make_simulator, samples_per_class
@@ -342,7 +342,6 @@ def _limit(limit: float | None) -> str:
 @app.command()
 def info() -> None:
     """Show versions, backends and why one is missing, threads and instruction tiers."""
-    status = {name: reason or "available" for name, reason in machine.backend_status().items()}
     tiers = machine.instruction_tiers()
     console = console_of_text()
     facts = {
@@ -350,8 +349,9 @@ def info() -> None:
         "machine": machine.machine_line(),
         "threads": str(torch.get_num_threads()),
         "instruction tier": f"{cpu.tier()} of {', '.join(tiers)} (GUT_FAST_TIER chooses)" if tiers else "none",
-        **{f"backend {name}": text for name, text in status.items()},
-        "CUDA, Triton": "no kernels in this version; parameters on a GPU go through the torch backend",
+        "GPU": machine.gpu_line(),
+        **{f"backend {name}": machine.backend_line(name) for name in BACKENDS},
+        **{f"auto on {device}": machine.automatic_backend(device) for device in AUTOMATIC},
         **{name: _package_status(name) for name in machine.OPTIONAL_PACKAGES},
     }
     console.print(_grid(facts))

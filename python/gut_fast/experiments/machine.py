@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 
 import gut_fast
-from gut_fast.backends import BACKENDS, cpu
+from gut_fast.backends import AUTOMATIC, BACKENDS, cpu
 
 __all__ = [
     "OPTIONAL_PACKAGES",
+    "automatic_backend",
+    "backend_line",
     "backend_status",
+    "gpu_line",
     "instruction_tiers",
     "machine_line",
     "missing_packages",
@@ -67,9 +70,36 @@ def instruction_tiers() -> list[str]:
     return list(_core.available_tiers())
 
 
-def backend_status() -> dict[str, str | None]:
-    """Why a backend cannot serve float32 parameters on the CPU, by its name; None where it can."""
-    return {name: backend.unavailable("cpu", torch.float32, 1, 1) for name, backend in BACKENDS.items()}
+def backend_status(device_type: str = "cpu") -> dict[str, str | None]:
+    """Why a backend cannot serve float32 parameters on such a device, by its name; None where it can."""
+    return {name: backend.unavailable(device_type, torch.float32, 1, 1) for name, backend in BACKENDS.items()}
+
+
+def backend_line(name: str) -> str:
+    """The devices whose tensors a backend can serve, or why it can serve none."""
+    reasons = {device: backend_status(device)[name] for device in AUTOMATIC}
+    served = [device for device, reason in reasons.items() if reason is None]
+    return f"for tensors on {' and '.join(served)}" if served else "; ".join(dict.fromkeys(map(str, reasons.values())))
+
+
+def automatic_backend(device_type: str) -> str:
+    """What ``backend="auto"`` takes for float32 parameters on such a device, and why not what it would rather take."""
+    status = backend_status(device_type)
+    passed = []
+    for name in AUTOMATIC[device_type]:
+        if status[name] is None:
+            return "; ".join([name, *passed])
+        passed.append(f"not {name}: {status[name]}")
+    raise AssertionError("the torch backend serves every device")
+
+
+def gpu_line() -> str:
+    """The CUDA devices of this machine, or why there is none."""
+    if not torch.backends.cuda.is_built():
+        return "none: this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "none that PyTorch can use"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
 
 
 def wrong_tier() -> str | None:

@@ -1,0 +1,7 @@
+#include "cuda/instances.cuh"
+
+namespace gut_fast::cuda {
+
+const Instances kMixedInstances = instances<Mixed>();
+
+}  // namespace gut_fast::cuda
