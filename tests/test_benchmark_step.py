@@ -10,7 +10,6 @@ from gut_fast.benchmark import (
     comparison,
     formulations,
     overhead,
-    peers,
     pictures,
     report,
     results,
@@ -20,8 +19,11 @@ from gut_fast.benchmark import (
 )
 from gut_fast.benchmark.cases import CASES, GROUPS, SHAPES, Case, resnet20_shapes
 from gut_fast.benchmark.contenders import Ceiling, Contender, GutFast, Kernel, MomentumSGD, Unavailable, Workload
-from gut_fast.benchmark.formulations import MIXINGS, Compiled, Eager
-from gut_fast.benchmark.peers import AuthorsSequence, enter
+from gut_fast.benchmark.device import CPU
+from gut_fast.benchmark.formulations import Compiled, Eager
+from gut_fast.benchmark.mixings import MIXINGS
+from gut_fast.benchmark.others import AuthorsSequence
+from gut_fast.benchmark.peers import enter
 from gut_fast.benchmark.results import Measured, Result
 from gut_fast.benchmark.timing import Disturbance, Quantiles
 from gut_fast.experiments.terminal import BadArgumentError
@@ -46,11 +48,12 @@ def test_resnet20_has_the_65_tensors_of_the_network():
     assert len(shapes) == 65
     assert sum(map(math.prod, shapes)) == 272_474
     assert sum(map(math.prod, SHAPES["lenet5"])) == 61_706
+    assert [sum(map(math.prod, resnet20_shapes(width=width))) for width in (32, 64)] == [1_084_586, 4_327_754]
 
 
 def test_names_of_cases_and_groups_do_not_collide():
     assert not CASES.keys() & GROUPS.keys()
-    assert len(CASES) == len(GROUPS["all"])
+    assert len(CASES) == len(GROUPS["all"]) + len(GROUPS["gpu"])
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -179,7 +182,7 @@ def test_in_bfloat16_a_step_of_float32_arithmetic_is_equal_and_one_of_bfloat16_i
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     workload = Workload(small(dtype="bfloat16", shapes=((300,),)))
     assert error_of(Compiled(workload, "index"), workload) <= 2**-7
-    with pytest.raises(Unavailable, match="bfloat16"):
+    with pytest.raises(Unavailable, match="half precision"):
         Eager(workload, "index")
 
 
@@ -232,6 +235,16 @@ def test_a_wrong_peer_is_named_and_not_timed(monkeypatch):
     assert result.absent["eager, index"].startswith("not equal to the reference: z is off by")
 
 
+def test_a_peer_that_fails_is_named_and_not_timed(monkeypatch):
+    def fail(self):
+        raise RuntimeError("no such instruction\nand a long story")
+
+    monkeypatch.setattr(Eager, "step", fail)
+    result = run.run(small(), 1, 0.0, ("ceiling", "eager"))
+    assert set(result.contenders) == {"ceiling", "gut_fast"}
+    assert result.absent["eager, index"] == "failed: no such instruction"
+
+
 def test_if_ours_is_wrong_nothing_is_timed(monkeypatch):
     monkeypatch.setattr(GutFast, "step", lambda self: None)
     monkeypatch.setattr(timing, "interleave", None)
@@ -280,8 +293,7 @@ def test_the_ceiling_runs_over_state_and_all_tensors():
 def test_who_does_not_fit_in_memory_stays_away(monkeypatch):
     workload = Workload(small())
     room = 4 * workload.values.numel() * 4
-    monkeypatch.setattr(peers, "MEMORY_SHARE", 1.0)
-    monkeypatch.setattr(peers.os, "sysconf", {"SC_PHYS_PAGES": room, "SC_PAGE_SIZE": 1}.get)
+    monkeypatch.setattr(workload.device, "room", lambda: room, raising=False)
     field = enter(workload, ["ceiling", "sgd", "eager"])
     assert set(field.contenders) == {"ceiling", "gut_fast", "momentum SGD, fused"}
     assert "of memory" in field.absent["eager, index"]
@@ -567,7 +579,8 @@ def test_if_ours_is_wrong_the_exit_code_is_1(capsys, monkeypatch):
         (("--topology", "circle:8"), "unknown topology 'circle'"),
         (("--rule", "adam"), "unknown rule 'adam'"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),
-        (("--backend", "cuda"), "unknown backend 'cuda'"),
+        (("--backend", "gpu"), "unknown backend 'gpu'"),
+        (("--device", "tpu"), "unknown device 'tpu'; known are cpu, cuda"),
         (("--peers", "numpy"), "unknown numpy; known are all, none, ceiling"),
         (("--json", "nowhere/r.json"), "there is no folder nowhere"),
     ],
@@ -582,8 +595,8 @@ def test_bad_arguments_are_refused_before_anything_is_timed(arguments, message, 
 
 def test_threads_default_to_one_and_all(threads):
     threads(2)
-    assert commands._thread_counts(None) == [1, 2]
-    assert commands._thread_counts([4, 1, 4]) == [1, 4]
+    assert commands._thread_counts(None, CPU) == [1, 2]
+    assert commands._thread_counts([4, 1, 4], CPU) == [1, 4]
 
 
 # Scaling

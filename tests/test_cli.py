@@ -139,6 +139,7 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
         (["train", "--backend", "gpu"], "unknown backend 'gpu'"),
         (["train", "--state-dtype", "int8"], "state_dtype must be a floating dtype of torch, such as bfloat16"),
         (["train", "--state-dtype", "float64"], "the state is torch.float64; for parameters of torch.float32"),
+        (["train", "--autocast", "float16"], "autocast must be torch.bfloat16 or None, got torch.float16"),
         (["train", "--device", "tpu"], "device 'tpu' cannot be used: "),
         (["train", "--threads", "0"], "Invalid value for '--threads'"),
         (["train", "--resume"], "outputs/train holds no experiment"),
@@ -295,6 +296,7 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         *("--weight-decay", "0.01", "--partition", "shards", "--classes-per-agent", "2", "--batch-size", "8"),
         *("--steps", "2", "--milestones", "", "--decay", "0.5", "--engine", "loop", "--backend", "torch"),
         *("--seeds", "7,", "--threads", "1", "--state-dtype", "bfloat16", "--device", "cpu"),
+        *("--autocast", "bfloat16", "--augment", "--channels-last"),
     )
     assert code == 0
     assert Experiment.load(tmp_path / "outputs" / "train" / "seed-7" / "config.json") == Experiment(
@@ -314,6 +316,9 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         engine="loop",
         backend="torch",
         state_dtype="bfloat16",
+        autocast="bfloat16",
+        channels_last=True,
+        augment=True,
         seed=7,
     )
 

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gut_fast import data
-from gut_fast.data import Dataset, digits, partition
+from gut_fast.data import Dataset, RandomCropFlip, digits, partition
 from gut_fast.data.partition import class_histogram, dirichlet, dirichlet_blocks, iid, shards
 
 LABELS = torch.arange(600) % 10
@@ -248,5 +248,83 @@ def test_class_histogram_counts():
     ],
 )
 def test_bad_arguments_say_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# Augmentation
+
+
+def crop_and_flip(image, draw, padding):
+    """One image [C, H, W], pixel by pixel."""
+    top, left, mirrored = draw
+    height, width = image.shape[1:]
+    out = torch.zeros_like(image)
+    for h in range(height):
+        for w in range(width):
+            y, x = h + top - padding, (width - 1 - w if mirrored else w) + left - padding
+            if 0 <= y < height and 0 <= x < width:
+                out[:, h, w] = image[:, y, x]
+    return out
+
+
+def channels_last(inputs):
+    return inputs.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("padding", [0, 1, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("layout", [torch.clone, channels_last])
+def test_random_crop_and_flip_is_its_definition(channels, padding, dtype, layout):
+    augment = RandomCropFlip(padding)
+    generator = torch.Generator().manual_seed(padding)
+    inputs = layout(torch.randint(1, 256, (2, 6, channels, 3, 4), generator=generator).to(dtype))
+    before, draws = inputs.clone(), augment.draw(12, generator).view(2, 6, 3)
+    outputs = augment(inputs, draws)
+    assert (outputs.dtype, outputs.shape, outputs.stride()) == (inputs.dtype, inputs.shape, inputs.stride())
+    assert torch.equal(inputs, before)
+    for agent in range(2):
+        for sample in range(6):
+            expected = crop_and_flip(inputs[agent, sample], draws[agent, sample].tolist(), padding)
+            assert torch.equal(outputs[agent, sample], expected)
+
+
+def test_every_place_and_both_sides_are_drawn_equally_often():
+    draws = RandomCropFlip(1).draw(18_000, torch.Generator().manual_seed(0))
+    assert draws.dtype == torch.int64
+    places, counts = draws.unique(dim=0, return_counts=True)
+    assert len(places) == 3 * 3 * 2
+    assert 850 < counts.min() <= counts.max() < 1150  # five standard deviations around 1,000
+    assert RandomCropFlip(4, flip=False).draw(100, torch.Generator())[:, 2].eq(0).all()
+    assert RandomCropFlip(0).draw(100, torch.Generator())[:, :2].eq(0).all()
+
+
+IMAGES = torch.zeros(2, 3, 1, 4, 4)
+DRAWS = torch.zeros(2, 3, 3, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: RandomCropFlip(-1), ValueError, "padding must be at least 0, got -1"),
+        (lambda: RandomCropFlip(2.0), TypeError, "padding must be an integer, got float 2.0"),
+        (lambda: RandomCropFlip(flip=1), TypeError, "flip must be True or False, got 1"),
+        (
+            lambda: RandomCropFlip()(IMAGES[0], DRAWS),
+            ValueError,
+            r"for images \[N, B, C, H, W\], got .* \(3, 1, 4, 4\)",
+        ),
+        (lambda: RandomCropFlip()(IMAGES, DRAWS[:1]), ValueError, r"of shape \(1, 3, 3\).*expected .* \(2, 3, 3\)"),
+        (lambda: RandomCropFlip()(IMAGES, DRAWS.int()), ValueError, "draws is torch.int32 of shape"),
+        (
+            lambda: RandomCropFlip()(IMAGES, DRAWS + 2),
+            ValueError,
+            r"from 0 to 1, got \[2, 2, 2\] … \[2, 2, 2\]",
+        ),
+        (lambda: RandomCropFlip()(IMAGES, DRAWS - 1), ValueError, "top and left go from 0 to 8"),
+    ],
+)
+def test_a_bad_augmentation_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()

@@ -91,7 +91,7 @@ def test_topologies_and_names_are_there():
     assert all(callable(getattr(gf.topology, name)) for name in names)
     for name in set(re.findall(r"gf\.([A-Z]\w+)", README)):
         assert name in gf.__all__
-    in_quotes = set(re.findall(r"`(?:engine=)?\"(\w+)\"`", README))
+    in_quotes = set(re.findall(r"`(?:engine=)?\"([\w-]+)\"`", README))
     assert set(ENGINES) <= in_quotes
     assert set(machine.instruction_tiers()) <= set(re.findall(r"`([\w-]+)`", README.split("`GUT_FAST_TIER` (")[1]))
 

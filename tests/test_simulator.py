@@ -18,13 +18,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from gut_fast import optim, topology
-from gut_fast.data import Dataset, partition
+from gut_fast.data import Dataset, RandomCropFlip, partition
 from gut_fast.gossip import Gossip
 from gut_fast.simulation import Simulator, consensus_error, stack, write_csv, write_json_lines
 from gut_fast.simulation import checkpoint as checkpoint_module
 from gut_fast.simulation import progress as progress_module
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
-from gut_fast.simulation.metrics import evaluate
+from gut_fast.simulation.metrics import evaluate, read
 
 NUM_AGENTS = 4
 RING = topology.ring(NUM_AGENTS)
@@ -51,6 +51,19 @@ def model_with_state():
     """Batch statistics and dropout: both must survive a checkpoint."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
+
+
+def pictures():
+    """The same classes, each seen in one corner of small images."""
+    data = blobs()
+    as_images = (inputs.view(-1, 1, 2, 2).repeat(1, 2, 2, 2) for inputs in (data.train_inputs, data.test_inputs))
+    train_inputs, test_inputs = as_images
+    return replace(data, name="pictures", train_inputs=train_inputs, test_inputs=test_inputs)
+
+
+def convolutional_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3))
 
 
 def gut(mixes=RING, **options):
@@ -153,7 +166,7 @@ def test_evaluation_changes_nothing_and_is_the_same_one_by_one_and_all_at_once()
         {name: tensor.clone() for name, tensor in sim.stacked.state_dict().items()},
         torch.get_rng_state(),
     )
-    results = [evaluate(sim.stacked, DATA, cross_entropy, vectorized=vectorized) for vectorized in (True, False)]
+    results = [read(evaluate(sim.stacked, DATA, cross_entropy, vectorized=each)) for each in (True, False)]
     assert results[0] == pytest.approx(results[1])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same(sim.stacked.state_dict(), before)
@@ -304,6 +317,60 @@ def test_every_epoch_is_the_whole_part_in_another_order():
     assert len({tuple(samples) for samples in orders}) == len(orders)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_are_gathered_in_the_layout_of_the_data_and_then_augmented(channels_last):
+    sim = simulator(convolutional_model, data=pictures(), channels_last=channels_last, augment=RandomCropFlip(1))
+    for step in (0, 1, STEPS_PER_BLOCK, 2):
+        inputs, targets = sim.batches(step)
+        indices = sim.batches.indices(step)
+        gathered = pictures().train_inputs[indices]
+        assert torch.equal(targets, DATA.train_labels[indices])
+        assert torch.equal(inputs, RandomCropFlip(1)(gathered, sim.batches._draws[step % STEPS_PER_BLOCK]))
+        assert not torch.equal(inputs, gathered)
+        assert inputs[0].is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def test_augmentation_is_a_function_of_seed_agent_and_step():
+    """Not of the other agents, nor of what was asked before; and it does not repeat itself from block to block."""
+    images, labels, augment = pictures().train_inputs, DATA.train_labels, RandomCropFlip(1)
+    parts = [torch.arange(60)] * 3
+
+    def draws(step, agents=3, seed=0):
+        batches = Batches(images, labels, parts[:agents], 5, seed, augment)
+        batches(step)
+        return batches._draws[step % STEPS_PER_BLOCK]
+
+    assert torch.equal(draws(70, agents=2), draws(70)[:2])
+    used = Batches(images, labels, parts, 5, 0, augment)
+    used(3)
+    fresh = Batches(images, labels, parts, 5, 0, augment)
+    assert torch.equal(used(70)[0], fresh(70)[0])
+    different = [*draws(70), *draws(71), *draws(70 + STEPS_PER_BLOCK), draws(70, seed=1)[0]]
+    assert len({tuple(draw.flatten().tolist()) for draw in different}) == len(different)
+
+
+def test_mixed_precision_is_that_of_training_and_of_evaluation():
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, inputs):
+            outputs = super().forward(inputs)
+            seen.append((torch.is_grad_enabled(), outputs.dtype))
+            return outputs
+
+    def loss(outputs, targets):
+        assert outputs.dtype == torch.float32
+        assert not torch.is_autocast_enabled("cpu")
+        return cross_entropy(outputs, targets)
+
+    torch.manual_seed(0)
+    sim = simulator(Watched(4, 3), engine="loop", autocast=torch.bfloat16, loss=loss)
+    run(sim, 200)
+    assert set(seen) == {(True, torch.bfloat16), (False, torch.bfloat16)}
+    assert sim.stacked.values.dtype == torch.float32
+    assert sim.history[-1]["test_accuracy"] > 0.85
+
+
 # Bytes
 
 
@@ -365,6 +432,21 @@ RUNS = {
     "varying topology": {
         "mixes": topology.random_matching(NUM_AGENTS, seed=1),
         "optimizer": lambda p: optim.GUT(p, lr=0.1, mu=0.5, topology=topology.random_matching(NUM_AGENTS, seed=1)),
+    },
+    "augmented": {"data": pictures(), "model": convolutional_model, "augment": RandomCropFlip(1)},
+    "mixed precision, channels last": {
+        "data": pictures(),
+        "model": convolutional_model,
+        "autocast": torch.bfloat16,
+        "channels_last": True,
+        "engine": "loop",
+    },
+    "state in bfloat16": {"optimizer": gut(state_dtype=torch.bfloat16)},
+    "parameters in bfloat16": {"model": lambda: model_with_state().to(torch.bfloat16)},
+    "parameters in bfloat16, state in float32": {
+        "model": lambda: model_with_state().to(torch.bfloat16),
+        "optimizer": gut(state_dtype=torch.float32),
+        "engine": "loop",
     },
     "adamw, no mixing": {"optimizer": lambda p: torch.optim.AdamW(p, lr=0.01)},
     "adamw, mixed": {"optimizer": lambda p: Gossip(torch.optim.AdamW(p, lr=0.01), "gut", topology=RING, mu=0.5)},
@@ -560,6 +642,14 @@ def ring_with_other_weights(weights, name="ring(4)"):
 
 
 OTHER = {
+    r"augmentation is None there, 'RandomCropFlip\(padding=1, flip=True\)' here": {"augment": RandomCropFlip(1)},
+    "dtype of the state is None there, 'torch.bfloat16' here": {"optimizer": gut(state_dtype=torch.bfloat16)},
+    "autocast is None there, 'torch.bfloat16' here": {"autocast": torch.bfloat16},
+    "channels last is None there, True here": {
+        "data": pictures(),
+        "model": convolutional_model,
+        "channels_last": True,
+    },
     "digest of the mixing weights is": {"mixes": ring_with_other_weights(0.25)},
     "digest of the training samples is": {"data": blobs(seed=1)},
     "number of agents is 4 there, 5 here": {"mixes": topology.ring(5)},
@@ -748,6 +838,14 @@ def test_bad_arguments_of_run_change_nothing(options, error, message):
         ({"batch_size": 2.0}, TypeError, "batch_size must be an integer"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),
         ({"engine": "fast"}, ValueError, "unknown engine 'fast'"),
+        ({"channels_last": True}, ValueError, r"is for images \[samples, C, H, W\], the inputs have shape \(60, 4\)"),
+        ({"autocast": torch.float16}, ValueError, "must be torch.bfloat16 or None, got torch.float16; float16 needs"),
+        ({"autocast": "bfloat16"}, ValueError, "autocast must be torch.bfloat16 or None, got 'bfloat16'"),
+        (
+            {"autocast": torch.bfloat16, "model": lambda: plain_model().double()},
+            ValueError,
+            "is for parameters of torch.float32, the model's are torch.float64",
+        ),
         ({"parts": [torch.arange(3)] * 3 + [torch.arange(0)]}, ValueError, "agent 3 has no samples"),
         ({"parts": [torch.arange(3)] * 3 + [torch.tensor([60])]}, ValueError, "indices 60 … 60, but there are 60"),
         ({"parts": [torch.arange(3)] * 3 + [torch.tensor([-1])]}, ValueError, "agent 3's part has indices -1"),

@@ -9,13 +9,13 @@ import torch
 import typer
 
 from gut_fast import _core, lockstep, ops, reference, topology
-from gut_fast.backends import BACKENDS
+from gut_fast.backends import AUTOMATIC, BACKENDS
 from gut_fast.backends import torch as plain_torch
 from gut_fast.experiments.terminal import BadArgumentError
 from gut_fast.lockstep import EXACT, LIMIT, PRECISIONS, Problem, compare
 from gut_fast.reference import PUBLISHED
 from gut_fast.rules import RULES
-from gut_fast.verification import cases, commands, comparison, players
+from gut_fast.verification import cases, commands, comparison, players, report
 
 FLOAT32 = PRECISIONS["float32"]
 
@@ -74,7 +74,8 @@ def test_right_kernels_pass(rule, verify, few_graphs, tmp_path):
 def test_everything_is_asked_for_unless_told_otherwise():
     request = commands._request(None, None, None, None, seed=0, full=False)
     assert request.rules == list(RULES.values())
-    assert request.backends == list(BACKENDS)
+    on_gpu = AUTOMATIC["cuda"] if torch.cuda.is_available() else ()
+    assert request.backends == [name for name in BACKENDS if name in {*AUTOMATIC["cpu"], *on_gpu}]
     assert request.precisions == list(PRECISIONS.values())
     assert request.tiers == _core.available_tiers()
     assert all(name in PUBLISHED for name in RULES)
@@ -105,6 +106,7 @@ def test_settings_are_put_back():
             assert (_core.tier(), torch.get_num_threads()) == (setting.tier, setting.threads)
     assert len(players.settings("cpu", tiers, (1, 2))) == 2 * len(tiers)
     assert players.settings("torch", tiers, (1, 2)) == [players.Setting()]
+    assert len(players.settings("torch", tiers, (1, 2), "cuda")) == 2
     assert (_core.tier(), torch.get_num_threads()) == before
 
 
@@ -225,6 +227,39 @@ def test_bits_that_differ_between_tiers_or_threads_are_found(differs, message, v
     assert message in text
 
 
+def test_bits_that_differ_from_run_to_run_on_a_device_are_found(plant, few_graphs):
+    """On another device everything runs twice; "cpu:0" stands for one."""
+    calls = iter(range(10**6))
+
+    def restless(step):
+        plain_torch.gossip_step(step)
+        if next(calls) == 27:  # in the second run on the device, after one of 12 steps there and one on the CPU
+            step.parameters[0][0, 0] *= 1 + torch.finfo(step.parameters[0].dtype).eps
+
+    plant(restless)
+    ask = comparison.Request([RULES["dsgd"]], ["planted", "torch"], [FLOAT32], [], devices=["cpu", "cpu:0"])
+    result = comparison.verify(ask)
+    wheres = {line.where: line for line in result.lines}
+    assert list(wheres) == ["planted", "planted, cpu:0", "torch", "torch, cpu:0"]
+    assert wheres["planted"].passed
+    assert "other bits with once more than with as it is" in wheres["planted, cpu:0"].faults[0]
+    assert wheres["torch, cpu:0"].passed
+    assert wheres["torch, cpu:0"].num_comparisons == 2 * wheres["torch"].num_comparisons
+
+
+def test_the_legend_names_the_devices():
+    assert report.legend(["baseline"], (1, 2)).endswith("on 1, 2 threads")
+    assert report.legend(["baseline"], (1,), ["cpu", "cuda"]).endswith("\ncuda: the same bits a second time")
+
+
+@pytest.mark.gpu
+def test_right_kernels_pass_on_a_gpu(few_graphs):
+    ask = comparison.Request([RULES["gut"]], list(BACKENDS), list(PRECISIONS.values()), [], devices=["cuda"])
+    result = comparison.verify(ask)
+    assert {line.backend for line in result.lines} >= {"torch", "published"}
+    assert result.passed
+
+
 def test_a_wrong_published_form_or_rule_is_found(verify, few_graphs, monkeypatch):
     class Wrong(PUBLISHED["gut"]):
         def step(self, g):
@@ -266,7 +301,7 @@ def test_the_unit_is_what_plain_pytorch_loses():
     ("arguments", "message"),
     [
         (("--rule", "gott"), r"--rule gott: expected one of dsgd, gut"),
-        (("--backend", "gpu"), r"--backend gpu: expected one of cpu, torch"),
+        (("--backend", "gpu"), rf"--backend gpu: expected one of {', '.join(BACKENDS)}"),
         (("--dtype", "float8"), r"--dtype float8: expected one of float32, float64, float32/bfloat16"),
         (("--tier", "x87"), r"--tier x87: expected one of .*baseline"),
         (("--json", "."), r"--json \.: this is a folder"),

@@ -393,7 +393,7 @@ def test_auto_chooses_between_the_loop_and_workers_where_vmap_fails(threads):
     threads(2)
     auto = AutoEngine(stack(DependsOnValues(4, 3), NUM_AGENTS), cross_entropy)
     auto(*batch())
-    with pytest.warns(UserWarning, match="the agents run one by one"):
+    with pytest.warns(UserWarning, match="engine 'vmap' is left out"):
         auto(*batch())
     for _ in range(11):
         auto(*batch())

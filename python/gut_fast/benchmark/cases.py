@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from gut_fast.backends import HALVES
 from gut_fast.experiments.specs import parse_topology
 from gut_fast.models import lenet5
 from gut_fast.rules import UpdateRule, get_rule
@@ -18,15 +19,22 @@ __all__ = ["CASES", "DTYPES", "GROUPS", "SHAPES", "Case", "resnet20_shapes"]
 
 Shapes = tuple[tuple[int, ...], ...]
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "float64": torch.float64,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 STEP_SIZE = {"lr": 0.05}
 MU = {"mu": 0.3}
 """Stable on every topology of the table; the torus ends at 1/3."""
 
 
-def resnet20_shapes(num_classes: int = 10) -> Shapes:
+def resnet20_shapes(num_classes: int = 10, width: int = 16) -> Shapes:
     """Parameter shapes of ResNet-20 for CIFAR with 1 × 1 shortcuts: 65 tensors, 272,474 numbers for 10 classes.
+
+    Of twice or four times the width, with 32 or 64 channels in its first layers: 1,084,586 or 4,327,754.
 
     Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
     """
@@ -35,13 +43,13 @@ def resnet20_shapes(num_classes: int = 10) -> Shapes:
         """The filters, and scale and shift of the normalisation after them."""
         return ((outputs, inputs, size, size), (outputs,), (outputs,))
 
-    shapes = convolution(3, 16, 3)
-    inputs = 16
-    for width in (16, 32, 64):
+    shapes = convolution(3, width, 3)
+    inputs = width
+    for outputs in (width, 2 * width, 4 * width):
         for _ in range(3):
-            shapes += convolution(inputs, width, 3) + convolution(width, width, 3)
-            shapes += convolution(inputs, width, 1) if inputs != width else ()
-            inputs = width
+            shapes += convolution(inputs, outputs, 3) + convolution(outputs, outputs, 3)
+            shapes += convolution(inputs, outputs, 1) if inputs != outputs else ()
+            inputs = outputs
     return (*shapes, (num_classes, inputs), (num_classes,))
 
 
@@ -50,7 +58,12 @@ def _lenet5_shapes() -> Shapes:
         return tuple(tuple(parameter.shape) for parameter in lenet5().parameters())
 
 
-SHAPES: dict[str, Shapes] = {"resnet20": resnet20_shapes(), "lenet5": _lenet5_shapes()}
+SHAPES: dict[str, Shapes] = {
+    "resnet20": resnet20_shapes(),
+    "lenet5": _lenet5_shapes(),
+    "resnet20-wide": resnet20_shapes(width=32),
+    "resnet20-wider": resnet20_shapes(width=64),
+}
 """Models by name: the shapes of their parameters are all that a step sees of them."""
 
 RESNET20 = sum(map(math.prod, SHAPES["resnet20"]))
@@ -71,6 +84,7 @@ class Case:
         state_dtype: of the state; None is `dtype`.
         backend: of the optimizer that is timed.
         goals: the fraction of the ceiling's speed that the step is to reach, by number of threads.
+        gpu_goal: the same on a GPU.
     """
 
     name: str
@@ -82,6 +96,7 @@ class Case:
     state_dtype: str | None = None
     backend: str = "auto"
     goals: Mapping[int, float] = field(default_factory=dict)
+    gpu_goal: float | None = None
 
     def __post_init__(self) -> None:
         for dtype in filter(None, (self.dtype, self.state_dtype)):
@@ -108,6 +123,17 @@ class Case:
     def storage(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of parameters and of state."""
         return DTYPES[self.dtype], DTYPES[self.state_dtype or self.dtype]
+
+    @property
+    def stores_halves(self) -> bool:
+        """Whether anything is stored in bfloat16 or float16."""
+        return not set(HALVES).isdisjoint(self.storage)
+
+    @property
+    def bytes_held(self) -> int:
+        """Of parameters, gradients and states of one agent."""
+        parameter, state = (dtype.itemsize for dtype in self.storage)
+        return self.columns * (2 * parameter + len(self.make_rule().states) * state)
 
     def bytes_per_step(self, num_agents: int) -> int:
         """What a step has to move at least: reads z, every state and g, writes z and every state."""
@@ -161,13 +187,39 @@ STORAGE = (
     _gut("bf16-parameters", "ring:16", _flat(RESNET20), dtype="bfloat16", state_dtype="float32"),
 )
 
+
+def _gpu(name: str, topology: str, model: str, gpu_goal: float | None = None, **options: Any) -> Case:
+    return _gut(f"gpu-{name}", topology, SHAPES[model], gpu_goal=gpu_goal, **options)
+
+
+GPU = (
+    _gpu("ring-16", "ring:16", "resnet20", 0.90),
+    _gpu("ring-16-1m", "ring:16", "resnet20-wide", 0.90),
+    _gpu("ring-16-4m", "ring:16", "resnet20-wider", 0.90),
+    _gpu("ring-64", "ring:64", "resnet20", 0.90),
+    _gpu("torus-64", "torus:8x8", "resnet20", 0.90),
+    _gpu("ring-256", "ring:256", "lenet5", 0.85),
+    _gpu("complete-16", "complete:16", "resnet20-wide", 0.85),
+    _gpu("complete-64", "complete:64", "resnet20", 0.85),
+    _gpu("ring-1024", "ring:1024", "lenet5", 0.75),
+    _gpu("regular-1024", "random-regular:1024:4:0", "lenet5", 0.60),
+    _gpu("bf16", "ring:16", "resnet20-wide", dtype="bfloat16"),
+    _gpu("f16", "ring:16", "resnet20-wide", dtype="float16"),
+    _gpu("bf16-state", "ring:16", "resnet20-wide", state_dtype="bfloat16"),
+    Case("gpu-qg-gutm", "qg_gutm", "ring:16", SHAPES["resnet20-wide"], STEP_SIZE),
+    Case("gpu-gradient-tracking", "gradient_tracking", "ring:16", SHAPES["resnet20-wide"], STEP_SIZE),
+)
+"""Large enough that nothing stays in a GPU's cache; where the model is small, sets of its buffers take turns."""
+
 GROUPS: dict[str, Sequence[Case]] = {
     "table": TABLE,
     "large": LARGE,
     "storage": STORAGE,
     "all": (*TABLE, *LARGE, *STORAGE),
+    "gpu": GPU,
 }
-"""Cases that go by one name: the everyday ones, those of many agents, those stored in bfloat16, and all."""
+"""Cases that go by one name: the everyday ones, those of many agents, those stored in bfloat16, all of these, and those
+for a GPU."""
 
-CASES: dict[str, Case] = {case.name: case for case in GROUPS["all"]}
+CASES: dict[str, Case] = {case.name: case for group in ("all", "gpu") for case in GROUPS[group]}
 """All cases by name."""

@@ -15,6 +15,7 @@ from gut_fast.backends import BACKENDS
 from gut_fast.benchmark import pictures, report, results, scaling
 from gut_fast.benchmark.cases import CASES, DTYPES, GROUPS, SHAPES, STEP_SIZE, Case
 from gut_fast.benchmark.comparison import WrongResultError
+from gut_fast.benchmark.device import DEVICES, Device, find_device
 from gut_fast.benchmark.peers import FAMILIES
 from gut_fast.benchmark.results import Result
 from gut_fast.benchmark.run import run, versions
@@ -55,8 +56,10 @@ def step(
     dtype: Annotated[str | None, _what(help=f"Of parameters and gradients: {', '.join(DTYPES)}.")] = None,
     state_dtype: Annotated[str | None, _what(help="Of the state. Default: as the parameters.")] = None,
     backend: Annotated[str | None, _what(help=f"auto, {', '.join(BACKENDS)}.")] = None,
+    device: Annotated[str, _how(help=f"One of: {', '.join(DEVICES)}.")] = "cpu",
     threads: Annotated[
-        list[int] | None, _how(min=1, help="May be repeated. Default: 1, and as many as PyTorch takes.")
+        list[int] | None,
+        _how(min=1, help="May be repeated. Default: 1, and as many as PyTorch takes; on a GPU the latter alone."),
     ] = None,
     peers: Annotated[str, _how(help=f"all, none, or some of {', '.join(FAMILIES)}, with commas.")] = "all",
     seconds: Annotated[float, _how(min=0.0, help="For each case and number of threads.")] = 20.0,
@@ -68,6 +71,7 @@ def step(
 ) -> None:
     """Time one step of all agents beside PyTorch, other peers and a plain loop over the same memory.
 
+    On a GPU the loop is a large copy, and there are two times: what the GPU is busy with, and what a caller waits for.
     Everyone is compared with the float64 reference first. Exit code 1 if the library's own step is not equal to it.
     """
     with as_bad_argument():
@@ -81,13 +85,14 @@ def step(
             "state_dtype": state_dtype,
             "backend": backend,
         }
+        where = find_device(device)
         chosen = _chosen(cases or [], {name: value for name, value in own.items() if value is not None})
         families = _families(peers)
         for place in (output, json and json.parent, png and png.parent):
             _check_folder(place, make=place is output)
         if png is not None or output is not None:
             plots.check_matplotlib()
-    measured = _measure_all(chosen, _thread_counts(threads), seconds, families)
+    measured = _measure_all(chosen, _thread_counts(threads, where), seconds, families, where)
     with writing(), as_bad_argument():
         _write(measured, output, json, png)
 
@@ -143,8 +148,9 @@ def _families(peers: str) -> list[str]:
     return families
 
 
-def _thread_counts(given: Sequence[int] | None) -> list[int]:
-    return sorted(set(given or (1, torch.get_num_threads())))
+def _thread_counts(given: Sequence[int] | None, device: Device) -> list[int]:
+    everything = torch.get_num_threads()
+    return sorted(set(given or ((everything,) if device.is_gpu else (1, everything))))
 
 
 def _check_folder(folder: Path | None, *, make: bool) -> None:
@@ -155,7 +161,7 @@ def _check_folder(folder: Path | None, *, make: bool) -> None:
 
 
 def _measure_all(
-    cases: Sequence[Case], threads: Sequence[int], seconds: float, families: Sequence[str]
+    cases: Sequence[Case], threads: Sequence[int], seconds: float, families: Sequence[str], device: Device
 ) -> list[Result]:
     """Case after case, each shown when it is there."""
     console = console_of_text()
@@ -165,7 +171,7 @@ def _measure_all(
         for number in threads:
             try:
                 with as_bad_argument():
-                    result = run(case, number, seconds, families)
+                    result = run(case, number, seconds, families, device=device)
             except WrongResultError as error:
                 console.print(f"NOT TIMED: {error}", style="red")
                 raise typer.Exit(1) from None

@@ -30,12 +30,12 @@ class WrongResultError(Exception):
 def tolerance(workload: Workload) -> float:
     """The largest error of a right contender, relative to the largest entry of each tensor.
 
-    The drift is divided by the learning rate, so a rounding of z is some twenty of a state; what is stored in bfloat16
-    is rounded to that at the end of each step.
+    The drift is divided by the learning rate, so a rounding of z is some twenty of a state; what is stored in half
+    precision is rounded to that at the end of each step.
     """
     storage = workload.case.storage
-    if torch.bfloat16 in storage:
-        return float(torch.finfo(torch.bfloat16).eps)
+    if workload.case.stores_halves:
+        return max(float(torch.finfo(dtype).eps) for dtype in storage)
     return 256 * float(torch.finfo(storage[0]).eps)
 
 
@@ -95,13 +95,13 @@ def _shown(contender: Contender, columns: Tensor | None) -> dict[str, Tensor]:
 
 
 def _taken(blocks: list[Tensor], columns: Tensor | None) -> Tensor:
-    """The columns of blocks that stand side by side, in float64: [N, len(columns)]."""
+    """The columns of blocks that stand side by side, in float64 on the CPU: [N, len(columns)]."""
     if columns is None:
-        return torch.cat(blocks, dim=1).double()
+        return torch.cat(blocks, dim=1).cpu().double()
     taken, start = [], 0
     for block in blocks:
         width = block.shape[1]
         mine = columns[(columns >= start) & (columns < start + width)] - start
-        taken.append(block[:, mine].double())
+        taken.append(block[:, mine.to(block.device)].cpu().double())
         start += width
     return torch.cat(taken, dim=1)

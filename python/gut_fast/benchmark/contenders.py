@@ -1,7 +1,8 @@
-"""Contenders on the buffers of the library: its step, the kernel alone, momentum SGD, and the ceiling.
+"""Contenders on the buffers of the library: its step, the kernel alone, momentum SGD, and the ceiling of a CPU.
 
 All four work on the same parameters and gradients, and but for SGD on the same state, so that neither alignment nor
-pages favour one. Peers on buffers of their own are in `gut_fast.benchmark.formulations` and `gut_fast.benchmark.peers`.
+pages favour one. What there is on a GPU alone is in `gut_fast.benchmark.gpu_contenders`; peers on buffers of their own
+are in `gut_fast.benchmark.formulations` and `gut_fast.benchmark.others`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from gut_fast import ops
 from gut_fast.benchmark.cases import DTYPES, Case
+from gut_fast.benchmark.device import CPU, Device
 from gut_fast.buffers import allocate, segment_views
 from gut_fast.optim import GossipOptimizer
 
@@ -40,13 +42,12 @@ class Workload:
         values, gradients: the flat buffers.
     """
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.rule, self.topology = case, case.make_rule(), case.make_topology()
+    def __init__(self, case: Case, device: Device = CPU) -> None:
+        self.case, self.rule, self.topology, self.device = case, case.make_rule(), case.make_topology(), device
         self.num_agents, self.columns = self.topology.num_agents, case.columns
-        size = self.num_agents * self.columns
-        dtype = DTYPES[case.dtype]
-        self.values, self.gradients = allocate(size, dtype), allocate(size, dtype)
-        self._noise = torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(0))
+        self.values, self.gradients = (self._allocate(self.num_agents * self.columns) for _ in range(2))
+        noise = torch.randn(NOISE_LENGTH, generator=torch.Generator().manual_seed(0))
+        self._noise = noise.to(device.torch_device)
         for piece in self.gradients.split(NOISE_LENGTH):
             piece.copy_(self._noise[: len(piece)])
         views, gradients = (segment_views(flat, self.num_agents, case.shapes) for flat in (self.values, self.gradients))
@@ -55,6 +56,15 @@ class Workload:
         self.parameters = [torch.nn.Parameter(view) for view in views]
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
+
+    @property
+    def kind(self) -> tuple[str, torch.dtype, int, int, torch.dtype]:
+        """What a backend is asked whether it serves."""
+        dtype, state_dtype = self.case.storage
+        return self.device.torch_device.type, dtype, len(self.rule.states), self.rule.num_messages, state_dtype
+
+    def _allocate(self, num_elements: int) -> Tensor:
+        return allocate(num_elements, DTYPES[self.case.dtype], self.device.torch_device)
 
     def _first_model(self, columns: int) -> Tensor:
         return self._noise.repeat(-(-columns // NOISE_LENGTH))[:columns]
@@ -65,7 +75,7 @@ class Workload:
         rows = parts if by_tensor else [torch.cat(parts)]
         copies = []
         for row in rows:
-            flat = allocate(self.num_agents * len(row), DTYPES[self.case.dtype])
+            flat = self._allocate(self.num_agents * len(row))
             copies.append(flat.view(self.num_agents, -1).copy_(row))
         return copies
 
@@ -75,7 +85,7 @@ class Workload:
         if by_tensor or len(blocks) == 1:
             return blocks
         if not hasattr(self, "_gradient_matrix"):
-            flat = allocate(self.gradients.numel(), self.gradients.dtype)
+            flat = self._allocate(self.gradients.numel())
             self._gradient_matrix = torch.cat(blocks, dim=1, out=flat.view(self.num_agents, -1))
         return [self._gradient_matrix]
 
@@ -85,9 +95,11 @@ class Contender(ABC):
 
     Attributes:
         family: contenders of a family differ in formulation; the best of them counts.
+        steps_a_call: whose bytes one call of `step` moves, in steps; the ceiling's may be another number than 1.
     """
 
     family: str
+    steps_a_call: float = 1.0
 
     @abstractmethod
     def step(self) -> None:
@@ -100,21 +112,25 @@ class Contender(ABC):
         """
         return None
 
+    def members(self) -> Sequence[Contender]:
+        """Those who step in turns in its name, each to be compared; itself, if there are no others."""
+        return [self]
+
 
 class GutFast(Contender):
-    """``optimizer.step()``, as a user calls it."""
+    """``optimizer.step()``, as a user calls it; with the case's backend, or with another beside it."""
 
-    family = "gut_fast"
-
-    def __init__(self, workload: Workload) -> None:
+    def __init__(self, workload: Workload, backend: str | None = None, **options: Any) -> None:
         case = workload.case
-        options: dict[str, Any] = {} if case.state_dtype is None else {"state_dtype": DTYPES[case.state_dtype]}
+        self.family = "gut_fast" if backend is None else "backend"
+        if case.state_dtype is not None:
+            options["state_dtype"] = DTYPES[case.state_dtype]
         self.workload = workload
         self.optimizer = GossipOptimizer(
             workload.parameters,
             case.rule,
             topology=workload.topology,
-            backend=case.backend,
+            backend=backend or case.backend,
             **case.hyperparameters,
             **options,
         )
@@ -155,7 +171,7 @@ class Kernel(Contender):
             [parameter.grad for parameter in workload.parameters],
             torch.tensor(coefficients.flat(), dtype=torch.float64),
             workload.rule.num_messages,
-            *workload.topology.csr(0),
+            *workload.topology.csr(0, workload.device.torch_device),
             None,
             case.backend,
         )

@@ -1,4 +1,4 @@
-"""The Python part of a step: what is left of it without the time inside the compiled kernel."""
+"""The Python part of a step: what is left of it without the time inside the compiled kernel, or until it is queued."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from gut_fast.benchmark.contenders import GutFast, Unavailable
+from gut_fast.benchmark.device import Device
 from gut_fast.benchmark.timing import Quantiles
 
-__all__ = ["GOAL", "python_part"]
+__all__ = ["GOAL", "python_part", "queueing"]
 
 GOAL = 60e-6
 """Seconds of Python that a step of 65 tensors may take."""
 
 MIN_STEPS, MAX_STEPS = 10, 1000
+STEPS_QUEUED = 20
+"""Fewer than any queue holds."""
 
 
 class _Clock:
@@ -57,6 +60,18 @@ def python_part(ours: GutFast, seconds: float) -> Quantiles:
             start = time.perf_counter()
             ours.step()
             samples.append(time.perf_counter() - start - clock.seconds)
+    return Quantiles.of(samples)
+
+
+def queueing(ours: GutFast, device: Device) -> Quantiles:
+    """Seconds until ``optimizer.step()`` returns, its work queued on a device that has nothing else to do."""
+    samples: list[float] = []
+    for _ in range(MIN_STEPS * STEPS_QUEUED):
+        if len(samples) % STEPS_QUEUED == 0:
+            device.synchronize()
+        start = time.perf_counter()
+        ours.step()
+        samples.append(time.perf_counter() - start)
     return Quantiles.of(samples)
 
 

@@ -20,6 +20,8 @@ __all__ = ["draw_results", "draw_scaling"]
 
 OURS = COLORS[1]
 MARKERS = {
+    "backend": ("^", COLORS[1]),
+    "graph": ("*", COLORS[1]),
     "sgd": ("o", COLORS[0]),
     "compile": ("D", COLORS[2]),
     "eager": ("s", COLORS[3]),
@@ -95,11 +97,11 @@ def _plot_times(axes: Axes, results: Sequence[Result]) -> None:
 
 
 def _shade(result: Result) -> str:
-    return OURS if result.threads == 1 else "#A84300"
+    return OURS if result.threads == 1 or result.device != "cpu" else "#A84300"
 
 
 def _label(result: Result) -> str:
-    return f"{result.case}, {result.threads} thread{'s' * (result.threads != 1)}"
+    return f"{result.case}, {result.place}"
 
 
 TITLES = {"agents": "Agents N", "columns": "Columns D", "degree": "Neighbours of an agent"}

@@ -14,16 +14,17 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gut_fast.benchmark.device import CPU, Clock
+
 __all__ = ["Disturbance", "Quantiles", "interleave", "threads", "watch"]
 
 TURN_SECONDS = 0.02
 """How long a contender steps before the next one has its turn."""
 
 MAX_STEPS_A_TURN = 20
-SAMPLE_SECONDS = 50e-6
-"""Steps shorter than this are timed several at a time."""
 
 MIN_ROUNDS, MAX_ROUNDS = 3, 400
+MAX_OVERTIME = 2
 
 MAX_OTHERS = 0.15
 """Processors that others may keep busy, on average, in a quiet run."""
@@ -53,6 +54,10 @@ class Quantiles:
         """(p90 − p10) / median."""
         return (self.p90 - self.p10) / self.p50
 
+    def divided(self, number: float) -> Quantiles:
+        """Those of a part of what was timed."""
+        return Quantiles(self.p10 / number, self.p50 / number, self.p90 / number, self.samples)
+
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
@@ -74,41 +79,40 @@ class _Turn:
     seconds: float
 
 
-def interleave(steps: Mapping[str, Callable[[], None]], seconds: float, seed: int = 0) -> dict[str, Quantiles]:
-    """Times every function for about so many seconds in all.
+def interleave(
+    steps: Mapping[str, Callable[[], None]], seconds: float, seed: int = 0, clock: Clock = CPU.wall
+) -> dict[str, Quantiles]:
+    """Times every function for about so many seconds in all, three rounds at least.
 
     In every round each has one turn, in an order drawn anew. A turn begins with a step that is not timed: it brings
     its own data and threads back, whoever was before.
     """
-    turns = {name: _turn(step) for name, step in steps.items()}
+    turns = {name: _turn(step, clock) for name, step in steps.items()}
     rounds = round(seconds / sum(turn.seconds for turn in turns.values()))
     order, shuffle = list(steps), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
+    end = time.perf_counter() + MAX_OVERTIME * seconds
+    for done in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
+        if done >= MIN_ROUNDS and time.perf_counter() > end:  # taking times may itself take time
+            break
         shuffle(order)
         for name in order:
-            times[name] += _sample(steps[name], turns[name])
+            times[name] += _sample(steps[name], turns[name], clock)
     return {name: Quantiles.of(sample) for name, sample in times.items()}
 
 
-def _turn(step: Callable[[], None]) -> _Turn:
+def _turn(step: Callable[[], None], clock: Clock) -> _Turn:
     """How long a step takes decides how many a turn has; the first one may compile."""
     step()
-    seconds = min(_sample(step, _Turn(2, 1, 0.0)))
-    repeats = max(1, round(SAMPLE_SECONDS / seconds))
+    seconds = min(_sample(step, _Turn(2, 1, 0.0), clock))
+    repeats = max(1, round(clock.min_seconds / seconds))
     samples = min(max(1, round(TURN_SECONDS / (repeats * seconds))), MAX_STEPS_A_TURN)
     return _Turn(samples, repeats, seconds * (1 + samples * repeats))
 
 
-def _sample(step: Callable[[], None], turn: _Turn) -> list[float]:
+def _sample(step: Callable[[], None], turn: _Turn, clock: Clock) -> list[float]:
     step()
-    times = []
-    for _ in range(turn.samples):
-        start = time.perf_counter_ns()
-        for _ in range(turn.repeats):
-            step()
-        times.append((time.perf_counter_ns() - start) / turn.repeats * 1e-9)
-    return times
+    return [clock.time(step, turn.repeats) for _ in range(turn.samples)]
 
 
 @dataclass

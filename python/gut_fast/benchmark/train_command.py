@@ -12,9 +12,10 @@ import typer
 
 from gut_fast.benchmark import train_report, train_run
 from gut_fast.benchmark.comparison import WrongResultError
+from gut_fast.benchmark.device import DEVICES, find_device
 from gut_fast.benchmark.results import machine_slug
 from gut_fast.benchmark.train_run import TrainingResult
-from gut_fast.benchmark.training import ENGINE_NAMES, IMAGES, Task
+from gut_fast.benchmark.training import ENGINE_NAMES, IMAGES, Task, engines_of
 from gut_fast.experiments import plots
 from gut_fast.experiments.terminal import as_bad_argument, console_of_text, writing
 
@@ -30,9 +31,10 @@ def train(
     agents: Annotated[list[int] | None, _what(min=1, help="May be repeated. Default: 16.")] = None,
     batch_size: Annotated[int, _what(min=1, help="Samples per agent and step.")] = 32,
     engine: Annotated[
-        list[str] | None, _what(help=f"One of: {', '.join(ENGINE_NAMES)}. May be repeated. Default: all.")
+        list[str] | None, _what(help=f"One of: {', '.join(ENGINE_NAMES)}. May be repeated. Default: as 'auto'.")
     ] = None,
     controls: Annotated[bool, _what(help="Also train without steps and with torch's, to see what they cost.")] = True,
+    device: Annotated[str, _how(help=f"One of: {', '.join(DEVICES)}.")] = "cpu",
     threads: Annotated[int | None, _how(min=1, help="Default: as many as PyTorch takes.")] = None,
     seconds: Annotated[float, _how(min=0.0, help="For each model and number of agents, after three rounds.")] = 20.0,
     output: Annotated[
@@ -44,8 +46,9 @@ def train(
     Everyone is compared with the plain loop first. Exit code 1 if gradients or steps are not equal. Images are noise.
     """
     with as_bad_argument():
-        tasks = [Task(name, number, batch_size) for name in model or IMAGES for number in agents or [16]]
-        engines = engine or ENGINE_NAMES
+        where = find_device(device)
+        tasks = [Task(name, number, batch_size, where) for name in model or IMAGES for number in agents or [16]]
+        engines = engine or engines_of(where)
         if unknown := [name for name in engines if name not in ENGINE_NAMES]:
             raise ValueError(f"unknown engine {unknown[0]!r}; known are {', '.join(ENGINE_NAMES)}")
         if output is not None:
@@ -61,7 +64,8 @@ def train(
 def _measure(task: Task, engines: Sequence[str], threads: int, seconds: float, controls: bool) -> TrainingResult:
     console = console_of_text()
     try:
-        result = train_run.run(task, list(dict.fromkeys(engines)), threads, seconds, controls=controls)
+        with as_bad_argument():
+            result = train_run.run(task, list(dict.fromkeys(engines)), threads, seconds, controls=controls)
     except WrongResultError as error:
         console.print(f"NOT TIMED: {error}", style="red")
         raise typer.Exit(1) from None

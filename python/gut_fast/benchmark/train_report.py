@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gut_fast.benchmark.train_run import GOALS, TrainingResult
+from gut_fast.benchmark.train_run import GOALS, GPU_GOAL_OF_ONE_MODEL, GPU_GOALS, TrainingResult
 from gut_fast.experiments.plots import COLORS, new_figure
 from gut_fast.experiments.summary import plain_table
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.table import Table
 
-__all__ = ["describe", "draw_training_speed", "lines", "table"]
+__all__ = ["describe", "draw_training_speed", "goal_lines", "lines", "summary_rows", "table"]
 
 COLUMNS = ("", "samples/s", "gradient", "p10 – p90", "÷ one", "÷ alone", "step")
 
@@ -27,8 +27,7 @@ KINDS = {"simulator": COLORS[1], "plain loop": COLORS[2], "one model": COLORS[0]
 
 def describe(result: TrainingResult) -> str:
     """What was trained, in a line."""
-    threads = f"{result.threads} thread{'s' * (result.threads != 1)}"
-    return f"{result.model}, {result.agents} agents × {result.batch_size} samples, {threads}"
+    return f"{result.model}, {result.agents} agents × {result.batch_size} samples, {result.place}"
 
 
 def table(result: TrainingResult) -> Table:
@@ -41,6 +40,17 @@ def table(result: TrainingResult) -> Table:
                 result_table.add_row(*_cells(result, name))
         result_table.add_section()
     return result_table
+
+
+def summary_rows(results: Sequence[TrainingResult]) -> list[list[str]]:
+    """A heading, and a row of samples per second for each result."""
+    rows = [["training, samples/s", "engine", "simulator", "plain loop", "one model", "÷ loop", "time ÷ one model"]]
+    for result in results:
+        best = result.best
+        rates = [f"{result.rate(name):,.0f}" for name in (best, "plain loop", "one model")]
+        ratios = result.times_rate(best, "plain loop"), result.times_rate("one model", best)
+        rows.append([describe(result), best, *rates, *(f"{ratio:.2f}" for ratio in ratios)])
+    return rows
 
 
 def _cells(result: TrainingResult, name: str) -> list[str]:
@@ -68,14 +78,36 @@ def lines(result: TrainingResult) -> Iterator[str]:
     errors = [entry.error for entry in result.trainers.values() if entry.error is not None]
     yield f"gradients and steps equal to the plain loop's: error {max(errors):.0e} of the largest entry"
     yield "ms; ÷ one: gradient, to that of one model on all samples; ÷ alone: to the same without steps in between"
-    if "workers" in result.trainers:
-        times = result.rate("workers") / result.rate("plain loop")
+    if result.device != "cpu":
+        yield "gradient and step: with a synchronisation after each; samples/s: of many training steps without"
+    yield from goal_lines(result)
+    for reason in result.disturbance.reasons():
+        yield f"NOISY RUN: {reason.replace('the ceiling', 'the steadiest trainer')}"
+
+
+def goal_lines(result: TrainingResult) -> Iterator[str]:
+    """How much faster than others the simulator is, and whether it is as fast as it should be."""
+    if result.device != "cpu":
+        yield from _gpu_goal_lines(result)
+    elif "workers" in result.trainers:
+        times = result.times_rate("workers", "plain loop")
         yield f"the simulator with workers trains {times:.2f} times as many samples a second as the plain loop"
         if (goal := GOALS.get(result.key)) is not None:
             reached = "reached" if round(result.to_one_model("workers"), 2) <= goal else "NOT reached"
             yield f"goal for workers ÷ one: {goal:.2f}, {reached}"
-    for reason in result.disturbance.reasons():
-        yield f"NOISY RUN: {reason.replace('the ceiling', 'the steadiest trainer')}"
+
+
+def _gpu_goal_lines(result: TrainingResult) -> Iterator[str]:
+    times, goal = result.times_rate(result.best, "plain loop"), GPU_GOALS.get(result.model)
+    one = result.times_rate("one model", result.best)
+    reached = "" if goal is None else f"; goal {goal:g}, {_reached(times >= goal)}"
+    yield f"{result.best} trains {times:.2f} times as many samples a second as the plain loop{reached}"
+    most = GPU_GOAL_OF_ONE_MODEL
+    yield f"{result.best} takes {one:.2f} times as long as one model; goal at most {most:g}, {_reached(one <= most)}"
+
+
+def _reached(is_reached: bool) -> str:
+    return "reached" if is_reached else "NOT reached"
 
 
 def draw_training_speed(results: Sequence[TrainingResult], path: Path) -> None:

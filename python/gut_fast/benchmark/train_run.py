@@ -13,12 +13,24 @@ from pathlib import Path
 from typing import Any
 
 from gut_fast.benchmark import timing
+from gut_fast.benchmark.device import CPU, Device
 from gut_fast.benchmark.run import versions
 from gut_fast.benchmark.timing import Disturbance, Quantiles
 from gut_fast.benchmark.training import Task, Trainer, compare, enter
-from gut_fast.experiments import machine
 
-__all__ = ["GOALS", "MeasuredTraining", "TrainingResult", "load", "merge", "run", "save"]
+__all__ = [
+    "GOALS",
+    "GPU_GOALS",
+    "GPU_GOAL_OF_ONE_MODEL",
+    "MeasuredTraining",
+    "TrainingResult",
+    "as_json",
+    "from_json",
+    "load",
+    "merge",
+    "run",
+    "save",
+]
 
 TURN_SECONDS = 0.1
 """How long a trainer trains before the next one has its turn."""
@@ -26,8 +38,14 @@ TURN_SECONDS = 0.1
 MAX_STEPS_A_TURN = 20
 MIN_ROUNDS, MAX_ROUNDS = 3, 200
 
-GOALS = {("lenet5", 16, 32, 2): 1.1, ("resnet20", 16, 32, 2): 0.45}
-"""Time of the workers' gradient over that of one model, by model, agents, batch size and threads."""
+GOALS = {("lenet5", 16, 32, 2, "cpu"): 1.1, ("resnet20", 16, 32, 2, "cpu"): 0.45}
+"""Time of the workers' gradient over that of one model, by model, agents, batch size, threads and device."""
+
+GPU_GOALS = {"lenet5": 10.0, "mlp": 10.0, "resnet20": 4.0}
+"""Samples per second of the best engine over those of the plain loop, by model, for 16 and 64 agents on a GPU."""
+
+GPU_GOAL_OF_ONE_MODEL = 2.0
+"""The most that its training step may take, in those of one model on all samples."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +80,27 @@ class TrainingResult:
     machine: str
     versions: dict[str, str]
     date: str
+    device: str = "cpu"
 
     @property
-    def key(self) -> tuple[str, int, int, int]:
+    def key(self) -> tuple[str, int, int, int, str]:
         """What tells it from other results."""
-        return self.model, self.agents, self.batch_size, self.threads
+        return self.model, self.agents, self.batch_size, self.threads if self.device == "cpu" else 0, self.device
+
+    @property
+    def place(self) -> str:
+        """The processor's threads, or the GPU."""
+        return "GPU" if self.device != "cpu" else f"{self.threads} thread{'s' * (self.threads != 1)}"
+
+    @property
+    def best(self) -> str:
+        """The simulator's engine that trains most samples a second."""
+        simulators = [name for name, entry in self.trainers.items() if entry.kind == "simulator"]
+        return max(simulators, key=self.rate)
+
+    def times_rate(self, name: str, other: str) -> float:
+        """How many times as many samples a second one trains as the other."""
+        return self.rate(name) / self.rate(other)
 
     def rate(self, name: str) -> float:
         """Samples of all agents per second of training."""
@@ -89,25 +123,24 @@ def run(
 ) -> TrainingResult:
     """Compares all trainers with the plain loop, then times them in turns, for about so many seconds.
 
+    They are compared in full float32, and timed, made anew, with what the device's libraries usually do.
+
     Raises:
         WrongResultError: two trainers' gradients or steps are not equal; nothing has been timed.
         ValueError: an unknown engine.
     """
     with timing.threads(threads):
+        with task.device.exact_float32():
+            errors = compare(enter(task, engines, controls=controls))
         trainers = enter(task, engines, controls=controls)
-        errors = compare(trainers)
+        for trainer in trainers.values():
+            trainer.gradient()  # what is to be captured or compiled is so now
         with timing.watch() as disturbance:
-            times = _take_turns(trainers, seconds)
-    measured = {
-        name: MeasuredTraining(
-            trainers[name].kind,
-            Quantiles.of([gradient for gradient, _ in each]),
-            Quantiles.of([step for _, step in each]),
-            Quantiles.of([gradient + step for gradient, step in each]),
-            errors.get(name),
-        )
-        for name, each in times.items()
-    }
+            times = _take_turns(trainers, seconds, task.device)
+    measured = {}
+    for name, each in times.items():
+        gradient, step, both = (Quantiles.of(seconds) for seconds in zip(*each, strict=True))
+        measured[name] = MeasuredTraining(trainers[name].kind, gradient, step, both, errors.get(name))
     disturbance.spread = min(entry.both.spread for entry in measured.values())
     return TrainingResult(
         task.model,
@@ -116,19 +149,20 @@ def run(
         threads,
         measured,
         disturbance,
-        machine.machine_line(),
-        versions(),
+        task.device.machine_line(),
+        versions(task.device),
         datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        task.device.name,
     )
 
 
-Times = list[tuple[float, float]]
-"""Seconds of (gradient, step), one pair for each training step."""
+Times = list[tuple[float, float, float]]
+"""Seconds of gradient, step and both together, three for each training step."""
 
 
-def _take_turns(trainers: Mapping[str, Trainer], seconds: float) -> dict[str, Times]:
+def _take_turns(trainers: Mapping[str, Trainer], seconds: float, device: Device = CPU) -> dict[str, Times]:
     """In every round each trainer has one turn, in an order drawn anew."""
-    duration = {name: sum(_train(trainer, 1)[0]) for name, trainer in trainers.items()}
+    duration = {name: _train(trainer, 1, device)[0][2] for name, trainer in trainers.items()}
     steps = {name: min(max(1, round(TURN_SECONDS / each)), MAX_STEPS_A_TURN) for name, each in duration.items()}
     rounds = round(seconds / sum(duration[name] * steps[name] for name in trainers))
     order, shuffle = list(trainers), random.Random(0).shuffle
@@ -136,27 +170,49 @@ def _take_turns(trainers: Mapping[str, Trainer], seconds: float) -> dict[str, Ti
     for _ in range(min(max(rounds, MIN_ROUNDS), MAX_ROUNDS)):
         shuffle(order)
         for name in order:
-            times[name] += _train(trainers[name], steps[name])
+            times[name] += _train(trainers[name], steps[name], device)
     return times
 
 
-def _train(trainer: Trainer, steps: int) -> Times:
-    """Some training steps, after an optimizer step that is not timed: it precedes the first gradient, too."""
-    times = []
+def _train(trainer: Trainer, steps: int, device: Device) -> Times:
+    """Some training steps, after an optimizer step that is not timed: it precedes the first gradient, too.
+
+    To tell gradient from step on a GPU, it has to be waited for between them. So there each is timed that way once, and
+    both together in a loop that waits at its end only.
+    """
     trainer.step()
-    for _ in range(steps):
-        start = time.perf_counter()
+    if not device.is_gpu:
+        return [_train_once(trainer, device) for _ in range(steps)]
+    gradient, step, _ = _train_once(trainer, device)
+
+    def both() -> None:
         trainer.gradient()
-        middle = time.perf_counter()
         trainer.step()
-        times.append((middle - start, time.perf_counter() - middle))
-    return times
+
+    return [(gradient, step, device.wall.time(both, steps))]
+
+
+def _train_once(trainer: Trainer, device: Device) -> tuple[float, float, float]:
+    device.synchronize()
+    start = time.perf_counter()
+    trainer.gradient()
+    device.synchronize()
+    middle = time.perf_counter()
+    trainer.step()
+    device.synchronize()
+    end = time.perf_counter()
+    return middle - start, end - middle, end - start
 
 
 def save(results: Sequence[TrainingResult], path: Path) -> None:
     """Writes results as JSON, which `load` reads; rates and ratios stand there too, for whoever reads it."""
-    content = {"results": [{**dataclasses.asdict(result), "derived": _derived(result)} for result in results]}
+    content = {"results": as_json(results)}
     path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def as_json(results: Sequence[TrainingResult]) -> list[dict[str, Any]]:
+    """The entries of such a file, which `from_json` reads."""
+    return [{**dataclasses.asdict(result), "derived": _derived(result)} for result in results]
 
 
 def _derived(result: TrainingResult) -> dict[str, Any]:
@@ -178,9 +234,14 @@ def load(path: Path) -> list[TrainingResult]:
         ValueError: it is not such a file.
     """
     try:
-        return [_result(entry) for entry in json.loads(path.read_text(encoding="utf-8"))["results"]]
+        return from_json(json.loads(path.read_text(encoding="utf-8"))["results"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} holds no results of gut-fast bench train ({error}); name another folder") from error
+
+
+def from_json(entries: Iterable[dict[str, Any]]) -> list[TrainingResult]:
+    """The results of such entries. Raises KeyError, TypeError or ValueError if they are something else."""
+    return [_result(entry) for entry in entries]
 
 
 def _result(entry: dict[str, Any]) -> TrainingResult:

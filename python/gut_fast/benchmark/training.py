@@ -14,13 +14,25 @@ from torch.optim import SGD, Optimizer
 
 from gut_fast import models
 from gut_fast.benchmark.comparison import WrongResultError
+from gut_fast.benchmark.device import CPU, Device
 from gut_fast.optim import GUT
 from gut_fast.simulation.batches import Batches
-from gut_fast.simulation.engines import ENGINES, make_engine, undo_on_error
+from gut_fast.simulation.engines import CHOICES, ENGINES, make_engine, undo_on_error
 from gut_fast.simulation.stacked import stack
 from gut_fast.topology import ring
 
-__all__ = ["ENGINE_NAMES", "IMAGES", "OneModel", "PlainLoop", "Simulated", "Task", "Trainer", "compare", "enter"]
+__all__ = [
+    "ENGINE_NAMES",
+    "IMAGES",
+    "OneModel",
+    "PlainLoop",
+    "Simulated",
+    "Task",
+    "Trainer",
+    "compare",
+    "engines_of",
+    "enter",
+]
 
 IMAGES = {"mlp": (1, 8, 8), "lenet5": (1, 28, 28), "resnet20": (3, 32, 32)}
 """Shape of the images that each network is trained on: digits, Fashion-MNIST's and CIFAR's. The pixels are noise."""
@@ -46,6 +58,7 @@ class Task:
     model: str
     agents: int = 16
     batch_size: int = 32
+    device: Device = CPU
 
     def __post_init__(self) -> None:
         if self.model not in IMAGES:
@@ -62,15 +75,21 @@ class Task:
         """The network, always with the same parameters."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return models.build(self.model, IMAGES[self.model], NUM_CLASSES)
+            return models.build(self.model, IMAGES[self.model], NUM_CLASSES).to(self.device.torch_device)
 
     def make_batches(self) -> Batches:
-        """Every agent's own stream of images and labels."""
+        """Every agent's own stream of images and labels, which lie on the device."""
         generator = torch.Generator().manual_seed(0)
         total = BATCHES_PER_AGENT * self.samples
         images = torch.randn(total, *IMAGES[self.model], generator=generator)
         labels = torch.randint(NUM_CLASSES, (total,), generator=generator)
+        images, labels = (tensor.to(self.device.torch_device) for tensor in (images, labels))
         return Batches(images, labels, list(torch.arange(total).view(self.agents, -1)), self.batch_size)
+
+
+def engines_of(device: Device) -> tuple[str, ...]:
+    """The engines that are timed on a device unless told otherwise: those that ``"auto"`` chooses from."""
+    return CHOICES[device.torch_device.type]
 
 
 class Trainer(ABC):
@@ -147,8 +166,9 @@ class PlainLoop(Trainer):
         module = task.make_module()
         self.modules = [copy.deepcopy(module) for _ in range(task.agents)]
         self.parameters = list(zip(*(agent.parameters() for agent in self.modules), strict=True))
-        self.tracking = [torch.zeros(task.agents, *parameter.shape) for parameter in module.parameters()]
-        self._laplacian = (ring(task.agents).matrix() - torch.eye(task.agents)).to(torch.float32)
+        self.tracking = [parameter.new_zeros(task.agents, *parameter.shape) for parameter in module.parameters()]
+        laplacian = ring(task.agents).matrix() - torch.eye(task.agents)
+        self._laplacian = laplacian.to(task.device.torch_device, torch.float32)
 
     def _backward(self, inputs: Tensor, targets: Tensor) -> None:
         for i, module in enumerate(self.modules):
@@ -190,7 +210,7 @@ def enter(task: Task, engines: Sequence[str], *, controls: bool = True) -> dict[
     """All trainers by name; with `controls`, also those that leave the step out or make torch's instead.
 
     Raises:
-        ValueError: an unknown engine.
+        ValueError: an unknown engine, or one that is not for the task's device.
     """
     if unknown := [name for name in engines if name not in ENGINE_NAMES]:
         raise ValueError(f"unknown engine {unknown[0]!r}; known are {', '.join(ENGINE_NAMES)}")

@@ -80,6 +80,7 @@ def train(
         float | None, _task(help="For Dirichlet: small is different data everywhere. Default: 0.1.")
     ] = None,
     classes_per_agent: Annotated[int | None, _task(help="For shards.")] = None,
+    augment: Annotated[bool, _task("--augment", help="Crop and mirror training images at random.")] = DEFAULT.augment,
     rule: Annotated[str, _method(help=_one_of(rules.RULES))] = DEFAULT.rule,
     lr: Annotated[float, _method(help="Learning rate.")] = DEFAULT.lr,
     mu: Annotated[float | None, _method(help="Tracking scale μ of the rule.")] = None,
@@ -100,6 +101,10 @@ def train(
     backend: Annotated[str, _computing(help=f"auto, {', '.join(BACKENDS)}.")] = DEFAULT.backend,
     state_dtype: Annotated[str | None, _computing(help="Of the state, such as bfloat16. Default: the model's.")] = None,
     device: Annotated[str, _computing(help="For example cpu, cuda or cuda:1.")] = DEFAULT.device,
+    autocast: Annotated[str | None, _computing(help="Of forward passes: bfloat16. Default: the model's.")] = None,
+    channels_last: Annotated[
+        bool, _computing("--channels-last", help="Memory format of images.")
+    ] = DEFAULT.channels_last,
     threads: Annotated[int | None, _computing(min=1, help="1 is best for small models. Default: as PyTorch.")] = None,
     eval_every: Annotated[
         int | None, _output(help=f"Steps between evaluations. Default: {NUM_EVALUATIONS} in all.")
@@ -140,6 +145,9 @@ def train(
                 backend=backend,
                 state_dtype=state_dtype,
                 device=device,
+                autocast=autocast,
+                channels_last=channels_last,
+                augment=augment,
             )
             experiments = [replace(experiment, seed=seed) for seed in _seeds(seeds)]
             make_simulator(experiments[0])

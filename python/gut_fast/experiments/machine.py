@@ -85,7 +85,7 @@ def backend_line(name: str) -> str:
 def automatic_backend(device_type: str) -> str:
     """What ``backend="auto"`` takes for float32 parameters on such a device, and why not what it would rather take."""
     status = backend_status(device_type)
-    passed = []
+    passed: list[str] = []
     for name in AUTOMATIC[device_type]:
         if status[name] is None:
             return "; ".join([name, *passed])

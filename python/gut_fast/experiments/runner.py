@@ -43,6 +43,8 @@ class Experiment:
         lr, weight_decay, milestones, decay, batch_size, steps, eval_every: as in `GossipOptimizer` and `Simulator`.
         state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
         device: where parameters and data live, for example ``"cpu"`` or ``"cuda"``.
+        autocast, channels_last: as in `Simulator`, autocast by name.
+        augment: whether training images are cropped and mirrored at random (`gut_fast.data.RandomCropFlip`).
 
     Raises:
         TypeError, ValueError: an unknown rule, bad hyper-parameters of it, or bad steps, milestones, decay or
@@ -68,6 +70,9 @@ class Experiment:
     backend: str = "auto"
     state_dtype: str | None = None
     device: str = "cpu"
+    autocast: str | None = None
+    channels_last: bool = False
+    augment: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -79,10 +84,10 @@ class Experiment:
 
     def _check_types(self) -> None:
         """Of what would otherwise be used before anything looks at it, in a file written by hand for example."""
-        expected = {"str": str, "int": int, "Mapping[str, Any]": Mapping}
+        expected = {"str": str, "int": int, "bool": bool, "Mapping[str, Any]": Mapping}
         for entry in dataclasses.fields(self):
             kind, value = expected.get(str(entry.type)), getattr(self, entry.name)
-            if kind is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
                 raise TypeError(f"{entry.name} must be a {kind.__name__}, got {type(value).__name__} {value!r}")
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,7 +142,8 @@ def make_simulator(experiment: Experiment) -> Simulator:
         OSError, ImportError, RuntimeError: a file, a package or the backend asked for is missing.
     """
     topology = parse_topology(experiment.topology, experiment.gamma)
-    device, state_dtype = _device(experiment.device), _dtype(experiment.state_dtype)
+    device = _device(experiment.device)
+    state_dtype, autocast = (_dtype(name, getattr(experiment, name)) for name in ("state_dtype", "autocast"))
     dataset = _load_data(experiment.data, experiment.seed)
 
     def optimizer(parameters: list[nn.Parameter]) -> GossipOptimizer:
@@ -161,6 +167,9 @@ def make_simulator(experiment: Experiment) -> Simulator:
         batch_size=experiment.batch_size,
         engine=experiment.engine,
         seed=experiment.seed,
+        augment=data.RandomCropFlip() if experiment.augment else None,
+        autocast=autocast,
+        channels_last=experiment.channels_last,
     )
 
 
@@ -201,10 +210,10 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str | None) -> torch.dtype | None:
+def _dtype(option: str, name: str | None) -> torch.dtype | None:
     dtype = None if name is None else getattr(torch, name, None)
     if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ValueError(f"state_dtype must be a floating dtype of torch, such as bfloat16, got {name!r}")
+        raise ValueError(f"{option} must be a floating dtype of torch, such as bfloat16, got {name!r}")
     return dtype
 
 

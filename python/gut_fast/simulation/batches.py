@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from gut_fast.data import Augmentation
 from gut_fast.simulation.randomness import derive_seed
 
 __all__ = ["Batches"]
@@ -24,11 +25,16 @@ class Batches:
     seeded by (seed, i, e). Step t takes the positions t·B … (t + 1)·B − 1 of that endless stream, so a batch may cross
     the border of two epochs, and an agent with fewer than B samples sees some more than once in a batch.
 
+    Random numbers are drawn on the CPU, so that all devices see the same batches, for many steps at once; between, a
+    batch is a few kernels and no wait for the device.
+
     Args:
-        inputs, targets: all samples, [samples, ...], on the device of the model.
+        inputs, targets: all samples, [samples, ...], on the device of the model. Batches of images that lie in
+            channels-last memory do so too.
         parts: one index tensor per agent.
         batch_size: B.
         seed: of the orders.
+        augment: changes the inputs of each batch, with random numbers that are a function of (seed, agent, step) too.
 
     Raises:
         TypeError, ValueError: a bad batch size or seed, a part that is empty, not 1-D, not integer or out of range, or
@@ -36,7 +42,13 @@ class Batches:
     """
 
     def __init__(
-        self, inputs: Tensor, targets: Tensor, parts: Sequence[Tensor], batch_size: int, seed: int = 0
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        parts: Sequence[Tensor],
+        batch_size: int,
+        seed: int = 0,
+        augment: Augmentation | None = None,
     ) -> None:
         for name, value, minimum in (("batch_size", batch_size, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -52,29 +64,43 @@ class Batches:
             )
         self.batch_size = batch_size
         self.seed = seed
+        self.augment = augment
         self._inputs, self._targets = inputs, targets
         self._block_start = -1
-        self._block = torch.empty(0)
+        self._indices = self._draws = torch.empty(0)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, B, ...] and targets [N, B, ...] of a step."""
         indices = self.indices(step)
-        flat = indices.reshape(-1)
-        return (
-            self._inputs.index_select(0, flat).view(*indices.shape, *self._inputs.shape[1:]),
-            self._targets.index_select(0, flat).view(*indices.shape, *self._targets.shape[1:]),
-        )
+        inputs, targets = _take(self._inputs, indices), _take(self._targets, indices)
+        if self.augment is not None:
+            inputs = self.augment(inputs, self._draws[step - self._block_start])
+        return inputs, targets
 
     def indices(self, step: int) -> Tensor:
         """Indices [N, B] of the samples of a step, on the device of the samples."""
         start = step - step % STEPS_PER_BLOCK
         if start != self._block_start:
             positions = (start * self.batch_size, (start + STEPS_PER_BLOCK) * self.batch_size)
-            streams = [self._stream(agent, *positions) for agent in range(len(self.parts))]
-            block = torch.stack(streams).view(len(self.parts), STEPS_PER_BLOCK, self.batch_size)
-            self._block = block.transpose(0, 1).contiguous().to(self._inputs.device)
+            agents = range(len(self.parts))
+            self._indices = self._block([self._stream(agent, *positions) for agent in agents])
+            if self.augment is not None:
+                self._draws = self._block([self._draw(self.augment, agent, start) for agent in agents])
             self._block_start = start
-        return self._block[step - start]
+        return self._indices[step - start]
+
+    def _block(self, agents: Sequence[Tensor]) -> Tensor:
+        """One tensor [steps, N, B, ...] of each agent's [steps · B, ...], on its way to the device of the samples."""
+        stacked, device = torch.stack(list(agents)), self._inputs.device
+        by_step = stacked.view(len(agents), STEPS_PER_BLOCK, self.batch_size, *stacked.shape[2:]).transpose(0, 1)
+        block = by_step.contiguous()
+        # From pinned memory, or the host would wait for the device.
+        return block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block.to(device)
+
+    def _draw(self, augment: Augmentation, agent: int, start: int) -> Tensor:
+        """The random numbers of the agent's samples in the block of steps that begins at `start`."""
+        generator = torch.Generator().manual_seed(derive_seed("augment", self.seed, agent, start))
+        return augment.draw(STEPS_PER_BLOCK * self.batch_size, generator)
 
     def _stream(self, agent: int, start: int, stop: int) -> Tensor:
         """Positions start … stop − 1 of the agent's stream of samples."""
@@ -87,6 +113,16 @@ class Batches:
     def _order(self, agent: int, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, agent, epoch))
         return torch.randperm(len(self.parts[agent]), generator=generator)
+
+
+def _take(samples: Tensor, indices: Tensor) -> Tensor:
+    """The samples at indices [N, B], as [N, B, ...] in one kernel."""
+    is_channels_last = (
+        samples.ndim == 4 and samples.is_contiguous(memory_format=torch.channels_last) and not samples.is_contiguous()
+    )
+    if is_channels_last:
+        return _take(samples.permute(0, 2, 3, 1), indices).permute(0, 1, 4, 2, 3)
+    return samples.index_select(0, indices.flatten()).view(*indices.shape, *samples.shape[1:])
 
 
 def _checked_part(part: Tensor, agent: int, num_samples: int) -> Tensor:

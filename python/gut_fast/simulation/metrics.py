@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gut_fast.data import Dataset
 from gut_fast.simulation.engines import Loss
 from gut_fast.simulation.stacked import StackedModule
 
-__all__ = ["BytesSent", "consensus_error", "evaluate"]
+__all__ = ["BytesSent", "consensus_error", "evaluate", "read"]
 
 EVALUATION_BATCH = 256
 
@@ -35,55 +35,89 @@ def consensus_error(params: Iterable[Tensor]) -> float:
     if len(sizes) != 1 or sizes & {None, 0}:
         shapes = [tuple(parameter.shape) for parameter in stacked]
         raise ValueError(f"consensus_error takes stacked parameters, all of shape (N, ...); got shapes {shapes}")
+    return float(_consensus_error(stacked))
+
+
+def _consensus_error(stacked: Sequence[Tensor]) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=stacked[0].device)
     for parameter in stacked:
-        values = parameter.to(torch.float64)
+        values = parameter.detach().to(torch.float64)
         total += (values - values.mean(0)).square().sum()
-    return float(total) / len(stacked[0])
+    return total / len(stacked[0])
 
 
-def evaluate(stacked: StackedModule, data: Dataset, loss: Loss, *, vectorized: bool) -> dict[str, float]:
+def read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Float64 scalars of one device as numbers: one transfer, and one wait for the device."""
+    return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
+
+
+def evaluate(
+    stacked: StackedModule,
+    data: Dataset,
+    loss: Loss,
+    autocast: torch.dtype | None = None,
+    *,
+    vectorized: bool,
+) -> dict[str, Tensor]:
     """Test loss and accuracy of the averaged model, accuracy of the mean and the worst agent, consensus error.
 
-    Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class.
+    Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class. All are float64
+    scalars on the device of the model; `read` makes numbers of them.
 
     Args:
         stacked: the agents.
         data: its test samples are used, on the device of the model.
         loss: mean loss of a batch.
+        autocast: dtype of `torch.autocast` around the forward passes, or None.
         vectorized: evaluate all agents at once through `torch.func.vmap`.
     """
     module = copy.deepcopy(stacked.module).eval()
-    test_loss, test_accuracy = _test(stacked, module, stacked.mean_state(), data, loss)
-    agent_accuracy = _test_agents(stacked, module, data, loss, vectorized)
+    test_loss, test_accuracy = _test(stacked, module, stacked.mean_state(), data, loss, autocast)
+    agent_accuracy = _test_agents(stacked, module, data, loss, autocast, vectorized)
     return {
-        "test_loss": float(test_loss),
-        "test_accuracy": float(test_accuracy),
-        "mean_agent_accuracy": float(agent_accuracy.mean()),
-        "worst_agent_accuracy": float(agent_accuracy.min()),
-        "consensus_error": consensus_error(stacked.parameters()),
+        "test_loss": test_loss,
+        "test_accuracy": test_accuracy,
+        "mean_agent_accuracy": agent_accuracy.mean(),
+        "worst_agent_accuracy": agent_accuracy.min(),
+        "consensus_error": _consensus_error(stacked.parameters()),
     }
 
 
-def _test_agents(stacked: StackedModule, module: nn.Module, data: Dataset, loss: Loss, vectorized: bool) -> Tensor:
+def _test_agents(
+    stacked: StackedModule,
+    module: nn.Module,
+    data: Dataset,
+    loss: Loss,
+    autocast: torch.dtype | None,
+    vectorized: bool,
+) -> Tensor:
     """Test accuracy [N] of each agent."""
     states = stacked.state_dict()
+
+    def accuracy(state: Mapping[str, Tensor]) -> Tensor:
+        return _test(stacked, module, state, data, loss, autocast)[1]
+
     if vectorized:
-        return vmap(lambda state: _test(stacked, module, state, data, loss)[1], randomness="different")(states)
+        return vmap(accuracy, randomness="different")(states)
     rows = ({name: tensor[i] for name, tensor in states.items()} for i in range(stacked.num_agents))
-    return torch.stack([_test(stacked, module, row, data, loss)[1] for row in rows])
+    return torch.stack([accuracy(row) for row in rows])
 
 
 @torch.no_grad()
 def _test(
-    stacked: StackedModule, module: nn.Module, state: Mapping[str, Tensor], data: Dataset, loss: Loss
+    stacked: StackedModule,
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    data: Dataset,
+    loss: Loss,
+    autocast: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Mean loss and accuracy, float64 scalars, of one model over the test samples."""
     losses, hits = [], []
     for inputs, labels in zip(
         data.test_inputs.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True
     ):
-        outputs, _ = stacked.call(module, state, inputs)
+        outputs, _ = stacked.call(module, state, inputs, autocast)
         losses.append(loss(outputs, labels).to(torch.float64) * len(labels))
         hits.append((outputs.argmax(1) == labels).sum(dtype=torch.float64))
     num_samples = len(data.test_labels)

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gut_fast.data import Dataset
+from gut_fast.data import Augmentation, Dataset
 from gut_fast.simulation import randomness
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.checkpoint import (
@@ -27,8 +27,9 @@ from gut_fast.simulation.checkpoint import (
 )
 from gut_fast.simulation.engines import AutoEngine, Loss, make_engine, undo_on_error
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
-from gut_fast.simulation.metrics import BytesSent, evaluate
+from gut_fast.simulation.metrics import BytesSent, evaluate, read
 from gut_fast.simulation.plan import Plan
+from gut_fast.simulation.precision import check_autocast
 from gut_fast.simulation.progress import Display, display
 from gut_fast.simulation.stacked import StackedModule, stack
 from gut_fast.topology import Topology
@@ -48,12 +49,24 @@ class Simulator:
         parts: one index tensor per agent into the training samples, as `gut_fast.data.partition` makes them.
         batch_size: samples per agent and step.
         loss: mean loss of a batch, (outputs [B, ...], labels [B]) -> scalar.
-        engine: ``"loop"`` (agent by agent), ``"workers"`` (side by side in as many threads as torch has; CPU only),
-            ``"vmap"`` (all at once) or ``"auto"``: these in turns during the first steps, then the fastest. That choice
-            depends on the time measured, and the engines round differently, so a repeated run is the same bit for bit
-            only with a named engine; a checkpoint keeps the choice once made.
-        seed: of the order of the samples and of random operations such as dropout. Torch's default generators are used
-            but put back after `run`, and what they hold before has no influence.
+        engine: how gradients are computed. ``"loop"`` is agent by agent, ``"vmap"`` all agents at once; ``"workers"``
+            is the loop in as many threads as torch has, for a CPU. On a GPU ``"graphed-loop"`` and ``"graphed-vmap"``
+            launch all kernels at once, by a CUDA graph, for networks that keep Python busier than the GPU. Before
+            ``loop`` and ``vmap``, ``compiled-`` is `torch.compile`: it takes a minute at the first step, or some. Both
+            go together (``"graphed-compiled-vmap"``). ``"auto"`` takes all that need no compiler in turns during the
+            first steps, then keeps the fastest. That choice depends on the time measured, and the engines round
+            differently, so a repeated run is the same bit for bit only with a named engine; a checkpoint keeps the
+            choice once made.
+        seed: of the order of the samples, their augmentation and random operations such as dropout. Torch's default
+            generators are used but put back after `run`, and what they hold before has no influence.
+        augment: random changes to each training batch, such as `gut_fast.data.RandomCropFlip`.
+        autocast: ``torch.bfloat16`` computes forward passes under `torch.autocast`, in training and evaluation; the
+            parameters stay in float32, and so does the loss. None computes in the parameters' dtype. (On a CPU, torch
+            leaves convolutions in float32 where ``vmap`` has turned them into grouped ones.)
+        channels_last: images, and so the activations of convolutional networks, lie in channels-last memory: faster
+            on GPUs with autocast, agent by agent; with ``vmap`` convolutions return to the usual layout. Parameters
+            stay as they are; convolutions convert them as they go. Images of one channel are both layouts at once, and
+            change nothing.
 
     Attributes:
         stacked: the agents' models.
@@ -77,6 +90,9 @@ class Simulator:
         loss: Loss = cross_entropy,
         engine: str = "auto",
         seed: int = 0,
+        augment: Augmentation | None = None,
+        autocast: torch.dtype | None = None,
+        channels_last: bool = False,
     ) -> None:
         num_agents = topology.num_agents
         stacked = module if isinstance(module, StackedModule) else stack(module, num_agents)
@@ -85,15 +101,17 @@ class Simulator:
                 f"{topology} has {num_agents} agents, the model {stacked.num_agents} and the data {len(parts)} parts; "
                 "they must be equal"
             )
+        check_autocast(autocast, stacked.values.dtype)
         self.stacked = stacked
         self.topology = topology
-        self.data = _like_model(data, stacked)
-        self.batches = Batches(self.data.train_inputs, self.data.train_labels, parts, batch_size, seed)
+        self.data = _like_model(data, stacked, channels_last)
+        self.batches = Batches(self.data.train_inputs, self.data.train_labels, parts, batch_size, seed, augment)
         self.optimizer = _checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._loss = loss
-        self._engine = make_engine(engine, stacked, loss)
+        self._autocast, self._channels_last = autocast, channels_last
+        self._engine = make_engine(engine, stacked, loss, autocast)
         self._bytes_sent = BytesSent(self.optimizer, num_agents)
         self._initial_options = _options(self.optimizer)
         self._last_lr = float(self._initial_options[0]["lr"])
@@ -175,14 +193,22 @@ class Simulator:
         averaged model); mean_agent_accuracy, worst_agent_accuracy; consensus_error; mean_bytes_sent, max_bytes_sent
         (per agent, since the start). Accuracies are fractions.
         """
+        vectorized = self.engine.endswith("vmap")
+        metrics = {
+            "loss_sum": self._loss_sum.mean(),
+            "diverged_agents": (~self._loss_sum.isfinite()).sum(dtype=torch.float64),
+            **evaluate(self.stacked, self.data, self._loss, self._autocast, vectorized=vectorized),
+        }
+        numbers, bytes_sent = read(metrics), self._bytes_sent.total.tolist()
+        loss_sum, diverged_agents = numbers.pop("loss_sum"), numbers.pop("diverged_agents")
         return {
             "step": self.step,
             "lr": self._last_lr,
-            "train_loss": self._train_loss(),
-            "diverged_agents": int((~self._loss_sum.isfinite()).sum()),
-            **evaluate(self.stacked, self.data, self._loss, vectorized=self.engine == "vmap"),
-            "mean_bytes_sent": float(self._bytes_sent.total.double().mean()),
-            "max_bytes_sent": int(self._bytes_sent.total.max()),
+            "train_loss": self._mean_loss(loss_sum),
+            "diverged_agents": int(diverged_agents),
+            **numbers,
+            "mean_bytes_sent": sum(bytes_sent) / len(bytes_sent),
+            "max_bytes_sent": max(bytes_sent),
         }
 
     def save_checkpoint(self, path: str | Path) -> None:
@@ -292,13 +318,13 @@ class Simulator:
         self._suspend()
         self.save_checkpoint(path)
 
-    def _train_loss(self) -> float:
-        return float(self._loss_sum.mean()) / self._loss_steps if self._loss_steps else math.nan
+    def _mean_loss(self, loss_sum: float) -> float:
+        return loss_sum / self._loss_steps if self._loss_steps else math.nan
 
     def _headline(self) -> str:
         parts = [f"lr {self._last_lr:g}"]
         if self._loss_steps:
-            parts.append(f"loss {self._train_loss():.4f}")
+            parts.append(f"loss {self._mean_loss(float(self._loss_sum.mean())):.4f}")
         if self.history:
             row = self.history[-1]
             parts.append(f"accuracy {row['test_accuracy']:.1%} (worst agent {row['worst_agent_accuracy']:.1%})")
@@ -308,13 +334,14 @@ class Simulator:
     @cached_property
     def _configuration(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this simulator, as plain values."""
-        rule = getattr(self.optimizer, "rule", None)
+        rule, state_dtype = (getattr(self.optimizer, name, None) for name in ("rule", "state_dtype"))
         return {
             "number of agents": self.stacked.num_agents,
             "topology": self.topology.name,
             "digest of the mixing weights": mixing_digest(self.topology),
             "optimizer": type(self.optimizer).__name__,
             "rule": None if rule is None else rule.name,
+            "dtype of the state": None if state_dtype in (None, self.stacked.values.dtype) else str(state_dtype),
             **{
                 f"{name} of group {index}": value
                 for index, group in enumerate(self._initial_options)
@@ -325,6 +352,9 @@ class Simulator:
             "division of the samples": digest(self.batches.parts),
             "batch size": self.batches.batch_size,
             "seed": self.batches.seed,
+            "augmentation": None if self.batches.augment is None else repr(self.batches.augment),
+            "autocast": None if self._autocast is None else str(self._autocast),
+            "channels last": self._channels_last or None,  # as in the checkpoints of before there was a choice
             **{
                 f"shape of {name}": (*tensor.shape, str(tensor.dtype))
                 for name, tensor in self.stacked.state_dict().items()
@@ -348,11 +378,15 @@ def _checked_optimizer(optimizer: Any, stacked: StackedModule, topology: Topolog
     return optimizer
 
 
-def _like_model(data: Dataset, stacked: StackedModule) -> Dataset:
-    """The data on the model's device, floating-point inputs in its dtype."""
+def _like_model(data: Dataset, stacked: StackedModule, channels_last: bool) -> Dataset:
+    """The data on the model's device, floating-point inputs in its dtype, images in channels-last memory if asked."""
+    if channels_last and data.train_inputs.ndim != 4:
+        shape = tuple(data.train_inputs.shape)
+        raise ValueError(f"channels_last=True is for images [samples, C, H, W], the inputs have shape {shape}")
 
     def move(inputs: Tensor) -> Tensor:
-        return inputs.to(stacked.values if inputs.is_floating_point() else stacked.device)
+        moved = inputs.to(stacked.values if inputs.is_floating_point() else stacked.device)
+        return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved.contiguous()
 
     return replace(
         data,

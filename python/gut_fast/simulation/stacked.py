@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
 from gut_fast.buffers import allocate, segment_views
+from gut_fast.simulation.precision import at_least_float32, forward_precision
 from gut_fast.simulation.randomness import derive_seed, own_random_state
 
 __all__ = ["StackedModule", "stack"]
@@ -54,6 +55,7 @@ class StackedModule:
         num_agents: N.
         module: the template, a module with the original parameters; it is never trained.
         values, gradients: the flat buffers, [N · Σd_k].
+        flat_buffers: the module's buffers, in one flat tensor for each dtype and device: quickly copied.
 
     Buffers, such as the running statistics of batch normalisation, are stacked (N, *shape) too and never mixed.
     Parameters that the module shares between submodules are shared in every agent.
@@ -78,10 +80,7 @@ class StackedModule:
             view.copy_(template.detach())
             self._parameters[name] = nn.Parameter(view, requires_grad=template.requires_grad)
         self._gradients = dict(zip(templates, segment_views(self.gradients, num_agents, shapes), strict=True))
-        self._buffers = {
-            name: buffer.detach().expand(num_agents, *buffer.shape).clone()
-            for name, buffer in self.module.named_buffers()
-        }
+        self.flat_buffers, self._buffers = _stacked_buffers(self.module, num_agents)
         self._slots = _slots(self.module)
         self._agents: dict[int, nn.Module] = {}
         self._link_gradients()
@@ -165,12 +164,22 @@ class StackedModule:
         for name, tensor in own.items():
             tensor.copy_(state_dict[name])
 
-    def call(self, module: nn.Module, tensors: Mapping[str, Tensor], inputs: Tensor) -> tuple[Any, dict[str, Tensor]]:
-        """Output of `module`, a copy of the template, with these parameters and buffers, and the buffers afterwards."""
+    def call(
+        self,
+        module: nn.Module,
+        tensors: Mapping[str, Tensor],
+        inputs: Tensor,
+        autocast: torch.dtype | None = None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """Output of `module`, a copy of the template, with these parameters and buffers, and the buffers afterwards.
+
+        Under `torch.autocast` if there is a dtype for it; the output is as `at_least_float32` returns it.
+        """
         # By slot and without functional_call's own search for ties, which costs as much as a small forward pass.
         by_slot = {slot: tensors[name] for slot, name in self._slots.items()}
-        output = functional_call(module, by_slot, (inputs,), tie_weights=False)
-        return output, {name: by_slot[name] for name in self._buffers}
+        with forward_precision(autocast, inputs.device):
+            output = functional_call(module, by_slot, (inputs,), tie_weights=False)
+        return at_least_float32(output), {name: by_slot[name] for name in self._buffers}
 
     def keep_buffers(self, i: int) -> None:
         """Copies the buffers that agent i's module has replaced, not changed in place, into its rows of the stack."""
@@ -200,6 +209,19 @@ class StackedModule:
 
     def __reduce__(self) -> tuple[Callable[..., StackedModule], tuple[Any, ...]]:
         return _restore, (self.module, self.num_agents, self.values.clone(), self._buffers)
+
+
+def _stacked_buffers(module: nn.Module, num_agents: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The module's buffers N times: one flat tensor for each dtype and device, and by name the views (N, *shape)."""
+    named = dict(module.named_buffers())
+    flat, views = [], {}
+    for kind in dict.fromkeys((buffer.dtype, buffer.device) for buffer in named.values()):
+        names = [name for name, buffer in named.items() if (buffer.dtype, buffer.device) == kind]
+        flat.append(allocate(num_agents * sum(named[name].numel() for name in names), *kind))
+        shapes = [named[name].shape for name in names]
+        for name, view in zip(names, segment_views(flat[-1], num_agents, shapes), strict=True):
+            views[name] = view.copy_(named[name].detach())
+    return flat, {name: views[name] for name in named}
 
 
 def _restore(module: nn.Module, num_agents: int, values: Tensor, buffers: dict[str, Tensor]) -> StackedModule:

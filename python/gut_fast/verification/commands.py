@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from gut_fast.backends import BACKENDS
+from gut_fast.backends import AUTOMATIC, BACKENDS
 from gut_fast.experiments import machine
 from gut_fast.experiments.terminal import BadArgumentError, as_bad_argument, console_of_text, writing
 from gut_fast.lockstep import PRECISIONS
 from gut_fast.rules import RULES
 from gut_fast.simulation.files import replacing
-from gut_fast.verification import comparison, report
+from gut_fast.verification import comparison, players, report
 from gut_fast.verification.cases import THREADS
 
 __all__ = ["verify"]
@@ -80,12 +80,18 @@ def _request(
     tiers = machine.instruction_tiers()
     return comparison.Request(
         rules=[RULES[name] for name in _chosen("--rule", rule, RULES)],
-        backends=_chosen("--backend", backend, BACKENDS),
+        backends=_chosen("--backend", backend or _automatic_backends(), BACKENDS),
         precisions=[PRECISIONS[name] for name in _chosen("--dtype", dtype, PRECISIONS)],
         tiers=_chosen("--tier", tier, tiers),
         seed=seed,
         full=full,
     )
+
+
+def _automatic_backends() -> list[str]:
+    """Those that "auto" may choose here; Triton's interpreter, on CPU tensors, would take hours."""
+    chosen = {name for device in players.devices() for name in AUTOMATIC[device]}
+    return [name for name in BACKENDS if name in chosen]
 
 
 def _chosen(option: str, given: Sequence[str] | None, known: Collection[str]) -> list[str]:
@@ -116,7 +122,7 @@ def _progress(total: int, console: Console) -> Iterator[Callable[[str], None]]:
 
 def _show(result: comparison.Result, request: comparison.Request, seconds: float, console: Console) -> None:
     console.print(report.table(result))
-    console.print(report.legend(request.tiers, THREADS), style="dim")
+    console.print(report.legend(request.tiers, THREADS, request.devices), style="dim")
     for text in report.not_compared(result):
         console.print(text, soft_wrap=True)
     for text in report.failures(result):

@@ -29,7 +29,8 @@ class Line:
         error: the worst `excess_error`.
         worst_case: label of the case where it was found.
         num_comparisons: tensors (z and each state, for every case, tier and thread count) that were compared.
-        faults: what no size of error measures: bits that differ between tiers or threads, writes beside the buffers.
+        faults: what no size of error measures: bits that differ between tiers, threads or runs, writes beside the
+            buffers.
     """
 
     rule: str
@@ -68,6 +69,7 @@ class Request:
     tiers: Sequence[str]
     seed: int = 0
     full: bool = False
+    devices: Sequence[str] = field(default_factory=players.devices)
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,11 @@ def _servers(
     servers: dict[Precision, list[Line]] = {precision: [] for precision in different}
     for backend in request.backends:
         for precision in different:
-            reasons = {device: players.unavailable(rule, precision, backend, device) for device in players.devices()}
+            reasons = {device: players.unavailable(rule, precision, backend, device) for device in request.devices}
             able = [device for device, reason in reasons.items() if reason is None]
             servers[precision] += [Line(rule.name, backend, device, str(precision)) for device in able]
             if not able:
-                missing[backend, str(reasons[players.devices()[-1]])].append(str(precision))
+                missing[backend, str(reasons[request.devices[-1]])].append(str(precision))
     return servers
 
 
@@ -134,9 +136,8 @@ def _compare_case(case: Case, request: Request, servers: dict[Precision, list[Li
             continue
         plain = exact if precision == EXACT else case.problem.run_reference(case.num_steps, precision)
         for line in lines:
-            _compare_settings(
-                case, precision, line, players.settings(line.backend, request.tiers, case.threads), exact, plain
-            )
+            settings = players.settings(line.backend, request.tiers, case.threads, line.device)
+            _compare_settings(case, precision, line, settings, exact, plain)
 
 
 def _compare_settings(

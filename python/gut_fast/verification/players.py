@@ -22,11 +22,13 @@ class Setting(NamedTuple):
 
     tier: str | None = None
     threads: int | None = None
+    repeat: int = 0
 
     def __str__(self) -> str:
         tier = "" if self.tier is None else f"tier {self.tier}"
         threads = "" if self.threads is None else f"{self.threads} thread{'s' * (self.threads != 1)}"
-        return ", ".join(filter(None, (tier, threads))) or "as it is"
+        repeat = "" if self.repeat == 0 else "once more"
+        return ", ".join(filter(None, (tier, threads, repeat))) or "as it is"
 
     @contextlib.contextmanager
     def in_force(self) -> Iterator[None]:
@@ -40,8 +42,10 @@ class Setting(NamedTuple):
                 torch.set_num_threads(threads)
 
 
-def settings(backend: str, tiers: Sequence[str], threads: Sequence[int]) -> list[Setting]:
-    """All in which a backend must give the same bits."""
+def settings(backend: str, tiers: Sequence[str], threads: Sequence[int], device: str = "cpu") -> list[Setting]:
+    """All in which a backend must give the same bits; on another device it simply has to do so twice."""
+    if device != "cpu":
+        return [Setting(), Setting(repeat=1)]
     if backend not in BACKENDS_WITH_TIERS:
         return [Setting()]
     return [Setting(tier, count) for tier in tiers for count in threads or (None,)]

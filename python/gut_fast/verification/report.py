@@ -36,15 +36,17 @@ def table(result: Result) -> Table:
     return lines
 
 
-def legend(tiers: Sequence[str], threads: Sequence[int]) -> str:
+def legend(tiers: Sequence[str], threads: Sequence[int], devices: Sequence[str] = ("cpu",)) -> str:
     """What the columns of the table are; tiers and thread counts are those that had to give the same bits."""
-    return (
+    text = (
         f"error: the largest, in units of what plain PyTorch loses; right is at most {LIMIT:g}\n"
         "precision: of the parameters, after a slash that of the state\n"
         "checks: tensors compared, parameters and every state\n"
         "published: the reference beside the form in the paper\n"
         f"cpu: the same bits in tiers {', '.join(tiers) or 'none'} and on {', '.join(map(str, threads))} threads"
     )
+    others = [device for device in devices if device != "cpu"]
+    return "\n".join([text, *(f"{device}: the same bits a second time" for device in others)])
 
 
 def not_compared(result: Result) -> list[str]:

@@ -1,0 +1,113 @@
+"""Random changes to training images, many at once and on their device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["Augmentation", "RandomCropFlip"]
+
+
+class Augmentation(Protocol):
+    """What is random is drawn on the CPU, so that it is the same whatever device the images are on.
+
+    Its `repr` goes into checkpoints, which only a simulator with an equal one can load: a frozen dataclass has a good
+    one.
+    """
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """The random numbers of so many samples, a CPU tensor [num_samples, ...]."""
+
+    def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
+        """The changed samples, shaped and laid out as `inputs` [N, B, ...]; `draws` [N, B, ...] is on their device."""
+
+
+@dataclass(frozen=True)
+class RandomCropFlip:
+    """Images are padded with zeros, cut out at a random place in their old size, and half of them mirrored.
+
+    With the draws (top, left, mirrored) of an image x of width W, and x zero outside its borders::
+
+        out[c, h, w] = x[c, h + top − padding, v + left − padding],   v = W − 1 − w where mirrored, else w
+
+    Zero is the mean of samples that are normalised as those of `gut_fast.data` are.
+
+    Args:
+        padding: rows and columns added on each side; top and left are uniform in 0 … 2 · padding.
+        flip: whether images are mirrored, left to right, with probability 1/2.
+
+    Raises:
+        TypeError, ValueError: padding is not an integer >= 0, or flip not a bool.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
+    """
+
+    padding: int = 4
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.padding, bool) or not isinstance(self.padding, int):
+            raise TypeError(f"padding must be an integer, got {type(self.padding).__name__} {self.padding!r}")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
+        if self.padding < 0:
+            raise ValueError(f"padding must be at least 0, got {self.padding}")
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Top, left and whether mirrored: int64 [num_samples, 3]."""
+        offsets = torch.randint(2 * self.padding + 1, (num_samples, 2), generator=generator, device="cpu")
+        mirrored = torch.randint(1 + self.flip, (num_samples, 1), generator=generator, device="cpu")
+        return torch.cat([offsets, mirrored], 1)
+
+    def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
+        """The images [N, B, C, H, W], in channels-last memory where `inputs` is; the kernels are the same for any N, B.
+
+        Raises:
+            ValueError: the inputs are not images, or `draws` is not an int64 tensor [N, B, 3] on their device or, on
+                the CPU, holds numbers that `draw` never returns.
+        """
+        self._check(inputs, draws)
+        height, width = inputs.shape[-2:]
+        padded = functional.pad(inputs.flatten(0, 1), (self.padding,) * 4)
+        return _gather_pixels(padded, self._positions(draws.flatten(0, 1), height, width)).view_as(inputs)
+
+    def _positions(self, draws: Tensor, height: int, width: int) -> Tensor:
+        """Where in its padded image each pixel of a sample comes from, [samples, height, width]."""
+        top, left, mirrored = draws.unbind(1)
+        h, w = (torch.arange(size, device=draws.device) for size in (height, width))
+        rows = top[:, None] + h
+        columns = left[:, None] + torch.where(mirrored[:, None] == 1, width - 1 - w, w)
+        return rows[:, :, None] * (width + 2 * self.padding) + columns[:, None, :]
+
+    def _check(self, inputs: Tensor, draws: Tensor) -> None:
+        if inputs.ndim != 5:
+            raise ValueError(f"{self} is for images [N, B, C, H, W], got inputs of shape {tuple(inputs.shape)}")
+        expected = (*inputs.shape[:2], 3)
+        if draws.shape != expected or draws.dtype != torch.int64 or draws.device != inputs.device:
+            raise ValueError(
+                f"{self}: draws is {draws.dtype} of shape {tuple(draws.shape)} on {draws.device}, "
+                f"expected torch.int64 of shape {expected} on {inputs.device}"
+            )
+        # Elsewhere looking at the numbers would wait for the device.
+        if draws.device.type == "cpu" and draws.numel():
+            limits = torch.tensor([2 * self.padding, 2 * self.padding, 1], device="cpu")
+            if bool(((draws < 0) | (draws > limits)).any()):
+                raise ValueError(
+                    f"{self}: top and left go from 0 to {2 * self.padding} and mirrored from 0 to 1, "
+                    f"got {draws.flatten(0, 1).amin(0).tolist()} … {draws.flatten(0, 1).amax(0).tolist()}"
+                )
+
+
+def _gather_pixels(images: Tensor, positions: Tensor) -> Tensor:
+    """Of images [S, C, H', W'] the pixels at h · W' + w = positions [S, H, W], as [S, C, H, W] in the same layout."""
+    (samples, height, width), channels = positions.shape, images.shape[1]
+    if images.is_contiguous():
+        indices = positions.flatten(1)[:, None, :].expand(-1, channels, -1)
+        return images.flatten(2).gather(2, indices).view(samples, channels, height, width)
+    indices = positions.flatten(1)[:, :, None].expand(-1, -1, channels)
+    pixels = images.permute(0, 2, 3, 1).flatten(1, 2).gather(1, indices)
+    return pixels.view(samples, height, width, channels).permute(0, 3, 1, 2)

@@ -1,0 +1,173 @@
+"""Engines for a GPU: agents on several streams, and all kernels of a gradient recorded once in a CUDA graph."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gut_fast.simulation.gradients import Compiler, Engine, LoopEngine, Loss
+from gut_fast.simulation.stacked import StackedModule
+from gut_fast.simulation.undo import remember
+
+__all__ = ["Capture", "GraphedEngine", "StreamsEngine", "capture_cuda_graph"]
+
+WARM_UPS = 3
+"""Calls before a capture: libraries choose their kernels and allocate workspaces in the first ones."""
+
+Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
+"""Records a function without arguments. Returns its result and what repeats it: the same kernels on the same memory."""
+
+
+class StreamsEngine(LoopEngine):
+    """The loop over agents with the agents dealt out to CUDA streams, so that small kernels run side by side.
+
+    The gradients are those of `LoopEngine` bit for bit, and so are the random numbers, which are counted in the order
+    of the launches. Meant to be captured: while Python launches every kernel, one stream is hardly full.
+    """
+
+    max_streams = 4
+
+    def __init__(
+        self,
+        stacked: StackedModule,
+        loss: Loss,
+        autocast: torch.dtype | None = None,
+        *,
+        compiler: Compiler | None = None,
+    ) -> None:
+        super().__init__(stacked, loss, autocast, compiler=compiler)
+        num_streams = min(self.max_streams, stacked.num_agents)
+        self._streams = [torch.cuda.Stream(stacked.device) for _ in range(num_streams)]
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """As `Engine`."""
+        self._stacked.zero_grad()
+        here = torch.cuda.current_stream(self._stacked.device)
+        for stream in self._streams:
+            stream.wait_stream(here)
+        losses = []
+        try:
+            for i in range(len(self._agents)):
+                with torch.cuda.stream(self._streams[i % len(self._streams)]):
+                    losses.append(self._gradient(i, inputs, targets))
+        finally:  # after an error too, or it would be taken back while streams still write
+            for stream in self._streams:
+                here.wait_stream(stream)
+        return torch.stack(losses)
+
+
+@dataclass
+class _Recording:
+    """A captured gradient: the memory that it reads and writes, and what repeats it."""
+
+    inputs: Tensor
+    targets: Tensor
+    losses: Tensor
+    gradients: list[Tensor | None]
+    replay: Callable[[], None]
+
+    def is_for(self, inputs: Tensor, targets: Tensor) -> bool:
+        return _layout(inputs) == _layout(self.inputs) and _layout(targets) == _layout(self.targets)
+
+
+class GraphedEngine:
+    """Another engine's kernels, recorded at the first call and from then on launched all at once.
+
+    For networks whose kernels take less time than launching them from Python does. Batches are copied into memory of
+    the recording's own; where their shape changes, it is made anew. Buffers, dropout and autocasting are part of it.
+    What the module and the loss do in Python besides launching kernels is done while recording only, and they must not
+    wait for the GPU, as `Tensor.item` does.
+
+    Args:
+        engine: records this; nothing may call it beside.
+        stacked: the agents' models, whose parameters and buffers stay where they are.
+        capture: how.
+
+    Raises:
+        RuntimeError: at the first call, the module or the loss waits for the GPU; random state, buffers and gradients
+            may have changed, as after any engine's error.
+    """
+
+    def __init__(self, engine: Engine, stacked: StackedModule, capture: Capture | None = None) -> None:
+        self._engine = engine
+        self._stacked = stacked
+        self._capture = partial(capture_cuda_graph, stacked.device) if capture is None else capture
+        self._recording: _Recording | None = None
+
+    @property
+    def name(self) -> str:
+        """As in `ENGINES`."""
+        return f"graphed-{self._engine.name}"
+
+    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """As `Engine`; the gradients are in the same memory at every call."""
+        if self._recording is None or not self._recording.is_for(inputs, targets):
+            self._recording = None  # first, so that its memory can be used again
+            self._recording = self._record(inputs, targets)
+        recording = self._recording
+        recording.inputs.copy_(inputs)
+        recording.targets.copy_(targets)
+        recording.replay()
+        for parameter, gradient in zip(self._stacked.parameters(), recording.gradients, strict=True):
+            parameter.grad = gradient
+        return recording.losses.clone()
+
+    def _record(self, inputs: Tensor, targets: Tensor) -> _Recording:
+        """Buffers and random state are as before; the gradient has still to be computed."""
+        inputs, targets = inputs.clone(), targets.clone()
+        undo = remember(self._stacked)
+        losses, replay = self._capture(lambda: self._engine(inputs, targets))
+        undo()
+        gradients = [parameter.grad for parameter in self._stacked.parameters()]
+        return _Recording(inputs, targets, losses, gradients, replay)
+
+
+def capture_cuda_graph(device: torch.device, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+    """As `Capture`, on a CUDA device; the function is called a few times before.
+
+    Raises:
+        RuntimeError: the function waits for the GPU. It is found out before the capture, because one that fails leaves
+            torch's random generator and allocator unusable.
+    """
+    with torch.cuda.device(device):
+        here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(here)
+        try:
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS - 1):
+                    function()
+                with _synchronisation_is_an_error():
+                    function()
+        finally:
+            here.wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=stream):
+                result = function()
+        finally:
+            torch.cuda.set_stream(here)  # which a capture that fails does not
+    return result, graph.replay
+
+
+@contextlib.contextmanager
+def _synchronisation_is_an_error() -> Iterator[None]:
+    """Whatever torch knows to wait for the GPU raises RuntimeError here."""
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
