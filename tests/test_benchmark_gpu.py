@@ -1,9 +1,12 @@
 """Measuring on a GPU: with a stand-in whose tensors are on the CPU, and, marked ``gpu``, on a real one."""
 
 import json
+import math
 import runpy
 import subprocess
 import sys
+import time
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +20,7 @@ from gut_fast.benchmark.device import CACHES, CPU, Device, EventClock, Gpu, Wall
 from gut_fast.benchmark.gpu import parts, plan
 from gut_fast.benchmark.gpu import report as gpu_report
 from gut_fast.benchmark.gpu import run as gpu_run
-from gut_fast.benchmark.gpu.notes import Notes
+from gut_fast.benchmark.gpu.notes import Budget, Notes
 from gut_fast.benchmark.gpu_contenders import Captured, InTurns, LargeCopy, SmallCopy, num_sets
 from gut_fast.benchmark.timing import Quantiles, interleave
 from gut_fast.benchmark.training import Task
@@ -428,6 +431,53 @@ def test_a_case_that_fails_is_noted_and_the_others_go_on(call, monkeypatch):
     assert [result.case for result in gpu_report.step_results(found)] == ["dry-dsgd"]
 
 
+def test_a_case_that_fails_gives_its_memory_back_before_the_next(call, monkeypatch):
+    """Or one that is too large for the device would take those after it along."""
+    buffers = []
+
+    def fails(case, *arguments, **options):
+        assert all(buffer() is None for buffer in buffers)
+        tensor = torch.zeros(3)
+        buffers.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError(f"{case.name} has {len(tensor)} numbers too many")
+
+    monkeypatch.setattr(parts, "run", fails)
+    code, found, _ = call("--parts", "steps")
+    assert code == 1
+    assert list(found["parts"]["steps"]["failures"].values()) == [
+        f"torch.OutOfMemoryError: dry-{rule} has 3 numbers too many" for rule in ("gut", "dsgd")
+    ]
+
+
+def test_a_backend_that_fails_beside_ours_is_absent(gpu, monkeypatch):
+    right = GutFast.step
+
+    def step(self):
+        if self.family == "backend":
+            raise RuntimeError("PassManager::run failed\nand so on")
+        right(self)
+
+    monkeypatch.setattr(peers, "_other_backends", lambda workload: ["torch"])
+    monkeypatch.setattr(GutFast, "step", step)
+    measured = run.run(small(), 1, 0.0, ["backend"], device=gpu)
+    assert list(measured.contenders) == ["gut_fast"]
+    assert measured.absent == {"gut_fast, torch": "failed: PassManager::run failed"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null_and_said(tmp_path, value):
+    notes = Notes(tmp_path / gpu_run.FILE)
+    line = {"rule": "gut", "backend": "cuda", "precision": "float32", "error": value, "passed": False}
+    entry = {"rule": "gut", "backend": "cuda", "same bits": True, "error": 1.0, "error on the CPU": 1.0}
+    notes.put("verify", lines=[{**line, "worst_case": "ring(3)", "num_comparisons": 2, "faults": []}])
+    notes.put("determinism", runs=3, entries=[{**entry, "difference": value}])
+    found = json.loads(notes.file.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert found["parts"]["verify"]["lines"][0]["error"] is None
+    text = gpu_report.text(found)
+    assert "WRONG: gut on cuda in float32: ring(3): error not finite" in text
+    assert text.partition("DETERMINISM")[2].split()[-2:] == ["not", "finite"]
+
+
 def test_what_is_wrong_makes_the_exit_code(call, monkeypatch):
     monkeypatch.setattr(GutFast, "step", lambda self: None)
     code, found, out = call("--parts", "steps")
@@ -443,7 +493,8 @@ def test_a_part_that_is_ended_leaves_what_it_had_found(call, tmp_path):
 
     code, found, out = call("--parts", "steps", "--seconds", "40", launch=is_ended)
     assert code == 1
-    assert found["parts"]["steps"] == {"results": [], "status": "failed", "problem": "ended after 50 s", "seconds": 0.0}
+    del found["parts"]["steps"]["seconds"]
+    assert found["parts"]["steps"] == {"results": [], "status": "failed", "problem": "ended after 50 s"}
     assert "steps: ended after 50 s" in out
 
 
@@ -500,6 +551,29 @@ def test_a_process_that_hangs_is_ended():
     assert gpu_run._launch(["--help"], 0.01) == "ended after 0 s"
 
 
+def test_what_a_part_has_started_ends_with_it(monkeypatch, tmp_path):
+    """Such as the program under a profiler that was ended before it."""
+    right, place = subprocess.Popen, tmp_path / "pid"
+    script = f'sleep 60 & echo $! > "{place}"'
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: right(["bash", "-c", script], **options))
+    assert gpu_run._launch([], 10.0) == ""
+    status = Path(f"/proc/{int(place.read_text())}/stat")
+    until = time.monotonic() + 10
+    while status.exists() and status.read_text().split()[2] != "Z":
+        assert time.monotonic() < until
+
+
+def test_whoever_is_ended_ends_the_part_at_work(tmp_path):
+    command = [sys.executable, "benchmarks/gpu/run.py", tmp_path, "--device", "cpu", "--parts", "steps"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert "steps: up to" in process.stdout.readline()
+        assert "steps: dry-gut" in process.stdout.readline()  # says the part
+        child = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        process.terminate()
+        assert process.wait(30) != 0
+    assert not Path(f"/proc/{int(child)}").exists()
+
+
 NCU = """==PROF== Connected to process 12
 "ID","Kernel Name","dram__bytes_read.sum","gpu__time_duration.sum"
 "","","byte","ns"
@@ -513,6 +587,38 @@ def test_what_ncu_prints_is_read():
     assert len(rows) == 2
     assert rows[0] == {"kernel": "void step<float>(Args)", "time": "121,000", "bytes read": "208,000,000"}
     assert list(parts._ncu_rows("==ERROR== no permission\n")) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "status", "reason"),
+    [
+        ("==PROF== Connected\n==ERROR== ERR_NVGPUCTRPERM - no permission\nSee there\n", "absent", "==ERROR== ERR_NV"),
+        ("==ERROR== The application returned an error code (1).\n", "failed", "==ERROR== The application returned"),
+        ("", "failed", "ncu says nothing"),
+    ],
+)
+def test_ncu_without_figures_says_why(gpu, tmp_path, monkeypatch, said, status, reason):
+    monkeypatch.setattr(parts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(parts.subprocess, "run", lambda *_, **options: SimpleNamespace(stdout=said, stderr=""))
+    notes = Notes(tmp_path / gpu_run.FILE)
+    part = parts.Part("ncu", gpu, plan.plan_for(CPU), Budget(30.0), notes, print)
+    assert parts.ncu(part) == status
+    assert notes.read()["parts"]["ncu"]["reason"].startswith(reason)
+
+
+def test_a_driver_that_does_not_answer_is_asked_once(monkeypatch):
+    asked = []
+
+    def hangs(command, timeout, **options):
+        asked.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(device.shutil, "which", lambda name: name)
+    monkeypatch.setattr(device.subprocess, "run", hangs)
+    device.nvidia_smi.cache_clear()
+    assert [device.nvidia_smi("name") for _ in range(2)] == [None, None]
+    assert len(asked) == 1
+    device.nvidia_smi.cache_clear()
 
 
 def test_missed_goals_are_said(result):

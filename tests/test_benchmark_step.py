@@ -1,5 +1,6 @@
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -597,6 +598,12 @@ def test_threads_default_to_one_and_all(threads):
     threads(2)
     assert commands._thread_counts(None, CPU) == [1, 2]
     assert commands._thread_counts([4, 1, 4], CPU) == [1, 4]
+
+
+def test_threads_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(commands, "find_device", lambda name: SimpleNamespace(is_gpu=name == "cuda"))
+    with pytest.raises(BadArgumentError, match="--threads 1, 2: on a GPU a case is timed once"):
+        bench("step", "--device", "cuda", "--threads", "1", "--threads", "2")
 
 
 # Scaling

@@ -280,3 +280,15 @@ def test_every_model_has_images():
     for name in training.IMAGES:
         module = Task(name).make_module()
         assert module(torch.randn(2, *training.IMAGES[name])).shape == (2, training.NUM_CLASSES)
+
+
+def test_what_others_have_compiled_does_not_count(monkeypatch):
+    """Or torch.compile would come to its limit of variants, and go on in eager without a word."""
+
+    def reset():
+        raise RuntimeError("forgotten")
+
+    monkeypatch.setattr(torch.compiler, "reset", reset)
+    with pytest.raises(RuntimeError, match="forgotten"):
+        train_run.run(TASK, ["loop", "compiled-vmap"], 1, 0.0)
+    assert train_run.run(TASK, ["loop"], 1, 0.0, controls=False).best == "loop"

@@ -325,6 +325,19 @@ def test_more_agents_than_shared_memory_holds(emulation):
         assert compare(given, precision, "cuda", num_steps=3) <= 2
 
 
+@pytest.mark.parametrize("num_agents", [150, 200, 600])
+def test_large_complete_graphs(num_agents, device):
+    given = problem("gut", topology.complete(num_agents), (3, 20), STABLE["gut"])
+    assert compare(given, FLOAT32, "cuda", num_steps=1, device=device) <= 2
+
+
+def test_a_small_step_leaves_a_large_one_its_shared_memory(emulation):
+    """They may be started by two threads of the host at once."""
+    for num_agents in (4096, 2048):
+        given = problem("dsgd", topology.ring(num_agents), (8,))
+        assert compare(given, FLOAT32, "cuda", num_steps=1) <= 2
+
+
 def test_coefficients_on_the_device_change_no_bit(emulation, monkeypatch):
     arguments = (3, "qg_gutm", topology.ring(16), (70, 5))
     expected = ran(*arguments)
@@ -355,8 +368,18 @@ def test_what_it_cannot_serve(case, emulation):
     assert cuda.unavailable("cpu", torch.float16, 3, 2, torch.float32) is None
 
 
+def test_a_device_that_cannot_run_the_kernels_is_not_served(emulation, monkeypatch):
+    """Of an architecture or with a driver older than they were compiled for; "auto" goes on to the next backend."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert cuda.unavailable("cpu", torch.float32, 1, 1) is None
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert cuda.unavailable("cpu", torch.float32, 1, 1) == "CUDA refused device 1: invalid device ordinal"
+
+
 WITHOUT_A_DRIVER = """
 from gut_fast import _cuda
+print(_cuda.refusal(0))
 try:
     _cuda.fits(0, _cuda.DType.float32, 1, 16)
 except RuntimeError as error:
@@ -368,7 +391,8 @@ except RuntimeError as error:
 def test_the_module_imports_without_a_device():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, "-c", WITHOUT_A_DRIVER], env=environment, capture_output=True, text=True)
-    assert result.stdout.startswith("CUDA refused to describe device 0: "), result
+    assert result.stdout.startswith("CUDA refused to tell the current device: "), result
+    assert "CUDA refused to describe device 0: " in result.stdout
 
 
 @pytest.mark.gpu
@@ -433,6 +457,43 @@ def test_captured_steps_follow_their_coefficients(num_agents):
         recorded.replay()
         eager.step()
     assert torch.equal(z, twin)
+
+
+A_CAPTURE_FIRST = """
+import torch
+import gut_fast as gf
+z = torch.nn.Parameter(torch.ones(4, 3, device="cuda"))
+z.grad = torch.ones_like(z)
+optimizer = gf.GUT([z], 0.5, mu=0.5, topology=gf.topology.ring(4), backend="cuda", capturable=True)
+optimizer.update_coefficients()
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    optimizer.step()
+graph.replay()
+print(z.flatten().tolist() == [0.5] * 12)
+"""
+
+
+@pytest.mark.gpu
+def test_the_first_step_of_a_process_can_be_captured():
+    """Nothing is left to be loaded or asked for at the first launch that a capture forbids."""
+    result = subprocess.run([sys.executable, "-c", A_CAPTURE_FIRST], capture_output=True, text=True)
+    assert result.stdout == "True\n", result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+@pytest.mark.parametrize("shape", [(2, 2**30 + 5), (1, 2**31 + 9)], ids=str)
+def test_more_numbers_than_32_bits_count(shape, backend):
+    z = torch.nn.Parameter(torch.ones(shape, dtype=torch.bfloat16, device="cuda"))
+    optimizer = gf.DSGD([z], 0.5, weight_decay=1.0, topology=topology.ring(len(z)), backend=backend)
+    optimizer.step()
+    assert bool((z == 0.5).all())
+    with torch.no_grad():
+        z[0] = 0
+    optimizer.step()
+    assert bool((z == 0.25 * (len(z) - 1) / len(z)).all())
 
 
 @pytest.mark.gpu

@@ -245,6 +245,16 @@ def test_a_graphed_engine_is_recorded_anew_where_the_batch_has_another_layout():
     assert graph.captures == 3
 
 
+def test_a_graphed_engine_is_recorded_once_for_batches_whose_samples_share_memory():
+    stacked = spread(convolutional())
+    graph = FakeGraph(stacked)
+    graphed = GraphedEngine(LoopEngine(stacked, cross_entropy), stacked, graph)
+    inputs, targets = batch()
+    for _ in range(3):
+        graphed(inputs[:1].expand_as(inputs), targets)
+    assert graph.captures == 1
+
+
 class FakeStreams:
     """Stands in for torch.cuda: notes who waits for whom, and which agents run where."""
 

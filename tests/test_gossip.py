@@ -25,6 +25,12 @@ def test_sgd_inside_equals_the_plain_class(rule):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-9)
 
 
+def test_it_cannot_be_captured():
+    inner = torch.optim.AdamW(parameters(), lr=0.01)
+    with pytest.raises(ValueError, match="Gossip: no capturable=True"):
+        gf.Gossip(inner, topology=RING, capturable=True)
+
+
 def test_state_in_bfloat16():
     params = parameters(torch.float32)
     optimizer = gf.Gossip(torch.optim.AdamW(params, lr=0.01), topology=RING, state_dtype=torch.bfloat16)

@@ -601,7 +601,7 @@ def test_bad_topology_rule_and_backend():
         gf.GossipOptimizer(parameters(), "dsgd", lr=0.1, mu=0.5, topology=RING)
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         gf.GUT(parameters(), 0.1, topology=RING, backend="tpu")
-    with pytest.raises(RuntimeError, match=r"'cpu' is not available: it serves .*; not torch.float16 with"):
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available: it serves .*, not torch.float16 with"):
         gf.GUT(parameters(torch.float16), 0.1, topology=RING, backend="cpu")
 
 
@@ -759,6 +759,52 @@ def test_capturable_steps_are_the_same_and_their_coefficients_stay_where_they_ar
     assert same(snapshot(one, params), snapshot(other, twin))
     assert one._coefficients(0) is coefficients
     assert one.num_steps == 6
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Calling it makes CPU tensors look as if a CUDA graph of their steps were being captured."""
+
+    def begin():
+        monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+
+    return begin
+
+
+def test_a_capture_needs_capturable(captured):
+    params = parameters()
+    optimizer = gf.GUT(params, 0.1, topology=RING)
+    captured()
+    with pytest.raises(RuntimeError, match=r"GUT: to capture steps .* make the optimizer with capturable=True"):
+        optimizer.step()
+
+
+def test_a_capture_records_no_copy_of_coefficients_or_state(captured):
+    """At every replay such a copy would bring back what they were at the capture."""
+    params = parameters()
+    optimizer = gf.GUT(params, 0.1, topology=RING, capturable=True)
+    train(optimizer, params, range(2))
+    captured()
+    optimizer.param_groups[0]["lr"] = 0.05
+    with pytest.raises(RuntimeError, match=r"GUT: call update_coefficients\(\) before the capture"):
+        optimizer.step()
+    optimizer.update_coefficients()
+    optimizer.state[params[0]]["r"] = torch.ones_like(params[0])
+    with pytest.raises(RuntimeError, match=r"GUT: call update_coefficients\(\) before the capture"):
+        optimizer.step()
+    optimizer.update_coefficients()
+    assert bool((optimizer.state[params[0]]["r"] == 1).all())
+    optimizer.step()
+    assert optimizer.num_steps == 3
+
+
+def test_parameters_on_another_device_than_at_the_start():
+    params = parameters()
+    optimizer = gf.GUT(params, 0.1, topology=RING)
+    optimizer.param_groups[0]["params"] = [torch.nn.Parameter(p.to("meta")) for p in params]
+    with pytest.raises(TypeError, match="GUT: the parameters are now on meta; make the optimizer after the move"):
+        optimizer.step()
 
 
 def test_capturable_needs_a_static_topology():

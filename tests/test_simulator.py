@@ -250,6 +250,28 @@ def test_the_result_depends_on_the_seed_and_not_on_the_global_random_state():
     assert not torch.equal(finals[0], finals[2])
 
 
+def test_random_generators_of_other_devices_are_left_alone(monkeypatch):
+    """``torch.manual_seed`` would seed those of all GPUs, and nobody would put them back."""
+    model = plain_model()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("another device's generator is seeded"))
+    sim = simulator(lambda: stack(model, NUM_AGENTS, init="different", seed=3))
+    run(sim, 2)
+    assert sim.step == 2
+
+
+def test_nothing_is_made_on_a_default_device():
+    """Which is the GPU in many a script; "meta" holds no values, so that whatever is made there fails."""
+    model, parts = model_with_state(), partition.dirichlet(DATA.train_labels, NUM_AGENTS, 0.5)
+    options = {"data": DATA, "parts": parts, "batch_size": 5, "engine": "vmap"}
+    expected = Simulator(model, RING, optimizer=gut(), **options)
+    run(expected, 3)
+    with torch.device("meta"):
+        sim = Simulator(model, RING, optimizer=gut(), **options)
+        run(sim, 3)
+    assert torch.equal(sim.stacked.values, expected.stacked.values)
+    assert sim.history == expected.history
+
+
 def test_run_counts_steps_in_all():
     once, twice = simulator(plain_model), simulator(plain_model)
     run(once, 10, milestones=())

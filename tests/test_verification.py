@@ -206,6 +206,19 @@ def test_too_little_precision_is_found(verify, plant, few_graphs):
     assert "WRONG: gutm on planted in float64: " in text
 
 
+def test_a_backend_that_fails_is_found_and_the_others_are_compared(verify, plant, few_graphs):
+    def fails(step):
+        raise RuntimeError("an illegal memory access\nand so on")
+
+    plant(fails)
+    code, text = verify("--rule", "dsgd", "--dtype", "float32", "--backend", "planted", "--backend", "torch")
+    assert code == 1
+    assert "WRONG: dsgd on planted in float32: petersen()" in text
+    assert "RuntimeError: an illegal memory access" in text
+    assert "and so on" not in text
+    assert "1 of 2 lines are WRONG" in text
+
+
 @pytest.mark.parametrize(
     ("differs", "message"),
     [

@@ -6,9 +6,11 @@ Writes FOLDER/results.json after every measurement, and FOLDER/table.txt, which 
 gut_fast, built where nvcc is found, and nothing besides what torch brings; `draw.py` makes a page of the results.
 """
 
+import signal
 import sys
 
 from gut_fast.benchmark.gpu.run import main
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # by an exception, so that the part at work ends too
     sys.exit(main())

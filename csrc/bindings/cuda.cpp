@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "cuda/kernel.h"
@@ -100,6 +101,7 @@ PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
            py::arg("num_agents"), py::arg("parameters"), py::arg("gradients"), py::arg("columns"), py::arg("state"),
            py::arg("coefficients"), py::arg("coefficients_on_device"), py::arg("num_messages"), py::arg("num_edges"),
            py::arg("row_start"), py::arg("neighbor"), py::arg("weight"), py::arg("gradient_scale"));
+  module.def("refusal", &gut_fast::cuda::refusal, py::arg("device"));
   module.def("fits", &gut_fast::cuda::fits, py::arg("device"), py::arg("dtype"), py::arg("num_messages"),
              py::arg("num_agents"));
   module.def("gossip_step", &gut_fast::cuda::gossip_step, py::arg("step"), py::call_guard<py::gil_scoped_release>());

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cuda/arguments.h"
@@ -41,6 +42,9 @@ struct Rows {
   std::vector<void*> addresses;  // empty if the table holds them already
   void** table;                  // device memory for the addresses if there are more than kFewRows, else null
 };
+
+// Why the kernels cannot run on a device, or nothing: it is older than those they were compiled for, or its driver is.
+std::string refusal(int device);
 
 // Whether a step of such agents can be done by `gossip_step`. For others, thousands of them, `send` and `combine` do
 // it.

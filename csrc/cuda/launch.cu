@@ -154,8 +154,9 @@ struct Launcher {
                        " threads with " + std::to_string(plan.shared_bytes) + " bytes of shared memory");
     };
     if (plan.shared_bytes > 48 * 1024) {
-      const auto size = static_cast<int>(plan.shared_bytes);
-      check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, size));
+      // All that there is: with what this step needs, another thread's larger one could come in between and be refused.
+      const auto most = static_cast<int>(device.shared_bytes);
+      check_start(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
     }
     void* arguments[] = {&launch};
     check_start(cudaLaunchKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(plan.threads)),
@@ -190,6 +191,17 @@ void run(const StepArgs& step, const Rows* rows, Kind kind) {
 }
 
 }  // namespace
+
+std::string refusal(int device) {
+  try {
+    const DeviceGuard guard(device);
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, store_addresses), "its kernels on device " + std::to_string(device));
+  } catch (const std::runtime_error& error) {
+    return error.what();
+  }
+  return "";
+}
 
 bool fits(int device, Element element, int num_messages, std::int64_t num_agents) {
   return has_tile({kRegisters, 0, num_messages, arithmetic_size(element), num_agents, num_agents, 0}, describe(device));

@@ -49,7 +49,9 @@ struct Choice {
 };
 constexpr Choice kChoices[] = {{256, 128}, {512, 64}, {1024, 32}};
 
-void choose_tile(const Problem& problem, const Device& device, std::int64_t rows, Plan& plan) {
+// `near`: the messages of a tile lie in shared memory, so it must have room for them.
+void choose_tile(const Problem& problem, const Device& device, bool near, Plan& plan) {
+  const auto rows = near ? problem.num_rows : problem.num_agents;
   const int most = plan.kind == kRegisters ? max_threads(problem.num_states, problem.num_messages) : kTileThreads;
   const int items = plan.kind == kDense ? dense_group(problem.num_messages) : 1;
   std::int64_t columns = 0;
@@ -60,9 +62,7 @@ void choose_tile(const Problem& problem, const Device& device, std::int64_t rows
     if (columns * problem.item_size >= choice.row_bytes) break;
   }
   columns = std::max(columns, 32 / problem.item_size);
-  while (tile_bytes(problem, columns) > device.shared_bytes - kReserve && columns * problem.item_size > kVector) {
-    columns /= 2;
-  }
+  while (near && tile_bytes(problem, columns) > device.shared_bytes - kReserve) columns /= 2;
   plan.tile_columns = static_cast<int>(columns);
 }
 
@@ -120,11 +120,15 @@ Plan make_plan(const Problem& problem, const Device& device) {
   plan.layout = {kNowhere, kNowhere, kNowhere, kNowhere, {kNowhere, kNowhere}};
   const bool near = has_tile(problem, device) && problem.kind != kSend && !is_alone(problem);
   plan.may_be_uniform = near && may_be_uniform(problem);
-  if (near && is_dense(problem, device)) plan.kind = kDense;
-  choose_tile(problem, device, near ? problem.num_rows : problem.num_agents, plan);
-  const auto vectors = plan.tile_columns * problem.item_size / kVector;
-  if (plan.kind == kRegisters && (plan.may_be_uniform || vectors * problem.num_agents > plan.threads)) {
+  if (near && is_dense(problem, device)) {
+    plan.kind = kDense;
+  } else if (plan.may_be_uniform) {
     plan.kind = kTiles;
+  }
+  choose_tile(problem, device, near, plan);
+  if (plan.kind == kRegisters && plan.tile_columns * problem.item_size / kVector * problem.num_agents > plan.threads) {
+    plan.kind = kTiles;
+    choose_tile(problem, device, near, plan);  // its blocks are smaller
   }
   lay_out(problem, device, near, plan);
   return plan;

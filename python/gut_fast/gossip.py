@@ -63,6 +63,8 @@ class Gossip(GossipOptimizer):
         if isinstance(optimizer, GossipOptimizer) or type(optimizer).__name__ in NOT_LOCAL:
             reason = NOT_LOCAL.get(type(optimizer).__name__, "it mixes the agents itself")
             raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
+        if hyperparameters.pop("capturable", False):
+            raise ValueError("Gossip: no capturable=True; a CUDA graph would keep the learning rate of its capture")
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
         groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]

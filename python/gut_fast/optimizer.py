@@ -96,13 +96,15 @@ class GossipOptimizer(Optimizer):
         return self._eager_steps + int(self._traced_steps)
 
     def update_coefficients(self) -> None:
-        """Brings the coefficients up to date with the hyper-parameters, as a step would.
+        """Brings the coefficients up to date with the hyper-parameters, and the state with what was put there.
 
-        For ``capturable=True``: a replayed graph reads them from the device and does not look at ``param_groups``.
+        As a step would. For ``capturable=True``: a graph reads coefficients and state from the device and does not
+        look at ``param_groups``.
 
         Raises:
             TypeError, ValueError: a bad learning rate or hyper-parameter; its group's coefficients stay as they are.
         """
+        self._follow_state()
         for index in range(len(self.param_groups)):
             self._coefficients(index)
 
@@ -222,11 +224,8 @@ class GossipOptimizer(Optimizer):
             raise RuntimeError(
                 f"{self._name}: to capture steps in a CUDA graph, make the optimizer with capturable=True"
             )
-        is_new = [
-            self._hyperparameters(group) != known
-            for group, (known, _) in zip(self.param_groups, self._cached_coefficients, strict=True)
-        ]
-        if any(is_new):
+        known = [hyperparameters for hyperparameters, _ in self._cached_coefficients]
+        if [*map(self._hyperparameters, self.param_groups)] != known or not self._is_followed():
             raise RuntimeError(f"{self._name}: call update_coefficients() before the capture")
         return True
 
@@ -277,8 +276,10 @@ class GossipOptimizer(Optimizer):
         return step
 
     def _mixing(self, device: torch.device) -> CSR:
-        if self.topology.is_static:
+        if device in self._static_mixing:
             return self._static_mixing[device]
+        if self.topology.is_static:
+            raise TypeError(f"{self._name}: the parameters are now on {device}; make the optimizer after the move")
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{self._name}: {self.topology} varies with time; leave step() out of torch.compile")
         return self.topology.csr(self.num_steps, device)

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -40,6 +41,7 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidD
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 using cudaStream_t = struct Stream*;
+struct cudaFuncAttributes {};
 
 const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetDevice(int* device);
@@ -60,6 +62,11 @@ void call(void (*kernel)(Parameters...), void** arguments, std::index_sequence<i
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int value) {
   return emulation::allow_shared(reinterpret_cast<const void*>(kernel), value);
+}
+
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Parameters...)) {
+  return cudaSuccess;
 }
 
 template <typename... Parameters>

@@ -1,7 +1,8 @@
 // Runs the blocks of a grid one after the other, and the threads of a block as fibers: one after the other, in an order
 // that is drawn anew after every barrier. So a race between two barriers shows as a result that depends on the seed.
 // Shared memory begins as NaN, so what is read before it is written shows too; and so does a barrier that only some
-// threads reach, and a byte written behind the shared memory that was asked for.
+// threads reach, a byte written behind the shared memory that was asked for, and a block larger than the kernel's
+// bounds.
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -13,6 +14,7 @@
 #include <random>
 #include <vector>
 
+#include "cuda/instances.h"
 #include "cuda_runtime.h"
 
 dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -35,6 +37,41 @@ int multiprocessors = 2, shared_limit = kMaxShared;
 std::mt19937 generator;
 
 std::map<const void*, std::size_t> allowed_shared;
+
+template <typename Families>
+void note_bounds(std::map<const void*, unsigned>& bounds, const Families& families) {
+  using namespace gut_fast::cuda;
+  for (int q = 0; q <= kMaxStates; ++q) {
+    for (int m = 1; m <= kMaxMessages; ++m) {
+      const auto& kernels = families.of[q][m - 1].of;
+      for (const auto kernel : {kernels[kRegisters], kernels[kSend]}) {
+        bounds[reinterpret_cast<const void*>(kernel)] = max_threads(q, m);
+      }
+      for (const auto kernel : {kernels[kTiles], kernels[kDense]}) {
+        bounds[reinterpret_cast<const void*>(kernel)] = kTileThreads;
+      }
+    }
+  }
+}
+
+// Of each kernel, what its __launch_bounds__ say: a compiler for CPUs forgets them.
+const std::map<const void*, unsigned>& bounds() {
+  static const auto all = [] {
+    std::map<const void*, unsigned> all;
+    for (const auto* instances :
+         {&gut_fast::cuda::kFloat32Instances, &gut_fast::cuda::kFloat64Instances, &gut_fast::cuda::kMixedInstances}) {
+      note_bounds(all, instances->few);
+      note_bounds(all, instances->many);
+    }
+    return all;
+  }();
+  return all;
+}
+
+unsigned most_threads(const void* kernel) {
+  const auto found = bounds().find(kernel);
+  return found == bounds().end() ? kMaxThreads : found->second;
+}
 
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
@@ -104,16 +141,18 @@ int __syncthreads_or(int condition) {
 
 namespace emulation {
 
+// Never less than before: another thread of the host may be about to start a block that needs it.
 cudaError_t allow_shared(const void* kernel, int bytes) {
-  if (bytes > shared_limit) return cudaErrorInvalidConfiguration;
-  allowed_shared[kernel] = bytes;
+  auto& allowed = allowed_shared[kernel];
+  if (bytes > shared_limit || static_cast<std::size_t>(bytes) < allowed) return cudaErrorInvalidConfiguration;
+  allowed = bytes;
   return cudaSuccess;
 }
 
 cudaError_t run_grid(const void* kernel, dim3 grid, dim3 block, std::size_t shared_bytes,
                      const std::function<void()>& thread) {
   const auto allowed = std::max(kDefaultShared, allowed_shared[kernel]);
-  if (grid.x == 0 || block.x == 0 || block.x > kMaxThreads || shared_bytes > allowed) {
+  if (grid.x == 0 || block.x == 0 || block.x > most_threads(kernel) || shared_bytes > allowed) {
     return cudaErrorInvalidConfiguration;
   }
   gridDim = grid;
@@ -137,6 +176,7 @@ extern "C" __attribute__((visibility("default"))) void set_emulation(int new_mul
                                                                      unsigned seed) {
   multiprocessors = new_multiprocessors;
   shared_limit = new_shared_limit;
+  allowed_shared.clear();
   generator.seed(seed);
 }
 

@@ -49,8 +49,8 @@ def unavailable(
     if device_type != "cpu":
         return f"it computes on CPU tensors, these are on {device_type!r}"
     if (dtype, state_dtype or dtype) not in PAIRS:
-        served = ", ".join(f"{one} with {other}" for one, other in PAIRS).replace("torch.", "")
-        return f"it serves parameters with state of {served}; not {dtype} with {state_dtype or dtype}"
+        served = "float32, float64, bfloat16, or float32 and bfloat16"
+        return f"it serves parameters and state of {served}, not {dtype} with {state_dtype or dtype}"
     if num_states > _core.MAX_STATES or num_messages > _core.MAX_MESSAGES:
         return (
             f"it is compiled for up to {_core.MAX_STATES} states and {_core.MAX_MESSAGES} messages, "

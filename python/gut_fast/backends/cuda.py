@@ -44,6 +44,8 @@ def unavailable(
         return f"it computes on CUDA tensors, these are on {device_type!r}"
     if DEVICE_TYPE == "cuda" and torch.version.hip is not None:
         return "it is compiled for NVIDIA GPUs"
+    if refusal := _refusal():
+        return refusal
     if (dtype, state_dtype or dtype) not in PAIRS:
         served = ", ".join(f"{one} with {other}" for one, other in PAIRS).replace("torch.", "")
         return f"it serves parameters with state of {served}; not {dtype} with {state_dtype or dtype}"
@@ -87,6 +89,11 @@ def _split(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor]) 
     table = torch.empty(length, dtype=torch.int64, device=step.parameters[0].device)
     addresses = [row.data_ptr() for row in rows]
     half(_compiled_step(step, gradients), _compiled(rows[0].dtype), len(rows), addresses, table.data_ptr())
+
+
+def _refusal() -> str:
+    """Why the current device cannot run the kernels, or nothing, as where there is no device to ask."""
+    return _cuda.refusal(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
 
 def _index(device: torch.device) -> int:

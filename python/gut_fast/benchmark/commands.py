@@ -87,12 +87,12 @@ def step(
         }
         where = find_device(device)
         chosen = _chosen(cases or [], {name: value for name, value in own.items() if value is not None})
-        families = _families(peers)
+        families, counts = _families(peers), _thread_counts(threads, where)
         for place in (output, json and json.parent, png and png.parent):
             _check_folder(place, make=place is output)
         if png is not None or output is not None:
             plots.check_matplotlib()
-    measured = _measure_all(chosen, _thread_counts(threads, where), seconds, families, where)
+    measured = _measure_all(chosen, counts, seconds, families, where)
     with writing(), as_bad_argument():
         _write(measured, output, json, png)
 
@@ -150,6 +150,8 @@ def _families(peers: str) -> list[str]:
 
 def _thread_counts(given: Sequence[int] | None, device: Device) -> list[int]:
     everything = torch.get_num_threads()
+    if device.is_gpu and len(set(given or ())) > 1:
+        raise ValueError(f"--threads {', '.join(map(str, given or ()))}: on a GPU a case is timed once; give one")
     return sorted(set(given or ((everything,) if device.is_gpu else (1, everything))))
 
 

@@ -11,7 +11,9 @@ import os
 import shutil
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -199,21 +201,36 @@ class Gpu(Device):
     @contextlib.contextmanager
     def exact_float32(self) -> Iterator[None]:
         """Convolutions without TF32, which PyTorch allows them."""
-        before = torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
+        before = _allow_tf32(False)
         try:
             yield
         finally:
-            torch.backends.cudnn.allow_tf32 = before
+            _allow_tf32(before)
 
 
+def _allow_tf32(value: bool) -> bool:
+    """Sets whether convolutions may use TF32; returns what it was. Some versions of torch call it by a newer name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before: bool = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = value
+    return before
+
+
+@lru_cache
 def nvidia_smi(*fields: str) -> str | None:
-    """What the driver's tool says of the first GPU, or None where it is not installed or says nothing."""
+    """What the driver's tool says of the first GPU, or None where it is not installed or says nothing.
+
+    It is asked once: an answer may take seconds.
+    """
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return None
     command = [tool, f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.partition("\n")[0].strip() or None
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gut_fast.benchmark import timing
 from gut_fast.benchmark.device import CPU, Device
 from gut_fast.benchmark.run import versions
@@ -129,6 +131,8 @@ def run(
         WrongResultError: two trainers' gradients or steps are not equal; nothing has been timed.
         ValueError: an unknown engine.
     """
+    if any("compiled" in engine for engine in engines):
+        torch.compiler.reset()  # its limit of compiled variants is per process; beyond, it goes back to eager
     with timing.threads(threads):
         with task.device.exact_float32():
             errors = compare(enter(task, engines, controls=controls))

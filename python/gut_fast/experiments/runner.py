@@ -22,7 +22,7 @@ from gut_fast.optim import GossipOptimizer
 from gut_fast.rules import get_rule
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.plan import Plan
-from gut_fast.simulation.randomness import derive_seed, own_random_state
+from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 
 __all__ = ["Experiment", "Run", "make_simulator", "samples_per_class", "train"]
 
@@ -225,5 +225,5 @@ def _divide(experiment: Experiment, dataset: Dataset, num_agents: int) -> list[T
 
 def _initial_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
     with own_random_state(torch.device("cpu")):
-        torch.manual_seed(derive_seed("model", experiment.seed))
+        seed_generators(derive_seed("model", experiment.seed), torch.device("cpu"))
         return models.build(experiment.model, dataset.input_shape, dataset.num_classes)

@@ -67,7 +67,7 @@ class Batches:
         self.augment = augment
         self._inputs, self._targets = inputs, targets
         self._block_start = -1
-        self._indices = self._draws = torch.empty(0)
+        self._indices = self._draws = torch.empty(0, device="cpu")
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, B, ...] and targets [N, B, ...] of a step."""
@@ -112,7 +112,7 @@ class Batches:
 
     def _order(self, agent: int, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, agent, epoch))
-        return torch.randperm(len(self.parts[agent]), generator=generator)
+        return torch.randperm(len(self.parts[agent]), generator=generator, device="cpu")
 
 
 def _take(samples: Tensor, indices: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def _take(samples: Tensor, indices: Tensor) -> Tensor:
 
 
 def _checked_part(part: Tensor, agent: int, num_samples: int) -> Tensor:
-    part = torch.as_tensor(part)
+    part = torch.as_tensor(part, device="cpu")
     if part.ndim != 1 or part.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"agent {agent}'s part must be a 1-D tensor of indices, got shape {tuple(part.shape)} of {part.dtype}"
@@ -138,4 +138,4 @@ def _checked_part(part: Tensor, agent: int, num_samples: int) -> Tensor:
             f"agent {agent}'s part has indices {int(part.min())} … {int(part.max())}, "
             f"but there are {num_samples} samples"
         )
-    return part.to("cpu", torch.int64)
+    return part.to(torch.int64)

@@ -65,16 +65,14 @@ class StreamsEngine(LoopEngine):
 
 @dataclass
 class _Recording:
-    """A captured gradient: the memory that it reads and writes, and what repeats it."""
+    """A captured gradient: the batches it is for, the memory that it reads and writes, and what repeats it."""
 
+    layout: tuple[Any, ...]
     inputs: Tensor
     targets: Tensor
     losses: Tensor
     gradients: list[Tensor | None]
     replay: Callable[[], None]
-
-    def is_for(self, inputs: Tensor, targets: Tensor) -> bool:
-        return _layout(inputs) == _layout(self.inputs) and _layout(targets) == _layout(self.targets)
 
 
 class GraphedEngine:
@@ -108,7 +106,7 @@ class GraphedEngine:
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """As `Engine`; the gradients are in the same memory at every call."""
-        if self._recording is None or not self._recording.is_for(inputs, targets):
+        if self._recording is None or self._recording.layout != _layout(inputs, targets):
             self._recording = None  # first, so that its memory can be used again
             self._recording = self._record(inputs, targets)
         recording = self._recording
@@ -121,12 +119,13 @@ class GraphedEngine:
 
     def _record(self, inputs: Tensor, targets: Tensor) -> _Recording:
         """Buffers and random state are as before; the gradient has still to be computed."""
+        layout = _layout(inputs, targets)
         inputs, targets = inputs.clone(), targets.clone()
         undo = remember(self._stacked)
         losses, replay = self._capture(lambda: self._engine(inputs, targets))
         undo()
         gradients = [parameter.grad for parameter in self._stacked.parameters()]
-        return _Recording(inputs, targets, losses, gradients, replay)
+        return _Recording(layout, inputs, targets, losses, gradients, replay)
 
 
 def capture_cuda_graph(device: torch.device, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
@@ -169,5 +168,5 @@ def _synchronisation_is_an_error() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def _layout(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+def _layout(*tensors: Tensor) -> tuple[Any, ...]:
+    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)

@@ -135,7 +135,7 @@ class BytesSent:
     """
 
     def __init__(self, optimizer: Optimizer, num_agents: int) -> None:
-        self.total = torch.zeros(num_agents, dtype=torch.int64)
+        self.total = torch.zeros(num_agents, dtype=torch.int64, device="cpu")
         self._topology: Any = getattr(optimizer, "topology", None)
         self._static_receivers: Tensor | None = None
         if self._topology is not None:

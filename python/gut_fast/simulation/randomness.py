@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-__all__ = ["derive_seed", "get_state", "initial_state", "own_random_state", "set_state"]
+__all__ = ["derive_seed", "get_state", "initial_state", "own_random_state", "seed_generators", "set_state"]
 
 RandomState = dict[str, Tensor]
 
@@ -34,6 +34,14 @@ def set_state(state: RandomState, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seeds the same generators. (``torch.manual_seed`` would also seed those of all other GPUs.)"""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+
+
 def own_random_state(device: torch.device) -> AbstractContextManager[None]:
     """A context in which the default generators may be used freely; afterwards they are as they were."""
     context: AbstractContextManager[None] = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
@@ -41,7 +49,7 @@ def own_random_state(device: torch.device) -> AbstractContextManager[None]:
 
 
 def initial_state(seed: int, device: torch.device) -> RandomState:
-    """The state after ``torch.manual_seed(seed)``, which it does not call outside."""
+    """The state after `seed_generators`, which are not seeded outside."""
     with own_random_state(device):
-        torch.manual_seed(seed)
+        seed_generators(seed, device)
         return get_state(device)

@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from gut_fast.buffers import allocate, segment_views
 from gut_fast.simulation.precision import at_least_float32, forward_precision
-from gut_fast.simulation.randomness import derive_seed, own_random_state
+from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 
 __all__ = ["StackedModule", "stack"]
 
@@ -44,7 +44,7 @@ def stack(module: nn.Module, num_agents: int, *, init: str = "same", seed: int |
     stacked = StackedModule(module, num_agents)
     if init == "different":
         _check_can_reset(module)
-        _reset_each_agent(stacked, int(torch.randint(2**62, ()).item()) if seed is None else seed)
+        _reset_each_agent(stacked, int(torch.randint(2**62, (), device="cpu").item()) if seed is None else seed)
     return stacked
 
 
@@ -292,7 +292,7 @@ def _check_can_reset(module: nn.Module) -> None:
 def _reset_each_agent(stacked: StackedModule, seed: int) -> None:
     with own_random_state(stacked.device):
         for i in range(stacked.num_agents):
-            torch.manual_seed(derive_seed("init", seed, i))
+            seed_generators(derive_seed("init", seed, i), stacked.device)
             for submodule in reversed(list(stacked.agent(i).modules())):
                 if callable(reset := getattr(submodule, "reset_parameters", None)):
                     reset()

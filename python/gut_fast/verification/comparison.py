@@ -30,7 +30,7 @@ class Line:
         worst_case: label of the case where it was found.
         num_comparisons: tensors (z and each state, for every case, tier and thread count) that were compared.
         faults: what no size of error measures: bits that differ between tiers, threads or runs, writes beside the
-            buffers.
+            buffers, steps that fail.
     """
 
     rule: str
@@ -150,9 +150,13 @@ def _compare_settings(
 ) -> None:
     first: tuple[players.Setting, list[Tensor]] | None = None
     for setting in settings:
-        with setting.in_force():
-            run = OpRun(case.problem, precision, line.backend, line.device).run(case.num_steps)
-        rows = run.rows()
+        try:
+            with setting.in_force():
+                run = OpRun(case.problem, precision, line.backend, line.device).run(case.num_steps)
+            rows = run.rows()
+        except Exception as error:  # of a compiler's or a device's, of any kind
+            line.faults.append(f"{case.label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+            return
         line.add(case.label, excess_error(rows, exact, plain, case.problem.lr), len(rows))
         if not run.guards_intact():
             line.faults.append(f"{case.label}: writes beside its buffers")

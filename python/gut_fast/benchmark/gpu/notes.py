@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ DONE, WRONG, FAILED, ABSENT = "done", "wrong", "failed", "absent"
 
 class Notes:
     """What the parts have found, as JSON, written after every entry: what there is survives a part that is ended.
+
+    JSON has no NaN and no infinity: they become null.
 
     Only one process writes at a time: the one that starts the parts, or the part it waits for.
     """
@@ -43,13 +46,22 @@ class Notes:
 
     def _write(self, content: dict[str, Any]) -> None:
         temporary = self.file.with_suffix(".new")
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(self.file)
 
     def status(self, part: str) -> str | None:
         """How a part has ended; None if it has not."""
         status: str | None = self.read()["parts"].get(part, {}).get("status")
         return status
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Budget:

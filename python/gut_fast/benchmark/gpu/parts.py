@@ -56,6 +56,8 @@ NCU_METRICS = {
     "launch__shared_mem_per_block_dynamic": "dynamic shared memory",
 }
 NCU_STEPS = 3
+NO_PERMISSION = "ERR_NVGPUCTRPERM"
+"""Where the driver keeps its counters to administrators."""
 
 
 @dataclass
@@ -122,9 +124,10 @@ def determinism(part: Part) -> str:
     Errors, in the units of ``gut-fast verify``, are those against the float64 reference; the difference is that of the
     two, relative to the largest entry of each tensor.
     """
-    entries = []
+    entries: list[dict[str, Any]] = []
     kind = part.device.torch_device.type
-    for rule, _ in part.while_time(["gut", "gradient_tracking"], str):
+
+    def look(rule: str, _: float) -> None:
         problem = Problem(get_rule(rule), ring(16).lazy(0.5), part.plan.columns)
         exact, plain = problem.run_reference(STEPS), problem.run_reference(STEPS, FLOAT32)
         cpu = OpRun(problem, FLOAT32, "auto").run(STEPS).rows()
@@ -146,8 +149,10 @@ def determinism(part: Part) -> str:
                 }
             )
             part.put(limit=LIMIT, steps=STEPS, runs=RUNS, entries=entries)
+
+    end = _each(part, ["gut", "gradient_tracking"], str, look)
     is_right = all(entry["same bits"] and max(entry["error"], entry["error on the CPU"]) <= LIMIT for entry in entries)
-    return DONE if is_right else WRONG
+    return end if is_right else WRONG
 
 
 def steps(part: Part) -> str:
@@ -199,23 +204,25 @@ def _each(
 ) -> str:
     """Measures each; one that raises does not keep the others from their turn. The worst of their ends."""
     failures: dict[str, str] = {}
-    is_wrong = False
+    ends = {DONE}
     for thing, share in part.while_time(things, name_of):
-        error = _error_of(partial(measure, thing, share))
-        if error is not None:
-            is_wrong = is_wrong or isinstance(error, WrongResultError)
-            failures[name_of(thing)] = "".join(traceback.format_exception_only(error)).strip()
-            part.say(f"  {failures[name_of(thing)]}")
+        end, problem = _end_of(partial(measure, thing, share))
+        ends.add(end)
+        if end != DONE:
+            failures[name_of(thing)] = problem
+            part.say(f"  {problem}")
             part.put(failures=failures)
-    return WRONG if is_wrong else FAILED if failures else DONE
+    return next(end for end in (WRONG, FAILED, DONE) if end in ends)
 
 
-def _error_of(function: Callable[[], None]) -> Exception | None:
+def _end_of(measure: Callable[[], None]) -> tuple[str, str]:
+    """How a measurement has ended, and why. The exception itself would hold on to its tensors, on the device."""
     try:
-        function()
+        measure()
     except Exception as error:  # whatever it is, it goes into the notes
-        return error
-    return None
+        problem = "".join(traceback.format_exception_only(error)).strip()
+        return WRONG if isinstance(error, WrongResultError) else FAILED, problem
+    return DONE, ""
 
 
 def ncu(part: Part) -> str:
@@ -231,8 +238,18 @@ def ncu(part: Part) -> str:
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=max(5.0, part.budget.left), check=False)
     kernels = list(_ncu_rows(done.stdout))
-    part.put(case=part.plan.profiled.name, kernels=kernels, errors=done.stderr[-2000:] if not kernels else "")
-    return DONE if kernels else FAILED
+    part.put(case=part.plan.profiled.name, kernels=kernels)
+    if kernels:
+        return DONE
+    said = done.stdout + done.stderr
+    part.put(reason=_ncu_problem(said))
+    return ABSENT if NO_PERMISSION in said else FAILED
+
+
+def _ncu_problem(said: str) -> str:
+    """Its own words for what went wrong, else the last it said."""
+    lines = said.strip().splitlines() or ["ncu says nothing"]
+    return next((line for line in lines if line.startswith("==ERROR==")), lines[-1])
 
 
 def _ncu_rows(output: str) -> Iterator[dict[str, str]]:

@@ -163,7 +163,7 @@ def _verify_lines(part: Found) -> Iterator[str]:
     yield f"{checks:,} comparisons of {len(rules)} rules, {len(lines) - len(wrong)} of {len(lines)} lines right"
     yield f"compared: {', '.join(backends)}"
     for line in wrong:
-        what = "; ".join([f"{line['worst_case']}: error {line['error']:.2f}", *line["faults"][:1]])
+        what = "; ".join([f"{line['worst_case']}: error {_size(line['error'])}", *line["faults"][:1]])
         yield f"WRONG: {line['rule']} on {line['backend']} in {line['precision']}: {what}"
 
 
@@ -172,9 +172,14 @@ def _determinism_rows(part: Found) -> Rows:
         [
             f"{entry['rule']}, {entry['backend']}",
             "yes" if entry["same bits"] else "NO",
-            *(f"{entry[key]:.2f}" for key in ("error", "error on the CPU")),
-            f"{entry['difference']:.1e}",
+            *(_size(entry[key]) for key in ("error", "error on the CPU")),
+            _size(entry["difference"], ".1e"),
         ]
         for entry in part["entries"]
     ]
     return [["", f"same bits, {part['runs']} runs", "error", "error on the CPU", "difference to the CPU"], *rows]
+
+
+def _size(value: float | None, style: str = ".2f") -> str:
+    """As text; null stands for what is not finite."""
+    return "not finite" if value is None else f"{value:{style}}"

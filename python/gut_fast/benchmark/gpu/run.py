@@ -6,6 +6,7 @@ A part that crashes, hangs or breaks the device for its process leaves the other
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import subprocess
@@ -94,7 +95,7 @@ def _run_all(options: argparse.Namespace, notes: Notes, started: float, launch: 
 
 
 def _launch(arguments: list[str], seconds: float) -> str:
-    """In a process, with whatever it starts in a group that can be ended."""
+    """In a process, with whatever it starts in a group that is ended with it."""
     command = [sys.executable, "-m", "gut_fast.benchmark.gpu.run", *arguments]
     with subprocess.Popen(command, start_new_session=True) as process:
         try:
@@ -102,7 +103,7 @@ def _launch(arguments: list[str], seconds: float) -> str:
         except subprocess.TimeoutExpired:
             return f"ended after {seconds:.0f} s"
         finally:
-            if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # nobody is left
                 os.killpg(process.pid, signal.SIGKILL)
     return "" if code == 0 else f"exit code {code}"
 
