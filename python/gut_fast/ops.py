@@ -166,8 +166,8 @@ def combine_(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") ->
 
     The drift is ``D(i) = Σ_j w_ij (rows[j] − rows[i])``: of the rows as they were sent, so that their rounding does not
     move the mean over agents. S in the outputs is computed anew. After `message` into rows of the dtype of arithmetic
-    the result is that of `gossip_step_`, bit for bit; but for a complete graph over several ranks, which the CUDA kernel
-    sums up in another way.
+    the result is that of `gossip_step_`, bit for bit; not so for a complete graph over several ranks, which the CUDA
+    kernel sums up in another way.
 
     Args:
         step: as for `message`; `neighbor` indexes into the rows.
