@@ -108,9 +108,9 @@ def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
         return None
     compute = cpu.direct_step(step) if backend in ("auto", "cpu") else None
     if compute is None:
-        if not step.parameters or not step.parameters[0].is_cuda or not _are_of_torch(step):
+        if not step.parameters or step.parameters[0].device.type not in AUTOMATIC or not _are_of_torch(step):
             return None
-        compute = partial(_checked_backend(step, backend).gossip_step, step)
+        compute = torch.no_grad()(partial(_checked_backend(step, backend).gossip_step, step))
 
     def run() -> None:
         compute()
