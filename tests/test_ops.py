@@ -62,7 +62,7 @@ BAD = {
         {**{k: v for k, v in arguments(dtype=torch.half).items() if k in ("parameters", "gradients", "state")}}
         | {"backend": "cpu"},
         RuntimeError,
-        "backend 'cpu' is not available: it serves parameters and state of .*, not torch.float16",
+        "backend 'cpu' is not available: it serves parameters and state of .*; not torch.float16",
     ),
 }
 

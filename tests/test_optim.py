@@ -601,7 +601,7 @@ def test_bad_topology_rule_and_backend():
         gf.GossipOptimizer(parameters(), "dsgd", lr=0.1, mu=0.5, topology=RING)
     with pytest.raises(ValueError, match="unknown backend 'tpu'"):
         gf.GUT(parameters(), 0.1, topology=RING, backend="tpu")
-    with pytest.raises(RuntimeError, match=r"'cpu' is not available: it serves .*, not torch.float16 with"):
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available: it serves .*; not torch.float16 with"):
         gf.GUT(parameters(torch.float16), 0.1, topology=RING, backend="cpu")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from gut_fast.backends.step import GossipStep
+from gut_fast.backends.step import GossipStep, Instances
 
 __all__ = ["are_plain", "direct_step", "gossip_step", "tier", "unavailable", "why_missing"]
 
@@ -48,15 +48,8 @@ def unavailable(
         return why_missing
     if device_type != "cpu":
         return f"it computes on CPU tensors, these are on {device_type!r}"
-    if (dtype, state_dtype or dtype) not in PAIRS:
-        served = "float32, float64, bfloat16, or float32 and bfloat16"
-        return f"it serves parameters and state of {served}, not {dtype} with {state_dtype or dtype}"
-    if num_states > _core.MAX_STATES or num_messages > _core.MAX_MESSAGES:
-        return (
-            f"it is compiled for up to {_core.MAX_STATES} states and {_core.MAX_MESSAGES} messages, "
-            f"the rule has {num_states} and {num_messages}"
-        )
-    return None
+    instances = Instances(PAIRS, _core.MAX_STATES, _core.MAX_MESSAGES)
+    return instances.refusal(dtype, num_states, num_messages, state_dtype)
 
 
 def tier() -> str | None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import HALVES, GossipStep, arithmetic
+from gut_fast.backends.step import HALVES, GossipStep, Instances, arithmetic
 
 __all__ = ["combine", "gossip_step", "message", "unavailable", "why_missing"]
 
@@ -46,15 +46,8 @@ def unavailable(
         return "it is compiled for NVIDIA GPUs"
     if refusal := _refusal():
         return refusal
-    if (dtype, state_dtype or dtype) not in PAIRS:
-        served = ", ".join(f"{one} with {other}" for one, other in PAIRS).replace("torch.", "")
-        return f"it serves parameters with state of {served}; not {dtype} with {state_dtype or dtype}"
-    if num_states > _cuda.MAX_STATES or num_messages > _cuda.MAX_MESSAGES:
-        return (
-            f"it is compiled for up to {_cuda.MAX_STATES} states and {_cuda.MAX_MESSAGES} messages, "
-            f"the rule has {num_states} and {num_messages}"
-        )
-    return None
+    instances = Instances(PAIRS, _cuda.MAX_STATES, _cuda.MAX_MESSAGES)
+    return instances.refusal(dtype, num_states, num_messages, state_dtype)
 
 
 def gossip_step(step: GossipStep) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GossipStep", "arithmetic"]
+__all__ = ["GossipStep", "Instances", "arithmetic"]
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -15,6 +15,33 @@ HALVES = (torch.bfloat16, torch.float16)
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums and products on what is stored in `dtype`: float32 for the half-width ones, else itself."""
     return torch.float32 if dtype in HALVES else dtype
+
+
+class Instances(NamedTuple):
+    """What a compiled backend has been compiled for: dtypes of parameters and state, and sizes of rules."""
+
+    pairs: tuple[tuple[torch.dtype, torch.dtype], ...]
+    max_states: int
+    max_messages: int
+
+    def refusal(
+        self, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None
+    ) -> str | None:
+        """Why there is no instance for such a step, or None."""
+        asked = dtype, state_dtype or dtype
+        if asked not in self.pairs:
+            served = ", ".join(map(_pair_name, self.pairs))
+            return f"it serves parameters and state of {served}; not {' with '.join(map(str, asked))}"
+        if num_states > self.max_states or num_messages > self.max_messages:
+            return (
+                f"it is compiled for up to {self.max_states} states and {self.max_messages} messages, "
+                f"the rule has {num_states} and {num_messages}"
+            )
+        return None
+
+
+def _pair_name(pair: tuple[torch.dtype, torch.dtype]) -> str:
+    return " with ".join(str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(pair))
 
 
 class GossipStep(NamedTuple):
