@@ -1,4 +1,5 @@
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import strategies as st
 
 from gut_fast import data
 from gut_fast.data import Dataset, RandomCropFlip, digits, partition
-from gut_fast.data.partition import class_histogram, dirichlet, dirichlet_blocks, iid, shards
+from gut_fast.data.partition import class_histogram, dirichlet, dirichlet_blocks, heterogeneity, iid, shards
+from gut_fast.experiments.commands.data import data_command
+from gut_fast.experiments.terminal import BadArgumentError
 
 LABELS = torch.arange(600) % 10
 OPTIONS = {
@@ -60,8 +63,8 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 
 def test_load_by_name():
     assert data.load("digits", seed=1).name == "digits"
-    with pytest.raises(ValueError, match=r"unknown data set 'mnist'; known are digits"):
-        data.load("mnist")
+    with pytest.raises(ValueError, match=r"unknown data set 'cifar'; known are cifar10, .*, digits, mnist-5k"):
+        data.load("cifar")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +86,62 @@ def test_data_set_checks_its_labels(change, message):
     assert Dataset("toy", 5, **good).input_shape == (2,)
     with pytest.raises(ValueError, match=message):
         Dataset("toy", 5, **{**good, **change})
+
+
+def test_pooling_averages_squares_of_pixels():
+    sets = digits()
+    half = sets.pooled(2)
+    assert half.input_shape == (1, 4, 4)
+    squares = sets.test_inputs.view(-1, 1, 4, 2, 4, 2)
+    torch.testing.assert_close(half.test_inputs, squares.mean((3, 5)))
+    assert torch.equal(half.train_labels, sets.train_labels)
+    assert half.train_inputs.mean().abs() < 1e-6
+    assert torch.equal(sets.pooled(1).train_inputs, sets.train_inputs)
+
+
+def test_validation_samples_are_training_samples_of_every_class():
+    sets = digits()
+    split = sets.with_validation(0.2, seed=3)
+    per_class = sets.train_labels.bincount()
+    assert torch.equal(split.test_labels.bincount(), (per_class * 0.2).round().long())
+    assert torch.equal(split.train_labels.bincount() + split.test_labels.bincount(), per_class)
+
+    def rows(inputs, labels):
+        return sorted(
+            (*pixels.flatten().tolist(), label) for pixels, label in zip(inputs, labels.tolist(), strict=True)
+        )
+
+    inputs, labels = (torch.cat([getattr(split, f"{s}_{name}") for s in ("train", "test")]) for name in NAMES_OF_PARTS)
+    assert rows(inputs, labels) == rows(sets.train_inputs, sets.train_labels)
+    again, other = sets.with_validation(0.2, seed=3), sets.with_validation(0.2, seed=4)
+    assert torch.equal(again.test_inputs, split.test_inputs)
+    assert not torch.equal(other.test_inputs, split.test_inputs)
+
+
+NAMES_OF_PARTS = ("inputs", "labels")
+FLAT = Dataset("flat", 2, torch.zeros(4, 6), torch.tensor([0, 0, 0, 1]), torch.zeros(1, 6), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: digits().pooled(3), ValueError, r"sides are multiples of 3, the inputs have shape \(1, 8, 8\)"),
+        (lambda: FLAT.pooled(2), ValueError, r"for images .* have shape \(6,\)"),
+        (lambda: digits().pooled(0), ValueError, "factor must be at least 1, got 0"),
+        (lambda: digits().pooled(2.0), TypeError, "factor must be an integer, got float 2.0"),
+        (lambda: digits().with_validation(0.0), ValueError, "fraction must be between 0 and 1, got 0.0"),
+        (lambda: digits().with_validation(1.0), ValueError, "fraction must be between 0 and 1, got 1.0"),
+        (lambda: digits().with_validation(float("nan")), ValueError, "fraction must be between 0 and 1, got nan"),
+        (lambda: digits().with_validation("0.1"), TypeError, "fraction must be a number, got str '0.1'"),
+        (lambda: digits().with_validation(0.1, seed=0.5), TypeError, "seed must be an integer, got float 0.5"),
+        (lambda: digits().with_validation(0.1, seed=-1), ValueError, "seed must be at least 0, got -1"),
+        (lambda: digits().with_validation(1e-3), ValueError, r"class 0 would leave \d+ to train on and 0 to validate"),
+        (lambda: FLAT.with_validation(0.4), ValueError, "0.4 of the 1 samples of class 1 would leave 1 .* and 0 "),
+    ],
+)
+def test_bad_pooling_and_validation_say_what_is_wrong(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
 
 
 @st.composite
@@ -209,6 +268,16 @@ def test_class_histogram_counts():
         class_histogram(labels, [torch.tensor([0])], 2)
 
 
+def test_heterogeneity_is_the_mean_total_variation_distance():
+    assert heterogeneity(torch.tensor([[5, 5], [50, 50], [1, 1]])) == 0
+    assert heterogeneity(torch.eye(4, dtype=torch.int64)) == pytest.approx(3 / 4)
+    assert heterogeneity(torch.tensor([[3, 1], [0, 4]])) == pytest.approx((0.375 + 0.375) / 2)
+    values = [heterogeneity(class_histogram(LABELS, dirichlet(LABELS, 16, a), 10)) for a in (1e-2, 0.1, 1, 1e6)]
+    assert values == sorted(values, reverse=True)
+    with pytest.raises(ValueError, match="every agent must have a sample"):
+        heterogeneity(torch.tensor([[1, 0], [0, 0]]))
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -328,3 +397,43 @@ DRAWS = torch.zeros(2, 3, 3, dtype=torch.int64)
 def test_a_bad_augmentation_says_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+# The command
+
+
+def test_the_command_shows_the_set_and_draws_who_holds_what(capsys, tmp_path):
+    data_command("digits", topology="ring:6", partition="shards", classes_per_agent=2, out=tmp_path / "held.png")
+    shown = capsys.readouterr().out
+    for fact in (
+        "1,400",
+        "397",
+        "1 × 8 × 8",
+        "scikit-learn's load_digits",
+        "shards, classes_per_agent 2, seed 0, 6 agents",
+    ):
+        assert fact in shown
+    parts = shards(digits().train_labels, 6, 2)
+    histogram = class_histogram(digits().train_labels, parts, 10)
+    assert f"{heterogeneity(histogram):.3f}" in shown
+    assert shown.count(f"{histogram[3].sum():,}") >= 1
+    assert (tmp_path / "held.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_of_many_agents_lists_none(capsys):
+    data_command("digits", topology="ring:200")
+    assert "largest class" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "imagenet"}, "unknown data set 'imagenet'"),
+        ({"name": "digits", "partition": "shards"}, "partition 'shards' needs classes_per_agent="),
+        ({"name": "digits", "out": Path("held.jpg")}, "expected the name of a PNG file"),
+        ({"name": "digits", "topology": "ring:1500"}, "num_agents=1500 must be from 1 to"),
+    ],
+)
+def test_the_command_refuses_what_cannot_be_shown(options, message):
+    with pytest.raises(BadArgumentError, match=message):
+        data_command(**options)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["Augmentation", "RandomCropFlip"]
+__all__ = ["Augmentation", "RandomCropFlip", "RandomResizedCropFlip"]
 
 
 class Augmentation(Protocol):
@@ -100,6 +101,65 @@ class RandomCropFlip:
                     f"{self}: top and left go from 0 to {2 * self.padding} and mirrored from 0 to 1, "
                     f"got {draws.flatten(0, 1).amin(0).tolist()} … {draws.flatten(0, 1).amax(0).tolist()}"
                 )
+
+
+@dataclass(frozen=True)
+class RandomResizedCropFlip:
+    """A random part of each image, resized to the size of the inputs, and half of the images mirrored.
+
+    Where images stay in files, the part is of the image in the file, in the file's own resolution.
+
+    Args:
+        scale: the part's share of the area is uniform between these.
+        ratio: the logarithm of its width over its height is uniform between the logarithms of these.
+        flip: whether images are mirrored, left to right, with probability 1/2.
+
+    Raises:
+        TypeError, ValueError: an interval is not two positive numbers in order, a scale above 1, or flip not a bool.
+
+    Source: Szegedy et al., "Going Deeper with Convolutions", CVPR 2015, section 6, as in `torchvision.transforms`.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
+        for name, (low, high), limit in (("scale", self.scale, 1.0), ("ratio", self.ratio, math.inf)):
+            if not 0 < low <= high <= limit or not math.isfinite(high):
+                raise ValueError(f"{name} must be two numbers in order, above 0 and at most {limit}, got {(low, high)}")
+
+    def draw(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """A seed for each sample: int64 [num_samples, 1]."""
+        return torch.randint(2**63 - 1, (num_samples, 1), generator=generator, device="cpu")
+
+    def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
+        """The images [N, B, C, H, W], one after the other.
+
+        Raises:
+            ValueError: the inputs are not images.
+        """
+        if inputs.ndim != 5:
+            raise ValueError(f"{self} is for images [N, B, C, H, W], got inputs of shape {tuple(inputs.shape)}")
+        height, width = inputs.shape[-2:]
+        seeds = draws.flatten().tolist()
+        images = [self.crop(*pair, (height, width)) for pair in zip(inputs.flatten(0, 1), seeds, strict=True)]
+        return torch.empty_like(inputs).copy_(torch.stack(images).view_as(inputs))
+
+    def crop(self, image: Any, seed: int, size: tuple[int, int]) -> Any:
+        """One image, a tensor [C, H, W] or a PIL image, changed to height and width `size`."""
+        from torchvision.transforms import RandomResizedCrop
+        from torchvision.transforms.functional import hflip, resized_crop
+
+        # torchvision draws from the default generator, which is put back.
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            part = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
+            is_mirrored = self.flip and bool(torch.rand((), device="cpu") < 0.5)
+        resized = resized_crop(image, *part, list(size))
+        return hflip(resized) if is_mirrored else resized
 
 
 def _gather_pixels(images: Tensor, positions: Tensor) -> Tensor:

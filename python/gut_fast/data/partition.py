@@ -15,7 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["PARTITIONS", "class_histogram", "dirichlet", "dirichlet_blocks", "iid", "partition", "shards"]
+__all__ = [
+    "PARTITIONS",
+    "class_histogram",
+    "dirichlet",
+    "dirichlet_blocks",
+    "heterogeneity",
+    "iid",
+    "partition",
+    "shards",
+]
 
 Indices = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -191,6 +200,25 @@ def class_histogram(labels: Tensor, parts: Sequence[Tensor], num_classes: int) -
             f"for num_classes={num_classes}"
         )
     return torch.stack([torch.bincount(classes[part], minlength=num_classes) for part in parts])
+
+
+def heterogeneity(histogram: Tensor) -> float:
+    """How far the agents' class mixes are from the mix of all samples, from 0, all the same, to below 1.
+
+    The mean over agents of the total variation distance ``½ Σ_c |p_i(c) − p(c)|``: the share of an agent's samples that
+    would have to be of another class.
+
+    Args:
+        histogram: samples of each agent and class, [N, classes], as `class_histogram` counts them.
+
+    Raises:
+        ValueError: an agent without samples, or no agent.
+    """
+    counts = histogram.to(torch.float64)
+    if counts.ndim != 2 or not counts.numel() or not bool((counts.sum(1) > 0).all()):
+        raise ValueError(f"every agent must have a sample, got a histogram of shape {tuple(histogram.shape)}")
+    mixes, total = counts / counts.sum(1, keepdim=True), counts.sum(0)
+    return float((mixes - total / total.sum()).abs().sum(1).mean() / 2)
 
 
 def _divide(

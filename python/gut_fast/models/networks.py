@@ -1,143 +1,125 @@
-"""The networks and a lookup by name."""
+"""The table of the networks: each by name, for the inputs and classes of a data set."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-__all__ = ["MODELS", "build", "lenet5", "mlp", "resnet20"]
+from gut_fast.models.lenet import LENET5_PADDING, lenet5
+from gut_fast.models.mobilenet import mobilenet_v2
+from gut_fast.models.norms import get_norm
+from gut_fast.models.perceptron import mlp
+from gut_fast.models.resnet import resnet20, resnet32, resnet56
+from gut_fast.models.vgg import VGG11_MIN_SIZE, vgg11
 
-NUM_GROUPS = 8
-"""Of group normalisation, in ResNet-20."""
+__all__ = ["MODELS", "Network", "build"]
 
-
-def mlp(in_features: int, hidden: Sequence[int], num_classes: int) -> nn.Sequential:
-    """Linear layers of the widths `hidden` with ReLU between them; inputs [B, ...] are flattened to [B, in_features].
-
-    Raises:
-        ValueError: a width below 1.
-    """
-    widths = [in_features, *hidden, num_classes]
-    if min(widths) < 1:
-        raise ValueError(f"mlp: widths must be at least 1, got {widths}")
-    layers: list[nn.Module] = [nn.Flatten()]
-    for inputs, outputs in itertools.pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+Shape = tuple[int, ...]
 
 
-def lenet5(in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:
-    """LeNet-5 for images [B, in_channels, 28, 28], with ReLU and max pooling: 61,706 parameters by default.
+@dataclass(frozen=True)
+class Network:
+    """One row of `MODELS`.
 
-    Source: LeCun et al., "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998.
-    """
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 6, kernel_size=5, padding=2),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(6, 16, kernel_size=5),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(16 * 5 * 5, 120),
-        nn.ReLU(),
-        nn.Linear(120, 84),
-        nn.ReLU(),
-        nn.Linear(84, num_classes),
-    )
-
-
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Normalisation within each sample: unlike batch statistics, it does not carry an agent's own mix of classes."""
-    return nn.GroupNorm(NUM_GROUPS, channels)
-
-
-class ResidualBlock(nn.Module):
-    """relu(F(x) + shortcut(x)), where F is two 3×3 convolutions, each with its norm, and a ReLU between them.
-
-    The shortcut is the identity, or a 1×1 convolution with a norm where the shape changes.
+    Attributes:
+        make: the network as a function of (input_shape, num_classes, norm, argument); it raises ValueError where it
+            cannot take the shape, the norm or the argument.
+        norm: the norm it has unless another is asked for.
+        argument: what stands behind the colon unless something is written there; empty where nothing can.
     """
 
-    def __init__(self, inputs: int, outputs: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
-        super().__init__()
-        self.residual = nn.Sequential(
-            nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False),
-            norm(outputs),
-            nn.ReLU(),
-            nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False),
-            norm(outputs),
-        )
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            projection = nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False)
-            self.shortcut = nn.Sequential(projection, norm(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of images [B, inputs, height, width]."""
-        return torch.relu(self.residual(x) + self.shortcut(x))
+    make: Callable[[Shape, int, str, str], nn.Module]
+    norm: str = "groupnorm"
+    argument: str = ""
 
 
-def resnet20(
-    in_channels: int = 3, num_classes: int = 10, norm: Callable[[int], nn.Module] = group_norm
-) -> nn.Sequential:
-    """ResNet-20 for small images [B, in_channels, height, width]: 272,474 parameters in 65 tensors by default.
-
-    Three stages of three blocks, with 16, 32 and 64 channels. `norm` makes the normalisation of so many channels, for
-    example ``torch.nn.BatchNorm2d``, which the source has. Its shortcuts are those the source calls option B.
-
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2.
-    """
-    stages = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
-    blocks: list[nn.Module] = []
-    for inputs, outputs, stride in stages:
-        blocks.append(ResidualBlock(inputs, outputs, stride, norm))
-        blocks += [ResidualBlock(outputs, outputs, 1, norm) for _ in range(2)]
-    return nn.Sequential(
-        nn.Conv2d(in_channels, 16, kernel_size=3, padding=1, bias=False),
-        norm(16),
-        nn.ReLU(),
-        *blocks,
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(64, num_classes),
-    )
+def _mlp(input_shape: Shape, num_classes: int, norm: str, argument: str) -> nn.Module:
+    if norm != "none":
+        raise ValueError(f"mlp has no norm; leave it out or give 'none', got {norm!r}")
+    widths = argument.split("-")
+    if not all(width.isdecimal() for width in widths):
+        raise ValueError(f"mlp takes the widths of its hidden layers, for example mlp:128-64, got 'mlp:{argument}'")
+    return mlp(math.prod(input_shape), [int(width) for width in widths], num_classes)
 
 
-def _mlp_32(input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    return mlp(math.prod(input_shape), [32], num_classes)
+def _lenet5(input_shape: Shape, num_classes: int, norm: str, argument: str) -> nn.Module:
+    sizes = [(size, size) for size in LENET5_PADDING]
+    if len(input_shape) != 3 or input_shape[1:] not in sizes:
+        raise ValueError(f"lenet5 takes images (channels, 28, 28) or (channels, 32, 32), got {input_shape}")
+    return lenet5(input_shape[0], num_classes, norm, image_size=input_shape[1])
 
 
-def _lenet5(input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    if len(input_shape) != 3 or tuple(input_shape[1:]) != (28, 28):
-        raise ValueError(f"lenet5 takes images (channels, 28, 28), got {tuple(input_shape)}")
-    return lenet5(input_shape[0], num_classes)
+def _resnet(name: str, make: Callable[[int, int, str], nn.Module]) -> Network:
+    def of_images(input_shape: Shape, num_classes: int, norm: str, argument: str) -> nn.Module:
+        _check_images(name, input_shape)
+        return make(input_shape[0], num_classes, norm)
+
+    return Network(of_images)
 
 
-def _resnet20(input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    if len(input_shape) != 3:
-        raise ValueError(f"resnet20 takes images (channels, height, width), got {tuple(input_shape)}")
-    return resnet20(input_shape[0], num_classes)
+def _vgg11(input_shape: Shape, num_classes: int, norm: str, argument: str) -> nn.Module:
+    _check_images("vgg11", input_shape, VGG11_MIN_SIZE)
+    try:
+        width = float(argument)
+    except ValueError:
+        given = f"vgg11:{argument}"
+        raise ValueError(f"vgg11 takes a factor on its channels, for example vgg11:0.25, got {given!r}") from None
+    return vgg11(input_shape[0], num_classes, norm, width)
 
 
-MODELS: dict[str, Callable[[Sequence[int], int], nn.Module]] = {
-    "mlp": _mlp_32,
-    "lenet5": _lenet5,
-    "resnet20": _resnet20,
+def _mobilenet_v2(input_shape: Shape, num_classes: int, norm: str, argument: str) -> nn.Module:
+    _check_images("mobilenet-v2", input_shape)
+    return mobilenet_v2(input_shape[0], num_classes, norm, image_size=min(input_shape[1:]))
+
+
+def _check_images(name: str, input_shape: Shape, min_size: int = 1) -> None:
+    if len(input_shape) != 3 or min(input_shape[1:]) < min_size:
+        at_least = f" of at least {min_size}×{min_size}" if min_size > 1 else ""
+        raise ValueError(f"{name} takes images (channels, height, width){at_least}, got {input_shape}")
+
+
+MODELS: dict[str, Network] = {
+    "mlp": Network(_mlp, norm="none", argument="32"),
+    "lenet5": Network(_lenet5, norm="none"),
+    "resnet20": _resnet("resnet20", resnet20),
+    "resnet32": _resnet("resnet32", resnet32),
+    "resnet56": _resnet("resnet56", resnet56),
+    "vgg11": Network(_vgg11, argument="1"),
+    "mobilenet-v2": Network(_mobilenet_v2),
 }
-"""All networks by name, as functions of the input shape and the number of classes."""
+"""All networks by name.
+
+The deep ones have group normalisation by default, which is the same in training and evaluation and, unlike batch
+normalisation, does not carry an agent's own mix of classes. GUT's publication has ``"evonorm"``.
+"""
 
 
-def build(name: str, input_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """The network of that name for inputs [B, *input_shape]: ``"mlp"`` (one hidden layer of 32), ``"lenet5"`` or
-    ``"resnet20"``.
+def build(spec: str, input_shape: Sequence[int], num_classes: int, norm: str | None = None) -> nn.Module:
+    """The network that `spec` names, for inputs [B, *input_shape].
+
+    Args:
+        spec: a name from `MODELS`. Behind a colon "mlp" takes the widths of its hidden layers (``"mlp:128-64"``; "mlp"
+            is ``"mlp:32"``) and "vgg11" a factor on its channels (``"vgg11:0.25"``; "vgg11" is ``"vgg11:1"``).
+        input_shape: of one sample: (channels, height, width), for "mlp" any shape.
+        num_classes: how many outputs.
+        norm: a name from `NORMS`; None is the network's own, see `MODELS`.
 
     Raises:
-        ValueError: an unknown name, or a shape that the network cannot take.
+        ValueError: an unknown name or norm, or an argument, a norm or a shape that the network cannot take.
     """
+    name, colon, argument = spec.partition(":")
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
-    return MODELS[name](input_shape, num_classes)
+    network = MODELS[name]
+    if colon and not network.argument:
+        raise ValueError(f"{name} takes nothing behind a colon, got {spec!r}")
+    norm = network.norm if norm is None else norm
+    get_norm(norm)
+    if num_classes < 1 or min(input_shape, default=0) < 1:
+        raise ValueError(
+            f"{name}: input_shape and num_classes must be at least 1, got {tuple(input_shape)} and {num_classes}"
+        )
+    return network.make(tuple(input_shape), num_classes, norm, argument if colon else network.argument)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gut_fast.data import Augmentation
+from gut_fast.data import Augmentation, ImageFiles, Inputs, RandomResizedCropFlip
+from gut_fast.data.image_files import Request
 from gut_fast.simulation.randomness import derive_seed
 
 __all__ = ["Batches"]
 
 STEPS_PER_BLOCK = 64
+
+Plan = Callable[[int], tuple[Tensor, Tensor | None]]
+"""Of a step: the indices [N, B] of its samples, and what its augmentation has drawn, [N, B, ...]."""
+
+Read = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]
+"""Of a step: its samples [N, B, ...], and its plan."""
 
 MAX_EPOCHS_PER_BATCH = 100
 """No agent sees its samples more often in one step; a larger batch is a slip, and would fill the memory."""
@@ -27,6 +36,8 @@ class Batches:
 
     Random numbers are drawn on the CPU, so that all devices see the same batches, for many steps at once; between, a
     batch is a few kernels and no wait for the device.
+
+    Images that stay in files are read by worker processes, some steps ahead of the one asked for.
 
     Args:
         inputs, targets: all samples, [samples, ...], on the device of the model. Batches of images that lie in
@@ -43,7 +54,7 @@ class Batches:
 
     def __init__(
         self,
-        inputs: Tensor,
+        inputs: Inputs,
         targets: Tensor,
         parts: Sequence[Tensor],
         batch_size: int,
@@ -65,20 +76,30 @@ class Batches:
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
-        self._inputs, self._targets = inputs, targets
+        self._targets = targets
         self._block_start = -1
         self._indices = self._draws = torch.empty(0, device="cpu")
+        if isinstance(inputs, ImageFiles):
+            self._device = torch.device("cpu")
+            self._read: Read = _ReadAhead(inputs, self._plan, len(self.parts), augment)
+        else:
+            self._device = inputs.device
+            self._read = partial(_gather, inputs, self._plan)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, B, ...] and targets [N, B, ...] of a step."""
-        indices = self.indices(step)
-        inputs, targets = _take(self._inputs, indices), _take(self._targets, indices)
-        if self.augment is not None:
-            inputs = self.augment(inputs, self._draws[step - self._block_start])
+        inputs, indices, draws = self._read(step)
+        targets = _take(self._targets, indices.to(self._targets.device))
+        if self.augment is not None and draws is not None:
+            inputs = self.augment(inputs, draws.to(inputs.device))
         return inputs, targets
 
     def indices(self, step: int) -> Tensor:
-        """Indices [N, B] of the samples of a step, on the device of the samples."""
+        """Indices [N, B] of the samples of a step, on the device of the samples; the CPU where they are in files."""
+        return self._plan(step)[0]
+
+    def _plan(self, step: int) -> tuple[Tensor, Tensor | None]:
+        """Indices [N, B] of a step, and what its augmentation has drawn, [N, B, ...]."""
         start = step - step % STEPS_PER_BLOCK
         if start != self._block_start:
             positions = (start * self.batch_size, (start + STEPS_PER_BLOCK) * self.batch_size)
@@ -87,11 +108,11 @@ class Batches:
             if self.augment is not None:
                 self._draws = self._block([self._draw(self.augment, agent, start) for agent in agents])
             self._block_start = start
-        return self._indices[step - start]
+        return self._indices[step - start], None if self.augment is None else self._draws[step - start]
 
     def _block(self, agents: Sequence[Tensor]) -> Tensor:
         """One tensor [steps, N, B, ...] of each agent's [steps · B, ...], on its way to the device of the samples."""
-        stacked, device = torch.stack(list(agents)), self._inputs.device
+        stacked, device = torch.stack(list(agents)), self._device
         by_step = stacked.view(len(agents), STEPS_PER_BLOCK, self.batch_size, *stacked.shape[2:]).transpose(0, 1)
         block = by_step.contiguous()
         # From pinned memory, or the host would wait for the device.
@@ -113,6 +134,44 @@ class Batches:
     def _order(self, agent: int, epoch: int) -> Tensor:
         generator = torch.Generator().manual_seed(derive_seed("order", self.seed, agent, epoch))
         return torch.randperm(len(self.parts[agent]), generator=generator, device="cpu")
+
+
+def _gather(samples: Tensor, plan: Plan, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The samples of a step, and its plan."""
+    indices, draws = plan(step)
+    return _take(samples, indices), indices, draws
+
+
+class _ReadAhead:
+    """As `_gather`, from files that are read some steps ahead; any step but the next starts anew."""
+
+    steps_ahead = 2
+
+    def __init__(self, files: ImageFiles, plan: Plan, num_agents: int, augment: Augmentation | None) -> None:
+        self._files, self._plan, self._num_agents = files, plan, num_agents
+        self._crop = augment if isinstance(augment, RandomResizedCropFlip) else None
+        self._next_step = -1
+
+    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Images [N, B, C, H, W], their indices [N, B], and the draws unless they have been used in reading."""
+        if step != self._next_step:
+            self._planned: deque[tuple[Tensor, Tensor | None]] = deque()
+            requests = self._requests(step, self._planned)
+            self._images = self._files.batches(requests, self._crop, self.steps_ahead * self._num_agents)
+        self._next_step = -1  # until all has been read, or the same step is started anew
+        images = torch.cat([next(self._images) for _ in range(self._num_agents)])
+        indices, draws = self._planned.popleft()
+        self._next_step = step + 1
+        return images.unflatten(0, indices.shape), indices, None if self._crop else draws
+
+    def _requests(self, step: int, planned: deque[tuple[Tensor, Tensor | None]]) -> Iterator[Request]:
+        """Those of each agent in this step and all that follow, whose plans are put into `planned`."""
+        while True:
+            indices, draws = self._plan(step)
+            planned.append((indices, draws))
+            seeds = [None] * len(indices) if draws is None or not self._crop else draws
+            yield from zip(indices, seeds, strict=True)
+            step += 1
 
 
 def _take(samples: Tensor, indices: Tensor) -> Tensor:

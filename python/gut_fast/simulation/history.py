@@ -11,7 +11,7 @@ from typing import Any
 
 from gut_fast.simulation.files import replacing
 
-__all__ = ["write_csv", "write_json_lines"]
+__all__ = ["json_line", "write_csv", "write_json_lines"]
 
 
 def write_csv(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
@@ -26,8 +26,13 @@ def write_csv(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
 def write_json_lines(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
     """Writes one JSON object per row and line. JSON has no NaN and no infinity: they become null."""
     with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in history:
-            file.write(json.dumps({name: _finite(value) for name, value in row.items()}, allow_nan=False) + "\n")
+        file.writelines(map(json_line, history))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """The row as a line of JSON, NaN and infinity as null."""
+    content = {name: _finite(value) for name, value in row.items()}
+    return json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _finite(value: Any) -> Any:

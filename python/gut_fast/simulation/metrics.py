@@ -59,7 +59,7 @@ def evaluate(
     *,
     vectorized: bool,
 ) -> dict[str, Tensor]:
-    """Test loss and accuracy of the averaged model, accuracy of the mean and the worst agent, consensus error.
+    """Test loss and accuracy of the averaged model, accuracy of the mean agent and quartiles, consensus error.
 
     Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class. All are float64
     scalars on the device of the model; `read` makes numbers of them.
@@ -78,9 +78,16 @@ def evaluate(
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
         "mean_agent_accuracy": agent_accuracy.mean(),
-        "worst_agent_accuracy": agent_accuracy.min(),
+        **_spread(agent_accuracy),
         "consensus_error": _consensus_error(stacked.parameters()),
     }
+
+
+def _spread(accuracy: Tensor) -> dict[str, Tensor]:
+    """Quartiles of the agents' accuracies, from the worst agent to the best."""
+    names = ("worst", "lower_quartile", "median", "upper_quartile", "best")
+    quartiles = torch.quantile(accuracy, torch.linspace(0, 1, 5, dtype=accuracy.dtype, device=accuracy.device))
+    return {f"{name}_agent_accuracy": quartile for name, quartile in zip(names, quartiles, strict=True)}
 
 
 def _test_agents(

@@ -6,10 +6,13 @@ import contextlib
 import importlib.util
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-__all__ = ["Display", "display"]
+__all__ = ["Display", "Progress", "display"]
+
+Progress = bool | Callable[[int], object]
+"""Whether to show the numbers of a run on stderr; or what to call with its step instead, now and then."""
 
 SECONDS_BETWEEN_UPDATES = 0.2
 SECONDS_BETWEEN_LINES = 10.0
@@ -26,9 +29,11 @@ class Display(Protocol):
 
 
 @contextlib.contextmanager
-def display(total: int, first: int, *, enabled: bool) -> Iterator[Display]:
+def display(total: int, first: int, progress: Progress) -> Iterator[Display]:
     """A display of a run that goes from step `first` to step `total`."""
-    if not enabled:
+    if callable(progress):
+        yield _Caller(progress)
+    elif not progress:
         yield _Nothing()
     elif sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         with _rich_bar(total, first) as bar:
@@ -58,6 +63,15 @@ class _Timed:
             return False
         self._last = now
         return True
+
+
+class _Caller(_Timed):
+    def __init__(self, function: Callable[[int], object]) -> None:
+        super().__init__(SECONDS_BETWEEN_UPDATES)
+        self._function = function
+
+    def show(self, step: int, text: str) -> None:
+        self._function(step)
 
 
 class _Lines(_Timed):

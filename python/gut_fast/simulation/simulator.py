@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gut_fast.data import Augmentation, Dataset
+from gut_fast.data import Augmentation, Dataset, ImageFiles, Inputs
 from gut_fast.simulation import randomness
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.checkpoint import (
@@ -30,7 +30,7 @@ from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
 from gut_fast.simulation.metrics import BytesSent, evaluate, read
 from gut_fast.simulation.plan import Plan
 from gut_fast.simulation.precision import check_autocast
-from gut_fast.simulation.progress import Display, display
+from gut_fast.simulation.progress import Display, Progress, display
 from gut_fast.simulation.stacked import StackedModule, stack
 from gut_fast.topology import Topology
 
@@ -143,7 +143,7 @@ class Simulator:
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
         on_checkpoint: Callable[[], object] | None = None,
-        progress: bool = True,
+        progress: Progress = True,
     ) -> list[dict[str, Any]]:
         """Trains until `steps` steps are done in all, and returns the history.
 
@@ -160,7 +160,7 @@ class Simulator:
             checkpoint: file to write at the end, on Ctrl-C and every `checkpoint_every` steps.
             checkpoint_every: steps between checkpoints.
             on_checkpoint: called after each of these, and after the one at the end.
-            progress: show the numbers of the run on stderr.
+            progress: show the numbers of the run on stderr, or what to call with the step instead, now and then.
 
         Raises:
             TypeError, ValueError: a bad argument; nothing has been done.
@@ -171,7 +171,7 @@ class Simulator:
         with (
             randomness.own_random_state(self.stacked.device),
             deferred_interrupt() as interrupt,
-            display(steps, self.step, enabled=progress) as shown,
+            display(steps, self.step, progress) as shown,
         ):
             randomness.set_state(self._random_state, self.stacked.device)
             self._start_schedule(schedule)
@@ -190,8 +190,9 @@ class Simulator:
 
         step; lr (of the step before, first group); train_loss (mean over agents and the steps since the last row);
         diverged_agents (how many had a loss of NaN or infinity in these steps); test_loss and test_accuracy (of the
-        averaged model); mean_agent_accuracy, worst_agent_accuracy; consensus_error; mean_bytes_sent, max_bytes_sent
-        (per agent, since the start). Accuracies are fractions.
+        averaged model); mean_agent_accuracy, and the agents' quartiles from worst_agent_accuracy over
+        lower_quartile_, median_ and upper_quartile_ to best_agent_accuracy; consensus_error; mean_bytes_sent,
+        max_bytes_sent (per agent, since the start). Accuracies are fractions.
         """
         vectorized = self.engine.endswith("vmap")
         metrics = {
@@ -335,6 +336,8 @@ class Simulator:
     def _configuration(self) -> dict[str, Any]:
         """What a checkpoint must have in common with this simulator, as plain values."""
         rule, state_dtype = (getattr(self.optimizer, name, None) for name in ("rule", "state_dtype"))
+        inputs = self.data.train_inputs
+        samples = inputs.fingerprint() if isinstance(inputs, ImageFiles) else inputs
         return {
             "number of agents": self.stacked.num_agents,
             "topology": self.topology.name,
@@ -348,7 +351,7 @@ class Simulator:
                 for name, value in group.items()
             },
             "data set": self.data.name,
-            "digest of the training samples": digest((self.data.train_inputs, self.data.train_labels)),
+            "digest of the training samples": digest((samples, self.data.train_labels)),
             "division of the samples": digest(self.batches.parts),
             "batch size": self.batches.batch_size,
             "seed": self.batches.seed,
@@ -384,7 +387,7 @@ def _like_model(data: Dataset, stacked: StackedModule, channels_last: bool) -> D
         shape = tuple(data.train_inputs.shape)
         raise ValueError(f"channels_last=True is for images [samples, C, H, W], the inputs have shape {shape}")
 
-    def move(inputs: Tensor) -> Tensor:
+    def move(inputs: Inputs) -> Inputs:
         moved = inputs.to(stacked.values if inputs.is_floating_point() else stacked.device)
         return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved.contiguous()
 

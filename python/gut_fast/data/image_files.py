@@ -1,0 +1,170 @@
+"""Images that stay in their files, and are read and decoded batch by batch by worker processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from gut_fast.data.augmentation import RandomResizedCropFlip
+
+__all__ = ["ImageFiles"]
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of the pixels of ImageNet, between 0 and 1, channel by channel."""
+
+RESIZED_PER_CROPPED = 256 / 224
+
+MAX_WORKERS = 8
+
+CPU = torch.device("cpu")
+
+Request = tuple[Tensor, Tensor | None]
+"""Indices [B], and what an augmentation has drawn for these samples, [B, 1]."""
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Stands for a tensor [samples, 3, size, size] of standardised images that would not fit in memory.
+
+    As far as the simulator goes it is used like that tensor: `shape`, ``len``, indices of samples, `to`, `split`. An
+    image is resized until its shorter side is size · 256 / 224, and the square in its middle is cut out.
+
+    Args:
+        paths: the files, in any format that PIL reads.
+        size: of the sides of the squares, in pixels.
+        workers: processes that read ahead; 0 reads in this one. Results do not depend on it.
+        device, dtype, memory_format: of the batches.
+    """
+
+    paths: tuple[Path, ...]
+    size: int = 224
+    workers: int = field(default_factory=lambda: min(_num_cores(), MAX_WORKERS))
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    memory_format: torch.memory_format = torch.contiguous_format
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the tensor."""
+        return torch.Size((len(self.paths), 3, self.size, self.size))
+
+    @property
+    def ndim(self) -> int:
+        """That of the tensor."""
+        return 4
+
+    def is_floating_point(self) -> bool:
+        """True."""
+        return True
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: Tensor) -> ImageFiles:
+        """The files at a 1-D tensor of indices."""
+        return replace(self, paths=tuple(self.paths[index] for index in indices.tolist()))
+
+    def to(self, other: Tensor | torch.device) -> ImageFiles:
+        """The same with batches on the device of `other`, and of its dtype if it is a tensor."""
+        if isinstance(other, torch.device):
+            return replace(self, device=other)
+        return replace(self, device=other.device, dtype=other.dtype)
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> ImageFiles:
+        """The same with batches in this layout."""
+        return replace(self, memory_format=memory_format)
+
+    def fingerprint(self) -> Tensor:
+        """32 bytes, uint8, that depend on the name of every file, with its folder's, and its size."""
+        listing = "\n".join(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.paths)
+        return torch.frombuffer(bytearray(hashlib.sha256(listing.encode()).digest()), dtype=torch.uint8)
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        """All images, in batches of `size`; the last may be smaller."""
+        return self.batches((indices, None) for indices in torch.arange(len(self), device=CPU).split(size))
+
+    def batches(
+        self, requests: Iterable[Request], augment: RandomResizedCropFlip | None = None, ahead: int = 2
+    ) -> Iterator[Tensor]:
+        """The images [B, 3, size, size] of each request, in their order.
+
+        Args:
+            requests: may be endless; taken from while batches are read ahead.
+            augment: makes squares of the images instead, with what it has drawn for them.
+            ahead: how many batches are read ahead, or a few more.
+
+        Raises:
+            RuntimeError: a file is missing or cannot be decoded; the message names it.
+        """
+        loader = DataLoader(
+            _Reader(self.paths, self.size, augment),
+            sampler=requests,
+            batch_size=None,
+            num_workers=self.workers,
+            prefetch_factor=max(-(-ahead // self.workers), 1) if self.workers else None,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+            generator=torch.Generator(),  # or it would draw from the default one
+        )
+        for images in loader:
+            if isinstance(images, str):
+                raise RuntimeError(images)
+            yield self._standardise(images)
+
+    def _standardise(self, images: Tensor) -> Tensor:
+        values = images.to(self.device, non_blocking=True).to(self.dtype)
+        mean, std = (torch.tensor(v, dtype=self.dtype, device=self.device).view(3, 1, 1) for v in (MEAN, STD))
+        return values.div_(255).sub_(mean).div_(std).contiguous(memory_format=self.memory_format)
+
+
+@dataclass(frozen=True)
+class _Reader(TorchDataset):
+    """What a worker does: a request becomes images [B, 3, size, size], uint8, or the message of an error."""
+
+    paths: Sequence[Path]
+    size: int
+    augment: RandomResizedCropFlip | None
+
+    def __getitem__(self, request: Request) -> Tensor | str:
+        from torchvision.transforms.functional import pil_to_tensor
+
+        indices, draws = request
+        seeds = [0] * len(indices) if draws is None else draws.flatten().tolist()
+        images = []
+        for index, seed in zip(indices.tolist(), seeds, strict=True):
+            path = self.paths[index]
+            try:
+                images.append(pil_to_tensor(self._square(path, seed)))
+            except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these on a damaged file
+                return f"{path} cannot be read as an image ({error}); get the data set again"
+        return torch.stack(images)
+
+    def _square(self, path: Path, seed: int) -> Any:
+        from PIL import Image
+        from torchvision.transforms.functional import center_crop, resize
+
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+        if self.augment is not None:
+            return self.augment.crop(image, seed, (self.size, self.size))
+        return center_crop(resize(image, [round(self.size * RESIZED_PER_CROPPED)]), [self.size])
+
+
+def _num_cores() -> int:
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Ctrl-C reaches the workers too, but what it means is the simulator's to say, which may still need them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
