@@ -16,6 +16,8 @@ FLOORS = [
     {"mixing"},
     {"topology"},
     {"reference", "analysis"},
+    {"convergence"},
+    {"planning"},
     {"backends"},
     {"ops"},
     {"optimizer"},

@@ -6,7 +6,7 @@ Every parameter is stacked: shape (N, *shape), row i is agent i's. The gradient 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from gut_fast.optimizer import GossipOptimizer
 
@@ -56,7 +56,7 @@ class GUT(GossipOptimizer):
     a topology iff ``lambda_min(W) > −1/(1 + 2μ)``. Arguments: see `GossipOptimizer`; mu is in [0, 1].
     """
 
-    def __init__(self, params: Any, lr: float, mu: float = 0.9, **options: Unpack[Options]) -> None:
+    def __init__(self, params: Any, lr: float, mu: float | Literal["auto"] = 0.9, **options: Unpack[Options]) -> None:
         super().__init__(params, "gut", lr=lr, mu=mu, **options)
 
 
@@ -68,7 +68,12 @@ class GUTm(GossipOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float, momentum: float = 0.9, mu: float = 0.8, **options: Unpack[Options]
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        mu: float | Literal["auto"] = 0.8,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, "gutm", lr=lr, momentum=momentum, mu=mu, **options)
 
@@ -92,7 +97,12 @@ class QGGUTm(GossipOptimizer):
     """
 
     def __init__(
-        self, params: Any, lr: float, momentum: float = 0.9, mu: float = 0.06, **options: Unpack[Options]
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        mu: float | Literal["auto"] = 0.06,
+        **options: Unpack[Options],
     ) -> None:
         super().__init__(params, "qg_gutm", lr=lr, momentum=momentum, mu=mu, **options)
 

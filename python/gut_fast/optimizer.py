@@ -45,7 +45,7 @@ class GossipOptimizer(Optimizer):
         capturable: steps can be captured in a CUDA graph, with the backends ``"cuda"`` and ``"triton"`` on a static
             topology. The coefficients live on the device; after a change of the learning rate or a hyper-parameter
             call `update_coefficients`, then replay. Capture anew after `load_state_dict`.
-        **hyperparameters: those of the rule.
+        **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start.
 
@@ -88,6 +88,7 @@ class GossipOptimizer(Optimizer):
         self._followed: tuple[list[Tensor], dict[str, list[Tensor]]] = [], {}
         self._cached_coefficients: list[tuple[dict[str, Any], Tensor]] = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        hyperparameters = analysis.with_auto_mu(self.rule, hyperparameters, topology)
         super().__init__(params, {**defaults, **self.rule.check(hyperparameters)})
 
     @property
@@ -111,7 +112,7 @@ class GossipOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
         params, tensors = self._listed(param_group)
-        group = {**self.defaults, **param_group}
+        group = analysis.with_auto_mu(self.rule, {**self.defaults, **param_group}, self.topology)
         self.rule.coefficients(**self._hyperparameters(group))
         ops.check_parameters(tensors, self.topology.num_agents, f"{self._name}: ")
         for tensor in tensors[:1]:
@@ -121,7 +122,7 @@ class GossipOptimizer(Optimizer):
             ops.select_backend(self.backend, tensor.device.type, dtype, num_states, num_messages, state_dtype)
         flat_state = self._new_flat_state(tensors)
         self._warn_if_unstable(group)
-        super().add_param_group({**param_group, "params": params})
+        super().add_param_group({**group, "params": params})
         flat_state.adopt(self.state)
         self._flat_states.append(flat_state)
         for device in {tensor.device for tensor in tensors} if self.topology.is_static else ():

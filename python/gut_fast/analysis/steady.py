@@ -1,0 +1,192 @@
+"""What a stable rule settles to: its bias at rest, the length of the average's steps, and its answer to noise.
+
+All three are what a linear system does under a steady or a white input, mode by mode, with the input taken as the
+agents' gradients. Each is compared with DSGD at the same learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gut_fast.analysis.linear import (
+    TOLERANCE,
+    Array,
+    coefficients_of,
+    radius,
+    reachable,
+    transitions,
+    without_decay,
+)
+from gut_fast.analysis.spectrum import Spectrum, spectrum_of
+from gut_fast.rules import Coefficients, UpdateRule
+from gut_fast.topology import Topology
+
+__all__ = [
+    "Noise",
+    "bias_factor",
+    "bias_factor_of",
+    "noise",
+    "noise_amplification",
+    "noise_amplification_of",
+    "step_gain",
+]
+
+COMMON = ("lr", "weight_decay", "maximize")
+"""The hyper-parameters of every rule, which DSGD shares with the one it is compared with."""
+
+ROUNDING = 1e-12
+"""What rounding leaves of a disagreement of zero, in units of the learning rate."""
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What white noise in the agents' gradients does in the long run, of the average and of the disagreement."""
+
+    average: float
+    """Of E (z̄ − rest)², z̄ the agents' average, for each coordinate."""
+    disagreement: float
+    """Of E (1/N) Σ_i (z_i − z̄)², the consensus error, for each coordinate; NaN where W is not normal."""
+
+
+def bias_factor(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology) -> float:
+    """How far apart the agents rest because their data differ, where DSGD at the same learning rate has 1.
+
+    With full gradients ``g_i = h (z_i − b_i)`` a rule rests at ``x = F(λ) x + G(λ) g`` on the mode of eigenvalue λ, x
+    being (z, state), F its transition and G its gradient column. To first order in η that is
+    ``z(λ) = [(I − F(λ))⁻¹ G(λ)]_0 g(λ)``, with g the local gradients at the average; DSGD has ``−ηλ/(1−λ)``. The factor
+    is the ratio of the two disagreements ``Σ_λ |z(λ)|²``, root mean square over local gradients that are independent.
+
+    A rule of the table has the same ratio in every mode, so that it rests exactly where DSGD does at `factor` times the
+    learning rate: GUT and GUTm at ``1 − μ``, QG-GUTm at ``(1 − μ)/(1 + μβ)``, QG-DSGDm at 1, DSGDm at ``1/(1 − β)``,
+    D², gradient and momentum tracking at 0. NaN where DSGD has no bias (one agent, the complete graph), or where the
+    rule has no single resting point. Whether the rule gets there is for `stability` to say.
+
+    Raises:
+        TypeError, ValueError: a bad rule or hyper-parameter; the topology is not static.
+    """
+    return bias_factor_of(rule, hyperparameters, spectrum_of(topology))
+
+
+def step_gain(rule: str | UpdateRule, hyperparameters: Mapping[str, Any]) -> float:
+    """How far the agents' average moves per step under a steady gradient g, in units of the step −ηg of DSGD.
+
+    ``1/(1 − β)`` for rules with momentum β, ``(1 − μ)/(1 − β − μ)`` for QG-GUTm. Infinite where the average's momentum
+    does not decay, NaN for a rule under which a translation of all agents is not free.
+
+    Raises:
+        TypeError, ValueError: a bad rule or hyper-parameter.
+    """
+    coefficients = coefficients_of(rule, without_decay(hyperparameters))
+    transition, gradient = transitions(coefficients, 1.0)
+    if not np.allclose(transition[:, 0], np.eye(len(transition))[0], rtol=0, atol=TOLERANCE):
+        return math.nan
+    among_states, to_states = transition[1:, 1:], gradient[1:]
+    basis = reachable(among_states, [to_states])
+    reduced = basis @ among_states @ basis.T
+    if radius(reduced) >= 1 - TOLERANCE:
+        return math.inf
+    states = basis.T @ np.linalg.solve(np.eye(len(reduced)) - reduced, basis @ to_states)
+    return float(transition[0, 1:] @ states + gradient[0]) / -_learning_rate(hyperparameters)
+
+
+def noise(
+    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 1.0
+) -> Noise:
+    """Variances in the long run where every agent's gradient is ``h (z_i − b_i) + ξ_i``, curvature h.
+
+    ξ_i is independent over agents, steps and coordinates, of mean zero and variance one. On a mode
+    ``x' = T(λ) x + G(λ) ξ`` has the covariance ``P = T P Tᴴ + G Gᴴ`` (a discrete Lyapunov equation); the average has
+    ``P(1)_00 / N``, the disagreement ``(1/N) Σ_λ P(λ)_00``. Infinite where a mode does not decay, as the average at
+    curvature zero.
+
+    Raises:
+        TypeError, ValueError: as `stability`.
+    """
+    spectrum = spectrum_of(topology)
+    result = _noise(coefficients_of(rule, hyperparameters), spectrum, curvature)
+    return Noise(result.average / topology.num_agents, result.disagreement)
+
+
+def noise_amplification(
+    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 1.0
+) -> Noise:
+    """`noise` in units of that of DSGD with the same learning rate and weight decay.
+
+    As ηh falls, the average's tends to the `step_gain`, which is its value at curvature zero. The disagreement's is NaN
+    where DSGD has none (one agent, the complete graph).
+
+    Raises:
+        TypeError, ValueError: as `stability`.
+    """
+    return noise_amplification_of(rule, hyperparameters, spectrum_of(topology), curvature)
+
+
+def bias_factor_of(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], spectrum: Spectrum) -> float:
+    """As `bias_factor`, from the spectrum."""
+    hyperparameters, lr = without_decay(hyperparameters), _learning_rate(hyperparameters)
+    ours, theirs = coefficients_of(rule, hyperparameters), _dsgd(hyperparameters)
+    return _ratio(_rms_at_rest(ours, spectrum) / lr, _rms_at_rest(theirs, spectrum) / lr)
+
+
+def _rms_at_rest(coefficients: Coefficients, spectrum: Spectrum) -> float:
+    """Disagreement at rest, root mean square over agents, under independent local gradients of unit size."""
+    matrices, gradient = transitions(coefficients, spectrum.eigenvalues)
+    try:
+        rest = np.linalg.solve(np.eye(matrices.shape[-1]) - matrices, gradient[..., None])[..., 0, 0]
+    except np.linalg.LinAlgError:
+        return math.nan
+    return math.sqrt(spectrum.weights @ np.abs(rest) ** 2)
+
+
+def noise_amplification_of(
+    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], spectrum: Spectrum, curvature: float
+) -> Noise:
+    """As `noise_amplification`, from the spectrum."""
+    ours = _noise(coefficients_of(rule, hyperparameters), spectrum, curvature)
+    theirs = _noise(_dsgd(hyperparameters), spectrum, curvature)
+    is_flat = curvature + hyperparameters.get("weight_decay", 0.0) == 0
+    average = step_gain(rule, hyperparameters) if is_flat else ours.average / theirs.average
+    unit = _learning_rate(hyperparameters) ** 2
+    return Noise(average, _ratio(ours.disagreement / unit, theirs.disagreement / unit))
+
+
+def _noise(coefficients: Coefficients, spectrum: Spectrum, curvature: float) -> Noise:
+    """As `noise`, but the average's for a single agent."""
+    transition, gradient = transitions(coefficients, 1.0, curvature)
+    basis = reachable(transition, [gradient])
+    average = _variance((basis @ transition @ basis.T)[None], (basis @ gradient)[None], basis[:, 0], np.ones(1))
+    matrices, gradients = transitions(coefficients, spectrum.eigenvalues, curvature)
+    z = np.eye(len(transition))[0]
+    disagreement = _variance(matrices, gradients, z, spectrum.weights) if spectrum.is_normal else math.nan
+    return Noise(average, disagreement)
+
+
+def _variance(matrices: Array, gradients: Array, output: Array, weights: Array) -> float:
+    """Σ weights · outputᵀ P output, where P = T P Tᴴ + G Gᴴ for each T [k, n, n] and G [k, n]; inf where one grows."""
+    if not (radius(matrices) < 1 - TOLERANCE).all():
+        return math.inf
+    size = len(output)
+    doubled = np.einsum("kia,kjb->kijab", matrices, matrices.conj()).reshape(-1, size**2, size**2)
+    driven = np.einsum("ki,kj->kij", gradients, gradients.conj()).reshape(-1, size**2, 1)
+    covariance = np.linalg.solve(np.eye(size**2) - doubled, driven).reshape(-1, size, size)
+    return float(weights @ (output @ covariance @ output).real)
+
+
+def _learning_rate(hyperparameters: Mapping[str, Any]) -> float:
+    return float(hyperparameters.get("lr", 1.0) or 1.0)
+
+
+def _dsgd(hyperparameters: Mapping[str, Any]) -> Coefficients:
+    return coefficients_of("dsgd", {name: hyperparameters[name] for name in COMMON if name in hyperparameters})
+
+
+def _ratio(ours: float, theirs: float) -> float:
+    """Ours over theirs; of a DSGD without disagreement it is NaN, or infinite where ours has some."""
+    if theirs > ROUNDING:
+        return ours / theirs
+    return math.inf if ours > ROUNDING else math.nan

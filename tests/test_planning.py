@@ -1,0 +1,330 @@
+"""Planning: times on a network against a simulation message by message, steps to a target against drawn runs."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gut_fast import convergence, planning, reference
+from gut_fast import topology as topologies
+from gut_fast.convergence import Spectrum, Task, consensus_spectrum, excess_losses, steps_to_target
+from gut_fast.experiments import network as comparison
+from gut_fast.experiments import network_plot, units
+from gut_fast.experiments.commands.network import make_question, parse_sizes, show_comparison, show_measured
+from gut_fast.experiments.records import Record
+from gut_fast.experiments.runner import Experiment, Run
+from gut_fast.experiments.terminal import console_of_text
+from gut_fast.planning import Network, allreduce_bytes, allreduce_seconds, bytes_per_step, step_ends, step_seconds
+from gut_fast.rules import RULES, get_rule
+
+PLAIN = Network(bandwidth=1e6, latency=0.002, compute=0.05)
+STRAGGLING = dataclasses.replace(
+    PLAIN,
+    overlap=0.5,
+    straggler_probability=0.3,
+    straggler_factor=4.0,
+    link_straggler_probability=0.2,
+    link_straggler_factor=3.0,
+)
+MESSAGE = 1e4
+
+SMALL = [
+    topologies.ring(5),
+    topologies.star(6),
+    topologies.chain(2),
+    topologies.complete(1),
+    topologies.one_peer_exponential(6),
+    topologies.random_matching(5, seed=3),
+    topologies.sequence([topologies.ring(4), topologies.star(4)]),
+]
+
+
+def events(topology, network, message_bytes, num_steps, seed):
+    """The ends of the steps, agent by agent and message by message, with the draws of the library."""
+    rng = np.random.default_rng(seed)
+    starts = [0.0] * topology.num_agents
+    for step in range(num_steps):
+        receivers = {i: [] for i in range(topology.num_agents)}
+        for i in range(topology.num_agents):
+            for j in topology.neighbors(i, step):
+                receivers[j].append(i)
+        computing = network.compute * network.slowness(rng, topology.num_agents)
+        slow = iter(network.slowness(rng, sum(map(len, receivers.values())), of_links=True))
+        ends = [start + time for start, time in zip(starts, computing, strict=True)]
+        arrivals = []
+        for j in range(topology.num_agents):
+            computed = starts[j] + computing[j]
+            port_is_free = computed - network.overlap * computing[j]
+            for i in sorted(receivers[j]):
+                factor = next(slow)
+                port_is_free += factor * message_bytes / network.bandwidth
+                left = max(port_is_free, computed)
+                ends[j] = max(ends[j], left)
+                arrivals.append((i, left + factor * network.latency))
+        for i, arrived in arrivals:
+            ends[i] = max(ends[i], arrived)
+        starts = ends
+        yield ends
+
+
+@pytest.mark.parametrize("network", [PLAIN, STRAGGLING])
+@pytest.mark.parametrize("topology", SMALL, ids=str)
+def test_the_recursion_is_that_of_single_messages(topology, network):
+    simulated = itertools.islice(step_ends(topology, network, MESSAGE, seed=7), 9)
+    for ends, expected in zip(simulated, events(topology, network, MESSAGE, 9, seed=7), strict=True):
+        np.testing.assert_allclose(ends, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("topology", "degree"),
+    [
+        (topologies.ring(16), 2),
+        (topologies.torus(4, 4), 4),
+        (topologies.petersen(), 3),
+        (topologies.exponential(16), 7),
+        (topologies.complete(9), 8),
+        (topologies.one_peer_exponential(16), 1),
+    ],
+    ids=str,
+)
+def test_without_stragglers_the_time_is_the_closed_form(topology, degree, overlap):
+    network = dataclasses.replace(PLAIN, overlap=overlap)
+    for message_bytes in (0.0, MESSAGE):
+        expected = max(0.05, (1 - overlap) * 0.05 + degree * message_bytes / 1e6) + 0.002
+        assert step_seconds(topology, network, message_bytes) == pytest.approx(expected, rel=1e-9)
+    assert bytes_per_step(topology, MESSAGE) == degree * MESSAGE
+
+
+@pytest.mark.parametrize("message_bytes", [0, 1e3, 1e6])
+def test_more_neighbors_are_never_faster_without_stragglers(message_bytes):
+    seconds = [
+        step_seconds(topologies.circulant(16, range(1, reach)), PLAIN, message_bytes, num_steps=10)
+        for reach in range(2, 9)
+    ]
+    assert seconds == sorted(seconds)
+
+
+def test_stragglers_cost_more_where_more_neighbors_are_waited_for():
+    network = Network(1e9, compute=1.0, straggler_probability=0.05, straggler_factor=5.0)
+    alone, ring, complete = (
+        step_seconds(topology, network, 0.0, num_steps=2000)
+        for topology in (topologies.ring(1), topologies.ring(32), topologies.complete(32))
+    )
+    barrier = allreduce_seconds(32, network, 0.0)
+    assert alone == pytest.approx(1.2)
+    assert barrier == pytest.approx(1 + 4 * (1 - 0.95**32))
+    assert complete == pytest.approx(barrier, rel=0.03)  # the mean of 1,000 independent steps
+    assert alone < ring < 0.95 * complete
+
+
+@pytest.mark.parametrize("num_agents", [1, 2, 16, 1000])
+def test_allreduce_is_hockneys_formula(num_agents):
+    rounds = 2 * (num_agents - 1)
+    assert allreduce_bytes(num_agents, 1e6) == pytest.approx(rounds / num_agents * 1e6)
+    assert allreduce_seconds(num_agents, PLAIN, 1e6) == pytest.approx(0.05 + rounds * (0.002 + 1 / num_agents))
+    depth = math.ceil(math.log2(num_agents))
+    tree = 0.05 + 2 * depth * 0.002 + 2 * (1 - 2.0**-depth)
+    assert allreduce_seconds(num_agents, PLAIN, 1e6, "tree") == pytest.approx(tree)
+    hidden = dataclasses.replace(PLAIN, overlap=1.0, compute=5.0)  # all but the latencies
+    assert allreduce_seconds(num_agents, hidden, 1e6) == pytest.approx(5.0 + rounds * 0.002)
+
+
+@pytest.mark.parametrize("algorithm", planning.ALLREDUCE)
+def test_straggling_links_slow_an_allreduce_between_their_factor_and_none(algorithm):
+    always = dataclasses.replace(PLAIN, link_straggler_probability=1.0, link_straggler_factor=3.0)
+    rarely = dataclasses.replace(always, link_straggler_probability=0.05)
+    plain, slow, slowest = (
+        allreduce_seconds(300, network, 1e6, algorithm) - 0.05 for network in (PLAIN, rarely, always)
+    )
+    assert plain < 1.01 * plain < slow < slowest
+    assert slowest == pytest.approx(3 * plain)
+
+
+def test_a_hundred_thousand_agents():
+    topology = topologies.ring(100_000)
+    seconds = step_seconds(topology, dataclasses.replace(STRAGGLING, overlap=0.0), MESSAGE, num_steps=20)
+    assert 0.072 < seconds < 4 * 0.05 + 3 * 0.022
+    assert math.isfinite(steps_to_target("gutm", consensus_spectrum(topology), 100_000, Task(), target=0.3).steps)
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize(
+    "topology", [topologies.ring(6), topologies.one_peer_exponential(6), topologies.complete(5)], ids=str
+)
+def test_the_expected_loss_is_that_of_drawn_runs(name, topology):
+    """The noise and the agents' own optima are drawn; 2,000 columns are as many runs at once."""
+    rule, num_agents, num_runs = get_rule(name), topology.num_agents, 2000
+    task = Task(curvatures=(1.0, 0.2), noise=0.5, heterogeneity=0.7)
+    setting = {"lr": 0.1} | ({"mu": 0.25} if "mu" in rule.hyperparameters else {})
+    setting |= {"momentum": 0.5} if "momentum" in rule.hyperparameters else {}
+    generator = torch.Generator().manual_seed(0)
+    h = torch.tensor(task.curvatures, dtype=torch.float64).repeat_interleave(num_runs)
+    own = torch.randn(num_agents, len(h), dtype=torch.float64, generator=generator)
+    own = task.heterogeneity * (own - own.mean(0))
+    z = torch.ones_like(own)
+    state = reference.zero_state(rule, z)
+    expected = excess_losses(rule, [setting], consensus_spectrum(topology), num_agents, task)
+    for step in range(15):
+        noise = task.noise * torch.randn(z.shape, dtype=torch.float64, generator=generator)
+        z, state = reference.step(rule, setting, z, state, h * (z + own + noise), topology.matrix(step))
+        assert next(expected).item() == pytest.approx(z.square().mean().item(), rel=0.03)
+
+
+def test_the_quadrature_reproduces_the_spectrum():
+    for topology in (topologies.ring(600), topologies.torus(20, 30), topologies.random_regular(600, 4, seed=1)):
+        (nodes,), weights = consensus_spectrum(topology)
+        eigenvalues = topology.eigenvalues[1:].numpy()
+        assert len(nodes) <= convergence.NUM_NODES
+        exact = topology.cycle[0].group is not None
+        for power in range(8):
+            mean = (eigenvalues**power).sum() / 600
+            assert weights @ nodes**power == pytest.approx(mean, rel=1e-9 if exact else 0.15, abs=1e-12)
+
+
+def test_steps_to_a_target_follow_theory():
+    def steps(topology, rule="dsgd", target=0.2, **task):
+        spectrum = consensus_spectrum(topology)
+        return steps_to_target(rule, spectrum, topology.num_agents, Task(**task), target, max_steps=1000).steps
+
+    ring = topologies.ring(16)
+    assert steps(ring, target=0.4) <= steps(ring, target=0.2) <= steps(ring, target=0.1)
+    assert steps(topologies.complete(16)) <= steps(topologies.exponential(16)) <= steps(ring)
+    assert steps(topologies.complete(64)) <= steps(topologies.complete(16)) <= steps(topologies.complete(4))
+    assert steps(ring, heterogeneity=0.0) < steps(ring, heterogeneity=2.0)
+    assert steps(ring, "gut", heterogeneity=2.0) < steps(ring, "dsgd", heterogeneity=2.0)
+    assert steps(ring, noise=1e3) == math.inf
+
+
+def test_exact_averaging_is_the_complete_graph():
+    exact = Spectrum(np.zeros((1, 0)), np.zeros(0))
+    for rule in comparison.METHODS:
+        complete = steps_to_target(rule, consensus_spectrum(topologies.complete(8)), 8, Task(), 0.2)
+        assert complete.steps == steps_to_target(rule, exact, 8, Task(), 0.2).steps
+
+
+def test_a_plan_multiplies_steps_by_what_a_step_costs():
+    gut, tracking = planning.plan(topologies.ring(8), ["gut", "gradient_tracking"], PLAIN, MESSAGE, target=0.2)
+    assert tracking.bytes_per_step == 2 * gut.bytes_per_step == 4 * MESSAGE
+    assert gut.step_seconds == pytest.approx(0.072)
+    assert tracking.step_seconds == pytest.approx(0.092)
+    assert gut.seconds == gut.steps * gut.step_seconds
+    assert gut.bytes == gut.steps * 2 * MESSAGE
+    assert gut.convergence.hyperparameters["lr"] in convergence.LEARNING_RATES
+    (unknown,) = planning.plan(topologies.random_matching(8, seed=0), ["gut"], PLAIN, MESSAGE)
+    assert math.isnan(unknown.seconds)
+    assert unknown.step_seconds == pytest.approx(0.062)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (units.parse_bandwidth, "1Gbit", 125e6),
+        (units.parse_bandwidth, "100 MB/s", 1e8),
+        (units.parse_bandwidth, "1.5Mbit/s", 187_500),
+        (units.parse_bandwidth, "10Gbps", 1.25e9),
+        (units.parse_seconds, "1ms", 1e-3),
+        (units.parse_seconds, "50us", 5e-5),
+        (units.parse_seconds, "0", 0.0),
+        (units.parse_bytes, "1.1MB", 1.1e6),
+        (units.parse_bytes, "4KiB", 4096),
+    ],
+)
+def test_units(parse, text, value):
+    assert parse(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (units.parse_bandwidth, "1Gb"),
+        (units.parse_bandwidth, "1GB"),
+        (units.parse_bandwidth, "fast"),
+        (units.parse_bandwidth, "-1Gbit"),
+        (units.parse_seconds, "5"),
+        (units.parse_seconds, "1MB"),
+        (units.parse_bytes, "1e400B"),
+        (units.parse_bytes, ""),
+    ],
+)
+def test_bad_units_are_named(parse, text):
+    with pytest.raises(ValueError, match="such as"):
+        parse(text)
+
+
+def test_formats():
+    assert [units.format_seconds(x) for x in (5e-5, 0.0123, 0.9996, 1, 150, 1e5, math.inf, math.nan)] == [
+        "50.0 µs", "12.3 ms", "1.00 s", "1.00 s", "2.50 min", "27.8 h", "–", "–",
+    ]  # fmt: skip
+    assert [units.format_bytes(x) for x in (0, 1.1e6, 999_999, 2.5e13)] == ["0.00 B", "1.10 MB", "1.00 MB", "25.0 TB"]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: Network(0), "bandwidth must be positive"),
+        (lambda: Network(1e6, latency=-1), "latency must be finite and in"),
+        (lambda: Network(1e6, overlap=1.5), r"overlap must be finite and in \[0, 1\]"),
+        (lambda: Network(1e6, straggler_probability=2), "straggler_probability"),
+        (lambda: Network(1e6, straggler_factor=0.5), r"straggler_factor must be finite and in \[1"),
+        (lambda: Network(math.nan), "bandwidth"),
+        (lambda: step_seconds(topologies.ring(3), PLAIN, -1), "message_bytes must be at least 0"),
+        (lambda: step_seconds(topologies.ring(3), PLAIN, 1, num_steps=1), "num_steps must be at least 2"),
+        (lambda: allreduce_seconds(4, PLAIN, 1, "star"), "known are ring, tree"),
+        (lambda: Task(curvatures=()), "at least one"),
+        (lambda: Task(noise=-1.0), "noise must be at least 0"),
+        (lambda: steps_to_target("gut", consensus_spectrum(topologies.ring(3)), 3, Task(), 1.5), "target must be"),
+        (lambda: consensus_spectrum(topologies.random_matching(4, seed=0)), "constant symmetric W"),
+        (lambda: make_question("1Gb", "1ms", "1ms", "1MB"), "--bandwidth: '1Gb' is not a bandwidth"),
+        (lambda: make_question("1Gbit", "1ms", "1ms", "1MB", target=2), "--target must be"),
+        (lambda: parse_sizes("16,1000000"), "from 2 to 100,000"),
+        (lambda: comparison.compare(16, make_question("1Gbit", "1ms", "1s", "1MB"), "ring:8"), "expected 16"),
+    ],
+)
+def test_bad_input_is_named(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
+
+
+def test_the_comparison_is_printed_and_drawn(tmp_path, capsys):
+    question = make_question("1Gbit", "1ms", "50ms", "1.1MB", target=0.5, straggler_probability=0.01)
+    plans = comparison.compare(8, question, "star:8")
+    assert len({plan.topology for plan in plans}) == 9
+    assert plans[0].topology == "star(8)"
+    show_comparison(console_of_text(), plans, question)
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in ("star(8)", "torus(2, 4)", "all-reduce, tree", "50 % of the excess", "*"))
+    network_plot.draw_sizes(comparison.sweep_sizes([4, 6], question), "Plans", tmp_path / "plans.png")
+    assert (tmp_path / "plans.png").stat().st_size > 10_000
+
+
+def test_finished_runs_are_put_on_the_network(tmp_path, capsys):
+    def record(method, rule, seed, accuracies):
+        experiment = Experiment(rule=rule, topology="ring:4", hyperparameters={}, seed=seed)
+        sent = 2 * MESSAGE * get_rule(rule).num_messages
+        history = [
+            {"step": step, "test_accuracy": accuracy, "mean_bytes_sent": step * sent}
+            for step, accuracy in zip((0, 10, 20), accuracies, strict=True)
+        ]
+        return Record(method, {"alpha": 0.1}, Run(experiment, history, "loop", 1.0))
+
+    records = [
+        record("GUT", "gut", 0, (0.1, 0.7, 0.9)),
+        record("GUT", "gut", 1, (0.1, 0.9, 0.9)),
+        record("tracking", "gradient_tracking", 0, (0.1, 0.5, 0.7)),
+    ]
+    gut, tracking = comparison.measure(records, PLAIN, accuracy=0.8)
+    assert gut.steps == (20, 10)
+    assert gut.seconds == pytest.approx(15 * (0.05 + 0.002 + 2 * 0.01))
+    assert gut.bytes == 15 * 2 * MESSAGE
+    assert tracking.step_seconds == pytest.approx(0.092)
+    assert (tracking.num_reached, tracking.seconds) == (0, math.inf)
+    with pytest.raises(ValueError, match="accuracy must be a fraction"):
+        comparison.measure(records, PLAIN, accuracy=80)
+    question = make_question("1Gbit", "1ms", "50ms", "1.1MB")
+    show_measured(console_of_text(), records, question, 0.8, tmp_path / "runs.png")
+    assert "2 of 2" in capsys.readouterr().out
+    assert (tmp_path / "runs.png").stat().st_size > 10_000
