@@ -12,7 +12,9 @@ import torch
 import gut_fast
 from gut_fast import analysis, cli, topology
 from gut_fast.backends import AUTOMATIC, cpu
-from gut_fast.experiments import Experiment, commands
+from gut_fast.experiments import Experiment
+from gut_fast.experiments.commands import topology as topology_command
+from gut_fast.experiments.commands import train as train_command
 from gut_fast.rules import RULES
 from gut_fast.simulation import Simulator
 
@@ -90,9 +92,10 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
     for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for name in ("gut_fast.commands", "gut_fast.experiments.commands"):
+    for name in [
+        name for name in sys.modules if name.startswith(("gut_fast.commands", "gut_fast.experiments.commands"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
-        monkeypatch.delattr(name)
     code, out, err = gut_fast_command("info")
     assert code == 2
     assert out == ""
@@ -209,7 +212,7 @@ def test_a_picture_that_cannot_be_written_after_all_is_one_line(gut_fast_command
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(commands.plots, "draw_topology", full)
+    monkeypatch.setattr(topology_command.plots, "draw_topology", full)
     code, _, err = gut_fast_command("topology", "ring:4", "--out", "ring.png")
     assert (code, err) == (2, "gut-fast: error: cannot write: [Errno 28] No space left on device\n")
 
@@ -254,7 +257,7 @@ def test_bugs_keep_their_traceback(monkeypatch):
     def train_in(*arguments):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(commands.experiment_folder, "train_in", train_in)
+    monkeypatch.setattr(train_command.experiment_folder, "train_in", train_in)
     with pytest.raises(ValueError, match="a bug"):
         cli.main(QUICK)
 
@@ -397,7 +400,8 @@ def test_divergence_is_told(gut_fast_command):
 
 def test_topology_prints_spectrum_and_stability(gut_fast_command, tmp_path):
     code, out, err = gut_fast_command("topology", "torus:4x4", "--out", "torus.png")
-    rows = {words[0]: words[1:] for line in out.splitlines() if (words := line.split())}
+    stable, _, _ = out.partition('With mu="auto"')
+    rows = {words[0]: words[1:] for line in stable.splitlines() if (words := line.split())}
     torus = topology.torus(4, 4)
     assert (code, err) == (0, "")
     assert (rows["agents"], rows["edges"], rows["degree"]) == (["16"], ["32"], ["4"])
@@ -416,13 +420,16 @@ def test_topology_prints_spectrum_and_stability(gut_fast_command, tmp_path):
 def test_a_narrow_terminal_cuts_no_number(gut_fast_command, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     _, out, _ = gut_fast_command("topology", "torus:4x4")
-    rows = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in RULES]
+    stable, _, settled = out.partition('With mu="auto"')
+    rows = [line.split() for line in stable.splitlines() if line.split()[:1] and line.split()[0] in RULES]
     torus = topology.torus(4, 4)
     for name, *cells in rows:
         result = analysis.stability(name, RULES[name].hyperparameters, torus)
         assert [result.verdict, "×", f"{result.consensus_rate:.4f}"] == cells[-4:-1]
     assert [cells[-1] for cells in rows][:3] == ["n/a", "0.3333", f"{analysis.stability_limit('gutm', torus):.4f}"]
     assert len(rows) == len(RULES)
+    gut = next(line.split() for line in settled.splitlines() if line.split()[:1] == ["gut"])
+    assert gut[1:5] == ["0.148", "0.7998", "2.0000", "0.85"]
 
 
 def test_output_that_is_not_utf_8_has_question_marks():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from gut_fast.benchmark import commands as bench
-from gut_fast.experiments.commands import app
+from gut_fast.experiments.commands.app import app
 from gut_fast.verification.commands import verify
 
 __all__ = ["app"]

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from gut_fast.experiments.runner import Run
+from gut_fast.experiments.summary import MEGABYTE
 from gut_fast.mixing import MixingMatrix
 from gut_fast.topology import Topology
 
@@ -24,6 +25,7 @@ __all__ = [
     "check_matplotlib",
     "draw_topology",
     "draw_training",
+    "line_look",
     "new_figure",
     "plot_class_histogram",
     "plot_curves",
@@ -35,6 +37,9 @@ COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56
 """Okabe and Ito's palette without its yellow: told apart with every kind of colour vision."""
 
 LINE_STYLES = ("-", "-", "-", "--", "-.", "-", (0, (2, 1)))
+
+LINE_STYLE_OF_MORE = (0, (1, 1))
+"""Of lines beyond the first of every colour."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -93,21 +98,40 @@ def draw_training(groups: Mapping[str, Sequence[Run]], histogram: Tensor, title:
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 4))
 
 
-def plot_curves(axes: Axes, groups: Mapping[str, Sequence[Run]], metric: str, title: str, name: str) -> None:
-    """The mean over seeds of `metric` at every evaluation; the band reaches from the lowest to the highest seed."""
+def line_look(index: int) -> tuple[str, Any]:
+    """Colour and style of the line with that number in a picture."""
+    style = LINE_STYLES[index] if index < len(LINE_STYLES) else LINE_STYLE_OF_MORE
+    return COLORS[index % len(COLORS)], style
+
+
+def plot_curves(
+    axes: Axes, groups: Mapping[str, Sequence[Run]], metric: str, title: str, name: str, *, against: str = "step"
+) -> None:
+    """The mean over seeds of `metric` at every evaluation; the band reaches from the lowest to the highest seed.
+
+    Args:
+        axes: to draw on.
+        groups: runs of several seeds by the name of their method; one without runs keeps its colour free.
+        metric: an entry of the history.
+        title: of the panel.
+        name: of the metric, for its axis.
+        against: the entry on the other axis, ``step`` or ``mean_bytes_sent``.
+    """
     from matplotlib.ticker import MaxNLocator
 
-    is_accuracy = metric.endswith("accuracy")
+    is_accuracy, is_step = metric.endswith("accuracy"), against == "step"
     means = []
     for index, (label, runs) in enumerate(groups.items()):
-        steps = [row["step"] for row in runs[0].history]
+        if not runs:
+            continue
+        places = [row[against] if is_step else row[against] / MEGABYTE for row in runs[0].history]
         values = np.array([[row[metric] for row in run.history] for run in runs], dtype=float)
         values *= 100 if is_accuracy else 1
-        color, style = COLORS[index % len(COLORS)], LINE_STYLES[index % len(LINE_STYLES)]
+        color, style = line_look(index)
         means.append(values.mean(axis=0))
-        axes.plot(steps, means[-1], color=color, linestyle=style, linewidth=1.8, label=label)
-        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=color, alpha=0.1, linewidth=0)
-    axes.set(title=title, xlabel="step", ylabel=name)
+        axes.plot(places, means[-1], color=color, linestyle=style, linewidth=1.8, label=label)
+        axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=color, alpha=0.1, linewidth=0)
+    axes.set(title=title, xlabel="step" if is_step else "MB sent by each agent", ylabel=name)
     axes.margins(x=0)
     if is_accuracy:
         axes.yaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
@@ -115,7 +139,8 @@ def plot_curves(axes: Axes, groups: Mapping[str, Sequence[Run]], metric: str, ti
         axes.set_ylim(_floor(means), 100.5)
     elif any((mean > 0).any() for mean in means):
         axes.set_yscale("log")
-    _mark_decays(axes, next(iter(groups.values()))[0])
+    if is_step:
+        _mark_decays(axes, next(runs[0] for runs in groups.values() if runs))
 
 
 def _floor(means: Sequence[Any]) -> float:
@@ -168,12 +193,12 @@ def draw_topology(topology: Topology, path: str | Path) -> None:
             plot_spectrum(axes[1], topology)
 
 
-def plot_graph(axes: Axes, topology: Topology) -> None:
-    """Agents and the pairs that talk; arrows where only one of the two listens."""
+def plot_graph(axes: Axes, topology: Topology, *, numbered: bool | None = None) -> None:
+    """Agents and the pairs that talk; arrows where only one of the two listens. By default few agents are numbered."""
     graph = topology.graph
-    num_agents = topology.num_agents
     positions = _positions(topology)
-    numbered = num_agents <= MAX_AGENTS_WITH_NUMBERS
+    if numbered is None:
+        numbered = topology.num_agents <= MAX_AGENTS_WITH_NUMBERS
     options: dict[str, Any] = {"arrowsize": 9, "connectionstyle": "arc3,rad=0.08"} if graph.is_directed() else {}
     size = 340 if numbered else 30
     nx.draw_networkx_edges(graph, positions, ax=axes, edge_color="#9a9a9a", width=1.1, node_size=size, **options)

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gut_fast import data, models
+from gut_fast import analysis, data, models
+from gut_fast.analysis.choice import AUTO
 from gut_fast.data import Dataset
 from gut_fast.experiments.specs import parse_topology
 from gut_fast.optim import GossipOptimizer
@@ -24,7 +25,7 @@ from gut_fast.simulation import Simulator
 from gut_fast.simulation.plan import Plan
 from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 
-__all__ = ["Experiment", "Run", "make_simulator", "samples_per_class", "train"]
+__all__ = ["Experiment", "Run", "load_data", "make_simulator", "samples_per_class", "train"]
 
 
 @dataclass(frozen=True)
@@ -36,15 +37,19 @@ class Experiment:
     its own. So two experiments that differ in rule or learning rate alone are paired.
 
     Args:
-        data, model, partition, rule, engine, backend: names, as in the rooms of these.
+        data, partition, rule, engine, backend: names, as in the rooms of these.
+        model, norm: a network for `gut_fast.models.build`, such as ``"mlp:64"``, and its normalisation (None: its own).
+        pool: images are first averaged over squares of so many pixels a side.
+        validation: this fraction of the training samples, of every class, is held out, and all evaluations are of these
+            instead of the test samples.
         topology: a spec for `parse_topology`; `gamma` below 1 makes it lazy.
-        hyperparameters: of the rule; defaults are filled in.
+        hyperparameters: of the rule; defaults are filled in, and for mu ``"auto"`` what suits the topology.
         partition_options: for example ``{"alpha": 0.1}``.
         lr, weight_decay, milestones, decay, batch_size, steps, eval_every: as in `GossipOptimizer` and `Simulator`.
         state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
         device: where parameters and data live, for example ``"cpu"`` or ``"cuda"``.
         autocast, channels_last: as in `Simulator`, autocast by name.
-        augment: whether training images are cropped and mirrored at random (`gut_fast.data.RandomCropFlip`).
+        augment: whether training images are cropped and mirrored at random, as is usual for the data set.
 
     Raises:
         TypeError, ValueError: an unknown rule, bad hyper-parameters of it, or bad steps, milestones, decay or
@@ -52,7 +57,10 @@ class Experiment:
     """
 
     data: str = "digits"
+    pool: int = 1
+    validation: float = 0.0
     model: str = "mlp"
+    norm: str | None = None
     topology: str = "ring:16"
     gamma: float = 1.0
     rule: str = "gut"
@@ -77,7 +85,10 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self._check_types()
-        object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(self.hyperparameters))
+        given = self.hyperparameters
+        if given.get("mu") == AUTO:
+            given = analysis.with_auto_mu(self.rule, given, parse_topology(self.topology, self.gamma))
+        object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(given))
         object.__setattr__(self, "partition_options", dict(self.partition_options))
         object.__setattr__(self, "milestones", tuple(self.milestones))
         Plan(self.steps, self.milestones, self.decay, self.eval_every, checkpoint=None, checkpoint_every=None)
@@ -144,7 +155,7 @@ def make_simulator(experiment: Experiment) -> Simulator:
     topology = parse_topology(experiment.topology, experiment.gamma)
     device = _device(experiment.device)
     state_dtype, autocast = (_dtype(name, getattr(experiment, name)) for name in ("state_dtype", "autocast"))
-    dataset = _load_data(experiment.data, experiment.seed)
+    dataset = load_data(experiment)
 
     def optimizer(parameters: list[nn.Parameter]) -> GossipOptimizer:
         return GossipOptimizer(
@@ -167,7 +178,7 @@ def make_simulator(experiment: Experiment) -> Simulator:
         batch_size=experiment.batch_size,
         engine=experiment.engine,
         seed=experiment.seed,
-        augment=data.RandomCropFlip() if experiment.augment else None,
+        augment=dataset.augmentation if experiment.augment else None,
         autocast=autocast,
         channels_last=experiment.channels_last,
     )
@@ -189,16 +200,27 @@ def train(experiment: Experiment, simulator: Simulator, **options: Any) -> Run:
 def samples_per_class(experiment: Experiment) -> Tensor:
     """How many training samples of each class every agent holds: int64 [N, classes]. Raises as `make_simulator`."""
     num_agents = parse_topology(experiment.topology).num_agents
-    dataset = _load_data(experiment.data, experiment.seed)
+    dataset = load_data(experiment)
     parts = _divide(experiment, dataset, num_agents)
     return data.partition.class_histogram(dataset.train_labels, parts, dataset.num_classes)
 
 
+def load_data(experiment: Experiment) -> Dataset:
+    """The samples of the experiment. Raises as `gut_fast.data.load`; ValueError for a bad `pool` or `validation`."""
+    dataset = _pooled(experiment.data, _split_seed(experiment.data, experiment.seed), experiment.pool)
+    return dataset.with_validation(experiment.validation, experiment.seed) if experiment.validation else dataset
+
+
+def _split_seed(name: str, seed: int) -> int:
+    """The seed where it divides a set into training and test samples, 0 where the set has a division of its own."""
+    function = data.DATASETS.get(name)
+    return seed if function is not None and "seed" in inspect.signature(function).parameters else 0
+
+
 @lru_cache(maxsize=8)
-def _load_data(name: str, seed: int) -> Dataset:
-    """The data set of that name; `seed` splits it into training and test samples if it has no split of its own."""
-    takes_seed = name in data.DATASETS and "seed" in inspect.signature(data.DATASETS[name]).parameters
-    return data.load(name, **({"seed": seed} if takes_seed else {}))
+def _pooled(name: str, seed: int, pool: int) -> Dataset:
+    dataset = data.load(name, seed=seed)
+    return dataset if pool == 1 else dataset.pooled(pool)
 
 
 def _device(name: str) -> torch.device:
@@ -226,4 +248,4 @@ def _divide(experiment: Experiment, dataset: Dataset, num_agents: int) -> list[T
 def _initial_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
     with own_random_state(torch.device("cpu")):
         seed_generators(derive_seed("model", experiment.seed), torch.device("cpu"))
-        return models.build(experiment.model, dataset.input_shape, dataset.num_classes)
+        return models.build(experiment.model, dataset.input_shape, dataset.num_classes, experiment.norm)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
+from rich.table import Table
 
-__all__ = ["BadArgumentError", "as_bad_argument", "console_of_text", "writing"]
+__all__ = ["BadArgumentError", "as_bad_argument", "console_of_text", "facts_grid", "writing"]
 
 MIN_WIDTH = 60
 
@@ -42,3 +43,12 @@ def console_of_text() -> Console:
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, MIN_WIDTH)
     return console
+
+
+def facts_grid(facts: Mapping[str, str]) -> Table:
+    """Names and what there is to say of them, a line each."""
+    grid = Table.grid("", "", padding=(0, 2))
+    grid.columns[0].style = "dim"
+    for name, value in facts.items():
+        grid.add_row(name, value)
+    return grid

@@ -1,0 +1,29 @@
+"""Draws docs/topologies.png: some of the graphs of `gut_fast.topology`, with the gap that rules how fast they mix."""
+
+from pathlib import Path
+
+from gut_fast.experiments import parse_topology, plots
+
+SPECS = (
+    "ring:16",
+    "torus:4x8",
+    "petersen",
+    "dyck",
+    "hypercube:4",
+    "exponential:16",
+    "circulant:16:1,4",
+    "random-regular:24:3:1",
+    "erdos-renyi:20:0.2:3",
+    "chain:8",
+    "star:9",
+    "complete:8",
+)
+
+if __name__ == "__main__":
+    path = Path(__file__).with_name("topologies.png")
+    with plots.new_figure(path, (12, 9.6)) as figure:
+        for axes, spec in zip(figure.subplots(3, 4).flat, SPECS, strict=True):
+            topology = parse_topology(spec)
+            plots.plot_graph(axes, topology, numbered=False)
+            axes.set_title(f"{spec}\nspectral gap {topology.spectral_gap:.3f}", fontsize=9, fontweight="normal")
+    print(f"wrote {path}")

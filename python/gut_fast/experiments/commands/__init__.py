@@ -1,0 +1,1 @@
+"""The commands of ``gut-fast`` about experiments, one in each file, and `app`, which holds them all."""

@@ -1,0 +1,45 @@
+"""Values as words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+__all__ = ["in_markdown", "listed", "shown", "without_folders"]
+
+FOLDERS = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\][^\s:,/\\]+)+[/\\](?=[^\s/\\])")
+"""The folders in front of a file's name, where they begin at the root, a drive or a home."""
+
+
+def shown(value: Any) -> str:
+    """A plain value as a reader takes it: 0.1, ring:16, 0.5 and 0.75, momentum 0.9 and mu 0.06."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None:
+        return "none"
+    if isinstance(value, (int, float)):
+        return f"{value:.12g}"
+    if isinstance(value, Mapping):
+        return listed(f"{name} {shown(entry)}" for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return listed(map(shown, value))
+    return without_folders(str(value))
+
+
+def listed(values: Iterable[Any] | int, noun: str = "") -> str:
+    """Things in a row, ``a, b and c``; or, of a number and a noun, how many: ``1 run``, ``3 runs``."""
+    if isinstance(values, int):
+        return f"{values:,} {noun}{'s' * (values != 1)}"
+    *others, last = [*map(str, values)] or ["none"]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def without_folders(text: str) -> str:
+    """The text with files by their names alone, so that it speaks of no particular machine."""
+    return FOLDERS.sub("", text)
+
+
+def in_markdown(text: str) -> str:
+    """The text in one line of Markdown, its special characters as themselves."""
+    return re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")

@@ -1,0 +1,354 @@
+"""Runs of a sweep in processes of their own, stopped and killed; the commands sweep and tune."""
+
+import io
+import multiprocessing
+import os
+import select
+import signal
+import time
+
+import pytest
+from rich.console import Console
+
+from gut_fast import cli
+from gut_fast.experiments import Run, jobs, make_simulator, sweep_progress, train
+from gut_fast.experiments.jobs import Failure, check_no_others, run_tasks, sole_user, unfinished
+from gut_fast.experiments.records import read_record, record_file
+from gut_fast.experiments.sweep import make_sweep, read_sweep
+from gut_fast.experiments.yaml_files import read_yaml, write_yaml
+
+SETTINGS = {"topology": "ring:4", "model": "mlp:8", "engine": "vmap", "steps": 10, "eval_every": 5, "alpha": 0.1}
+LONG = {**SETTINGS, "steps": 150, "eval_every": 3}
+METHODS = {"GUT": {"rule": "gut", "mu": 0.5}, "D2": {"rule": "d2"}}
+SECONDS = 120
+
+
+@pytest.fixture
+def gut_fast(tmp_path, monkeypatch, capsys):
+    """Runs the command in an empty folder and returns its exit code, stdout and stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = cli.main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+class Watching:
+    """A watcher that takes down what it is told, and does something while a run is at work."""
+
+    def __init__(self, act=lambda task: None):
+        self._act = act
+        self.ended = []
+        self.failures = []
+
+    def working(self, task, step):
+        self._act(task)
+
+    def finished(self, task, run):
+        self.ended.append(task.name)
+
+    def failed(self, failure):
+        self.failures.append(failure)
+
+
+def tasks_of(settings=SETTINGS, methods=METHODS, **sections):
+    return make_sweep({"settings": settings, "methods": methods, **sections}).tasks()
+
+
+def checkpoint_of(folder, task):
+    return folder / "checkpoints" / f"{task.name}.pt"
+
+
+def rows_of(task):
+    """The history of an uninterrupted run."""
+    return train(task.experiment, make_simulator(task.experiment), progress=False).history
+
+
+def ended(pid):
+    """Whether the process ends, at once or soon."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], SECONDS)[0])
+    finally:
+        os.close(descriptor)
+
+
+def work_and_die(folder, tasks, pids):
+    """A sweep that is killed while two runs are at work."""
+
+    def die(task):
+        if all((folder / "checkpoints" / f"{each.name}.seconds").exists() for each in tasks):
+            pids.send([process.pid for process in multiprocessing.active_children()])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_tasks(tasks, folder, 2, 1, Watching(die))
+
+
+def test_whatever_is_killed_the_sweep_goes_on_to_the_same_histories(tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_LOOKS", 0.01)
+    tasks = tasks_of(LONG)
+    first, second = tasks
+
+    def kill_the_first_and_interrupt_the_second(task):
+        (worker,) = multiprocessing.active_children()[-1:]
+        if task == first and checkpoint_of(tmp_path, first).exists():
+            os.kill(worker.pid, signal.SIGKILL)
+        if task == second and checkpoint_of(tmp_path, second).exists():
+            os.kill(worker.pid, signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    watcher = Watching(kill_the_first_and_interrupt_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        run_tasks(tasks, tmp_path, 1, 1, watcher)
+    assert watcher.failures == [Failure(first, "its process was killed, or ran out of memory")]
+    assert unfinished(tasks, tmp_path) == tasks
+    assert multiprocessing.active_children() == []
+
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    context = multiprocessing.get_context("spawn")
+    sweep = context.Process(target=work_and_die, args=(tmp_path, tasks, sender))
+    sweep.start()
+    sweep.join(SECONDS)
+    assert sweep.exitcode == -signal.SIGKILL
+    workers = receiver.recv()
+    assert len(workers) == 2
+    assert all(map(ended, workers))
+    assert unfinished(tasks, tmp_path)
+    assert any((tmp_path / "checkpoints").iterdir())
+
+    watcher = Watching()
+    assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
+    assert unfinished(tasks, tmp_path) == []
+    assert not (tmp_path / "checkpoints").exists()
+    for task in tasks:
+        assert read_record(record_file(tmp_path, task.name)).run.history == rows_of(task)
+    before = {file: file.read_bytes() for file in (tmp_path / "runs").iterdir()}
+    assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
+    assert {file: file.read_bytes() for file in (tmp_path / "runs").iterdir()} == before
+    assert len(watcher.ended) == len(set(watcher.ended))
+
+
+def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts(tmp_path, monkeypatch):
+    (task,) = tasks_of(methods={"GUT": {"rule": "gut"}})
+    for name in ("runs", "checkpoints"):
+        (tmp_path / name).mkdir()
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_show_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            jobs._train(task, tmp_path)
+    seconds = tmp_path / "checkpoints" / f"{task.name}.seconds"
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("1000")
+    monkeypatch.setattr(jobs, "_show_step", lambda step: None)
+    run = jobs._train(task, tmp_path)
+    assert 1000 < run.seconds < 1000 + SECONDS
+    assert run == read_record(record_file(tmp_path, task.name)).run or round(run.seconds, 2) > 1000
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_checkpoints_of_finished_runs_and_half_written_files_are_removed(tmp_path):
+    (task,) = tasks_of(methods={"GUT": {"rule": "gut"}})
+    for file in (record_file(tmp_path, task.name), checkpoint_of(tmp_path, task)):
+        file.parent.mkdir()
+        file.touch()
+    (tmp_path / "checkpoints" / f".{task.name}.pt.123.tmp").touch()
+    assert run_tasks([task], tmp_path, 1, 1, Watching()) == []
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_only_one_sweep_at_a_time_is_in_a_folder(tmp_path, gut_fast):
+    write_yaml({"methods": METHODS, "settings": SETTINGS}, tmp_path / "sweep.yaml")
+    with sole_user(tmp_path):
+        with pytest.raises(BlockingIOError, match="another process is at work in"), sole_user(tmp_path):
+            pass
+        code, out, err = gut_fast("sweep", "sweep.yaml", "--out", ".")
+    assert (code, out) == (2, "")
+    assert err == "gut-fast: error: another process is at work in .; wait for it, or name another folder\n"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".lock", "sweep.yaml"]
+    with sole_user(tmp_path):
+        pass
+
+
+def test_runs_of_another_file_are_not_mixed_in(tmp_path):
+    tasks = tasks_of()
+    for task in tasks:
+        record_file(tmp_path, task.name).parent.mkdir(exist_ok=True)
+        record_file(tmp_path, task.name).touch()
+    check_no_others(tasks, tmp_path)
+    check_no_others(tasks_of(seeds=3), tmp_path)
+    check_no_others(tasks, tmp_path / "new")
+    with pytest.raises(FileExistsError, match=f"holds 1 finished runs of another sweep, such as {tasks[1].name}.jsonl"):
+        check_no_others(tasks[:1], tmp_path)
+
+
+# The commands
+
+
+def test_a_sweep_in_new_processes(gut_fast, tmp_path):
+    text = (
+        "# a comment\n"
+        "settings: {topology: 'ring:4', model: 'mlp:8', engine: vmap, steps: 10, eval_every: 5, alpha: 0.1}\n"
+        "methods:\n  GUT: {rule: gut, mu: 0.5}\n  huge: {rule: dsgd, lr: 1e30}\n"
+    )
+    (tmp_path / "file.yaml").write_text(text)
+    code, out, err = gut_fast("sweep", "file.yaml", "--out", "a/b", "--jobs", "1")
+    assert code == 0
+    assert out == "all 2 runs are finished; see them with: gut-fast report a/b\n"
+    assert err.splitlines()[-1].startswith("2/2  huge, seed 0: ")
+    assert err.splitlines()[-1].endswith(" s; 4 agents had a loss of NaN or infinity")
+    assert (tmp_path / "a/b/sweep.yaml").read_text() == text
+    tasks = read_sweep(tmp_path / "file.yaml").tasks()
+    records = [read_record(record_file(tmp_path / "a/b", task.name)) for task in tasks]
+    assert [(r.method, r.run.experiment, r.run.history) for r in records[:1]] == [
+        (task.method, task.experiment, rows_of(task)) for task in tasks[:1]
+    ]
+    assert '"test_loss": null' in record_file(tmp_path / "a/b", tasks[1].name).read_text()
+    assert records[0].versions["gut_fast"]
+    assert "1 thread" in records[0].machine
+
+
+def test_a_bad_checkpoint_fails_its_run_alone(gut_fast, tmp_path):
+    write_yaml({"methods": METHODS, "settings": SETTINGS}, tmp_path / "sweep.yaml")
+    tasks = read_sweep(tmp_path / "sweep.yaml").tasks()
+    bad = checkpoint_of(tmp_path, tasks[0])
+    bad.parent.mkdir()
+    bad.write_bytes(b"not a checkpoint")
+    code, out, err = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
+    assert (code, out) == (1, "")
+    assert f"1/2  GUT, seed 0 FAILED: RuntimeError: {bad.relative_to(tmp_path)} cannot be read as a checkpoint" in err
+    assert "remove it, and the run starts anew" in err
+    assert "2/2  D2, seed 0: " in err
+    assert "1 runs failed, the same command tries them again" in err
+    bad.unlink()
+    code, out, err = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
+    assert code == 0
+    assert "1 of 2 runs are finished already" in err
+    assert "D2" not in err
+
+
+def test_tune_writes_a_sweep_with_the_best_tries(gut_fast, tmp_path):
+    content = {
+        "settings": SETTINGS,
+        "methods": {"QG-GUTm": {"rule": "qg_gutm", "space": {"mu": [0.01, 0.05]}}},
+        "tune": {"tries": 2, "space": {"lr": [0.3]}, "seeds": [5], "validation": 0.2},
+    }
+    write_yaml(content, tmp_path / "tune.yaml")
+    code, out, err = gut_fast("tune", "tune.yaml", "--out", "tuned", "--jobs", "1")
+    assert code == 0
+    assert "2/2  QG-GUTm, try 1, seed 5: " in err
+    assert "The best of 2 tries each, test accuracy on held-out samples" in out
+    chosen = read_yaml(tmp_path / "tuned" / "tuned.yaml")
+    accuracies = [
+        read_record(file).run.final["test_accuracy"] for file in sorted((tmp_path / "tuned" / "runs").iterdir())
+    ]
+    best = [0.01, 0.05][accuracies.index(max(accuracies))]
+    assert chosen == {"settings": SETTINGS, "methods": {"QG-GUTm": {"rule": "qg_gutm", "lr": 0.3, "mu": best}}}
+    code, _, err = gut_fast("sweep", "tuned/tuned.yaml", "--out", "tuned")
+    assert code == 2
+    assert "tuned holds 2 finished runs of another sweep" in err
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "file.yaml: section 'methods' must hold"),
+        ({"settings": {"lr": "fast"}}, "GUT, seed 0: rule 'gut': lr must be a number, got str 'fast'"),
+        ({"settings": {"lr": -1}}, "GUT, seed 0: rule 'gut': lr=-1 is outside"),
+        ({"settings": {"model": "perceptron"}}, "GUT, seed 0: unknown model 'perceptron'"),
+        ({"settings": {"data": "imagenet"}}, "GUT, seed 0: unknown data set 'imagenet'"),
+        ({"settings": {"batch_size": 10**8}}, "GUT, seed 0: batch_size=100000000 is more than"),
+        ({"grid": {"topology": ["ring:4", "ring:x"]}}, "GUT, topology ring:x, seed 0: topology 'ring:x'"),
+        ({"grid": {"alpha": [1, 0]}}, "GUT, alpha 0, seed 0: alpha=0 must be positive"),
+        ({"settings": {}, "grid": {"partition": ["iid", "dirichlet"]}}, "partition 'dirichlet' needs alpha="),
+    ],
+)
+def test_what_is_wrong_with_any_run_is_told_before_the_first(gut_fast, tmp_path, content, message):
+    settings = (
+        {"settings": {"topology": "ring:4", "alpha": 1, **content["settings"]}} if content.get("settings") else {}
+    )
+    whole = {"methods": {"GUT": {"rule": "gut"}}, "settings": {"topology": "ring:4"}, **content, **settings}
+    write_yaml(whole if content else {}, tmp_path / "file.yaml")
+    code, out, err = gut_fast("sweep", "file.yaml", "--out", "out")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith("gut-fast: error: ")
+    assert message in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(gut_fast, tmp_path, monkeypatch):
+    write_yaml({"methods": METHODS, "settings": SETTINGS}, tmp_path / "sweep.yaml")
+    (tmp_path / "file").touch()
+    for place, message in {"file": "file is not a folder", "file/x": "cannot write: "}.items():
+        code, out, err = gut_fast("sweep", "sweep.yaml", "--out", place)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("shutil.copyfile", full)
+    code, out, err = gut_fast("sweep", "sweep.yaml", "--out", "out")
+    assert (code, out, err) == (2, "", "gut-fast: error: [Errno 28] No space left on device\n")
+
+
+def test_instability_is_told_once_for_each_method(gut_fast, tmp_path, monkeypatch):
+    settings = {**SETTINGS, "topology": "torus:4x4"}
+    write_yaml({"methods": {"GUT": {"rule": "gut"}}, "settings": settings, "seeds": 5}, tmp_path / "sweep.yaml")
+    monkeypatch.setattr("gut_fast.experiments.commands.sweep.run_tasks", lambda *_: [])
+    code, _, err = gut_fast("sweep", "sweep.yaml", "--out", "out")
+    assert code == 0
+    assert err.count("gut-fast: warning: GUT: mu=0.9 is unstable on torus(4, 4)") == 1
+
+
+# What is shown
+
+
+def shown(is_terminal, act):
+    task = tasks_of()[0]
+    text = io.StringIO()
+    console = Console(file=text, force_terminal=is_terminal, width=100, markup=False, highlight=False, emoji=False)
+    with sweep_progress.shown_on(console, total=63, finished=11) as watcher:
+        act(watcher, task)
+    return text.getvalue()
+
+
+def test_lines_count_the_runs_and_tell_of_long_ones(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    final = {"test_accuracy": 0.8125, "diverged_agents": 0}
+
+    def act(watcher, task):
+        for now[0] in (1, 29, 31, 32, 60, 62):
+            watcher.working(task, int(now[0]))
+        watcher.finished(task, Run(task.experiment, [final], "vmap", 12.3))
+        watcher.failed(Failure(task, "its process was killed"))
+
+    assert shown(False, act).splitlines() == [
+        "11/63  at work: GUT, seed 0: step 31/10",
+        "11/63  at work: GUT, seed 0: step 62/10",
+        "12/63  GUT, seed 0: 81.2 %, 12 s",
+        "13/63  GUT, seed 0 FAILED: its process was killed",
+    ]
+
+
+def test_a_terminal_has_a_bar_for_all_and_one_for_each_at_work():
+    final = {"test_accuracy": 0.5, "diverged_agents": 3}
+
+    def act(watcher, task):
+        watcher.working(task, 4)
+        watcher._progress.refresh()
+        watcher.finished(task, Run(task.experiment, [final], "vmap", 1.0))
+
+    text = shown(True, act)
+    assert "4/10" in text
+    assert "12/63  GUT, seed 0: 50.0 %, 1 s; 3 agents had a loss of NaN or infinity" in text
