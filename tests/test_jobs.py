@@ -3,7 +3,6 @@
 import io
 import multiprocessing
 import os
-import select
 import signal
 import time
 
@@ -18,7 +17,7 @@ from gut_fast.experiments.sweep import make_sweep, read_sweep
 from gut_fast.experiments.yaml_files import read_yaml, write_yaml
 
 SETTINGS = {"topology": "ring:4", "model": "mlp:8", "engine": "vmap", "steps": 10, "eval_every": 5, "alpha": 0.1}
-LONG = {**SETTINGS, "steps": 150, "eval_every": 3}
+LONG = {**SETTINGS, "steps": 100, "eval_every": 5}
 METHODS = {"GUT": {"rule": "gut", "mu": 0.5}, "D2": {"rule": "d2"}}
 SECONDS = 120
 
@@ -67,30 +66,7 @@ def rows_of(task):
     return train(task.experiment, make_simulator(task.experiment), progress=False).history
 
 
-def ended(pid):
-    """Whether the process ends, at once or soon."""
-    try:
-        descriptor = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    try:
-        return bool(select.select([descriptor], [], [], SECONDS)[0])
-    finally:
-        os.close(descriptor)
-
-
-def work_and_die(folder, tasks, pids):
-    """A sweep that is killed while two runs are at work."""
-
-    def die(task):
-        if all((folder / "checkpoints" / f"{each.name}.seconds").exists() for each in tasks):
-            pids.send([process.pid for process in multiprocessing.active_children()])
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    run_tasks(tasks, folder, 2, 1, Watching(die))
-
-
-def test_whatever_is_killed_the_sweep_goes_on_to_the_same_histories(tmp_path, monkeypatch):
+def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN_LOOKS", 0.01)
     tasks = tasks_of(LONG)
     first, second = tasks
@@ -109,18 +85,6 @@ def test_whatever_is_killed_the_sweep_goes_on_to_the_same_histories(tmp_path, mo
     assert watcher.failures == [Failure(first, "its process was killed, or ran out of memory")]
     assert unfinished(tasks, tmp_path) == tasks
     assert multiprocessing.active_children() == []
-
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    context = multiprocessing.get_context("spawn")
-    sweep = context.Process(target=work_and_die, args=(tmp_path, tasks, sender))
-    sweep.start()
-    sweep.join(SECONDS)
-    assert sweep.exitcode == -signal.SIGKILL
-    workers = receiver.recv()
-    assert len(workers) == 2
-    assert all(map(ended, workers))
-    assert unfinished(tasks, tmp_path)
-    assert any((tmp_path / "checkpoints").iterdir())
 
     watcher = Watching()
     assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
@@ -246,7 +210,7 @@ def test_tune_writes_a_sweep_with_the_best_tries(gut_fast, tmp_path):
     code, out, err = gut_fast("tune", "tune.yaml", "--out", "tuned", "--jobs", "1")
     assert code == 0
     assert "2/2  QG-GUTm, try 1, seed 5: " in err
-    assert "The best of 2 tries each, test accuracy on held-out samples" in out
+    assert "The best of 2 tries each, test accuracy on held-out samples" in " ".join(out.split())
     chosen = read_yaml(tmp_path / "tuned" / "tuned.yaml")
     accuracies = [
         read_record(file).run.final["test_accuracy"] for file in sorted((tmp_path / "tuned" / "runs").iterdir())
@@ -273,10 +237,10 @@ def test_tune_writes_a_sweep_with_the_best_tries(gut_fast, tmp_path):
     ],
 )
 def test_what_is_wrong_with_any_run_is_told_before_the_first(gut_fast, tmp_path, content, message):
-    settings = (
-        {"settings": {"topology": "ring:4", "alpha": 1, **content["settings"]}} if content.get("settings") else {}
-    )
-    whole = {"methods": {"GUT": {"rule": "gut"}}, "settings": {"topology": "ring:4"}, **content, **settings}
+    settings = {"topology": "ring:4", **content.get("settings", {})}
+    if "partition" not in content.get("grid", {}):
+        settings.setdefault("alpha", 1)
+    whole = {"methods": {"GUT": {"rule": "gut"}}, **content, "settings": settings}
     write_yaml(whole if content else {}, tmp_path / "file.yaml")
     code, out, err = gut_fast("sweep", "file.yaml", "--out", "out")
     assert (code, out, err.count("\n")) == (2, "", 1)

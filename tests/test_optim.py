@@ -26,6 +26,7 @@ CLASSES = {
     "dsgd": (gf.DSGD, {}),
     "gut": (gf.GUT, {"mu": 0.7}),
     "gutm": (gf.GUTm, {"momentum": 0.8, "mu": 0.6}),
+    "qgt": (gf.QGT, {"momentum": 0.8, "mu": 0.6}),
     "d2": (gf.D2, {}),
     "qg_gutm": (gf.QGGUTm, {"momentum": 0.8, "mu": 0.1}),
     "dsgdm": (gf.DSGDm, {"momentum": 0.8, "nesterov": True}),

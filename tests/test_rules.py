@@ -12,6 +12,7 @@ TABLE = {
     "dsgd": ((), {}, 1),
     "gut": (("r",), {"mu": 0.9}, 1),
     "gutm": (("m", "r"), {"momentum": 0.9, "mu": 0.8}, 1),
+    "qgt": (("m",), {"momentum": 0.9, "mu": 1.0}, 1),
     "d2": (("r",), {}, 1),
     "qg_gutm": (("p", "c"), {"momentum": 0.9, "mu": 0.06}, 1),
     "dsgdm": (("m",), {"momentum": 0.9, "nesterov": False}, 1),
@@ -179,6 +180,12 @@ def test_gut_at_mu_0_is_dsgd_beside_an_unused_r():
     assert [[row[0], row[2]] for row in gut.A] == dsgd.A
     assert [row[1] for row in (*gut.A, *gut.B)] == [0.0, 0.0, 0.0]
     assert (gut.B[0], gut.C[0], gut.E[0]) == ([0, 0, 0], dsgd.C[0], dsgd.E[0])
+
+
+@pytest.mark.parametrize("momentum", [0.5, 0.9])
+def test_qgt_is_qg_dsgdm_where_its_drift_has_no_weight_of_its_own(momentum):
+    qgt = RULES["qgt"].coefficients(0.3, momentum=momentum, mu=1 - momentum)
+    assert qgt == RULES["qg_dsgdm"].coefficients(0.3, momentum=momentum)
 
 
 def test_gutm_without_tracking_is_qg_dsgdm_beside_an_unused_r():

@@ -101,6 +101,8 @@ def _fixed_points():
         yield "gut", {"mu": mu}, 1 - mu
     for beta, mu in ((0.5, 0.3), (0.9, 0.8), (0.9, 0.0)):
         yield "gutm", {"momentum": beta, "mu": mu}, 1 - mu
+    for beta, mu in ((0.5, 0.2), (0.9, 0.1), (0.9, 0.5)):
+        yield "qgt", {"momentum": beta, "mu": mu}, (1 - beta) / ((1 - beta) ** 2 + beta * mu)
     for beta, mu in ((0.5, 0.3), (0.9, 0.06), (0.9, 0.0)):
         yield "qg_gutm", {"momentum": beta, "mu": mu}, (1 - mu) / (1 + mu * beta)
     for beta in (0.5, 0.9):
@@ -207,11 +209,12 @@ def test_the_average_of_qg_gutm_moves_with_momentum_beta_plus_mu(beta, mu, W):
         torch.testing.assert_close(after["c"], torch.zeros_like(expected), rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("rule", ["gutm", "qgt"])
 @pytest.mark.parametrize("beta", [0.5, 0.9])
-def test_the_average_of_gutm_moves_as_that_of_qg_dsgdm(beta, W):
-    gutm = averages("gutm", {"momentum": beta, "mu": 0.3}, W)
+def test_the_average_of_our_rules_moves_as_that_of_qg_dsgdm(rule, beta, W):
+    tracking = averages(rule, {"momentum": beta, "mu": 0.3}, W)
     qg_dsgdm = averages("qg_dsgdm", {"momentum": beta}, W)
-    for (_, ours), (_, theirs) in zip(gutm, qg_dsgdm, strict=True):
+    for (_, ours), (_, theirs) in zip(tracking, qg_dsgdm, strict=True):
         torch.testing.assert_close(ours["z"], theirs["z"], rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(ours["m"], theirs["m"], rtol=1e-10, atol=1e-10)
 

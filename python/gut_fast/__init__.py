@@ -17,6 +17,7 @@ from gut_fast.optim import (
     MomentumTracking,
     QGDSGDm,
     QGGUTm,
+    QGT,
 )
 from gut_fast.rules import Coefficients, UpdateRule, update_rule
 from gut_fast.simulation import Simulator, StackedModule, consensus_error, stack
@@ -37,6 +38,7 @@ __all__ = [
     "MomentumTracking",
     "QGDSGDm",
     "QGGUTm",
+    "QGT",
     "Simulator",
     "StackedModule",
     "Topology",

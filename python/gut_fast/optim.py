@@ -39,6 +39,7 @@ __all__ = [
     "MomentumTracking",
     "QGDSGDm",
     "QGGUTm",
+    "QGT",
 ]
 
 
@@ -76,6 +77,25 @@ class GUTm(GossipOptimizer):
         **options: Unpack[Options],
     ) -> None:
         super().__init__(params, "gutm", lr=lr, momentum=momentum, mu=mu, **options)
+
+
+class QGT(GossipOptimizer):
+    """Quasi-global tracking: momentum and update tracking in one buffer, a rule of our own.
+
+    ``d = g + βm;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)d − μD/η``. μ = 1 − β is QG-DSGDm, and the average moves as
+    that does. Stable on a topology iff ``μβ < (1 + lambda_min)/(1 − lambda_min) · (1 + β(2 − β))``. Arguments: see
+    `GossipOptimizer`; momentum β is in [0, 1), mu in [0, 1].
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        mu: float | Literal["auto"] = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "qgt", lr=lr, momentum=momentum, mu=mu, **options)
 
 
 class D2(GossipOptimizer):

@@ -223,6 +223,25 @@ class GUTm(Published):
         self.z = self.gut.z
 
 
+class QGT(Published):
+    """h^t = x^t − η (g^t + β m^{t−1});  x^{t+1} = W h^t;  m^t = β m^{t−1} + (1−β) (x^t − h^t)/η + (μ/η) (h^t − x^{t+1}).
+
+    The agent's own displacement and the one its neighbours made, each with a weight of its own; Lin et al. have
+    μ = 1 − β. gut_fast's own.
+    """
+
+    def __init__(self, W: Tensor, x: Tensor, eta: float, mu: float, momentum: float) -> None:
+        super().__init__(W, x, eta)
+        self.mu, self.beta, self.m = mu, momentum, torch.zeros_like(x)
+
+    def step(self, g: Tensor) -> None:
+        h = self.z - self.eta * (g + self.beta * self.m)
+        x = self.W @ h
+        own, neighbors = (self.z - h) / self.eta, (h - x) / self.eta
+        self.m = self.beta * self.m + (1 - self.beta) * own + self.mu * neighbors
+        self.z = x
+
+
 class D2(Published):
     """x^{t+1} = W (2x^t − x^{t−1} − η g^t + η g^{t−1}), begun with x^1 = W (x^0 − η g^0). Tang et al., ICML 2018."""
 
@@ -303,6 +322,7 @@ PUBLISHED: dict[str, type[Published]] = {
     "dsgd": DSGD,
     "gut": GUT,
     "gutm": GUTm,
+    "qgt": QGT,
     "d2": D2,
     "qg_gutm": QGGUTm,
     "dsgdm": DSGDm,

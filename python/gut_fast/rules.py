@@ -348,6 +348,22 @@ def gutm(lr: float, momentum: float = 0.9, mu: float = 0.8) -> Coefficients:
     )
 
 
+@update_rule("m")
+def qgt(lr: float, momentum: float = 0.9, mu: float = 1.0) -> Coefficients:
+    """d = g + βm;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)d − μD/η
+
+    Quasi-global tracking: momentum and update tracking in one buffer. It is QG-DSGDm with the weight of the drift set
+    free, which is μ = 1 − β there; the average moves as QG-DSGDm's does whatever μ is. gut_fast's own rule.
+    """
+    keep = 1 - momentum
+    return Coefficients(
+        A=[[1, -lr * momentum, -lr]],
+        B=[[0, 0, 0], [0, momentum + keep * momentum, keep]],
+        C=[[1], [0]],
+        E=[[1], [-mu / lr]],
+    )
+
+
 @update_rule("r")
 def d2(lr: float) -> Coefficients:
     """S = z − η(g + r);  z' = S + D;  r' = r − D/η
