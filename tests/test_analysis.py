@@ -44,6 +44,7 @@ SETTINGS = [
     ("qg_dsgdm", {"momentum": 0.5, "nesterov": True}),
     ("gradient_tracking", {}),
     ("momentum_tracking", {"momentum": 0.9}),
+    ("qgt", {"momentum": 0.5, "mu": 0.2}),
 ]
 
 
@@ -229,10 +230,15 @@ def settles(rule, hyperparameters, W):
     generator = torch.Generator().manual_seed(0)
     z = torch.zeros(len(W), 1, dtype=torch.float64)
     state, sizes = zero_state(rule, z), []
-    for k in range(300):
-        g = torch.randn(z.shape, dtype=z.dtype, generator=generator) if k < 3 else torch.zeros_like(z)
+    for _ in range(3):
+        g = torch.randn(z.shape, dtype=z.dtype, generator=generator)
         z, state = step(rule, {"lr": 1.0, **hyperparameters}, z, state, g, W)
-        sizes.append(math.hypot(float((z - z.mean()).norm()), *(float(value.norm()) for value in state.values())))
+    x = torch.cat([z, *state.values()]).numpy()
+    transition = one_step_matrix(rule, hyperparameters, W).numpy()
+    for _ in range(300):
+        x = transition @ x
+        z, states = np.split(x, [len(W)])
+        sizes.append(math.hypot(np.linalg.norm(z - z.mean()), np.linalg.norm(states)))
     return max(sizes[-20:]) < max(sizes[100:120])
 
 

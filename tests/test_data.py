@@ -73,6 +73,7 @@ def test_load_by_name():
         ({"train_labels": torch.zeros(3)}, "train_labels must be a 1-D int64 tensor"),
         ({"train_labels": torch.zeros(3, 1, dtype=torch.int64)}, r"got shape \(3, 1\)"),
         ({"test_labels": torch.zeros(3, dtype=torch.int64)}, "2 test inputs but 3 test labels"),
+        ({"test_inputs": torch.zeros(0, 2), "test_labels": torch.zeros(0, dtype=torch.int64)}, "has no test samples"),
         ({"test_labels": torch.tensor([0, 5])}, r"test_labels span 0 … 5, expected 0 … 4"),
     ],
 )

@@ -1,12 +1,17 @@
 """Loaders on small files in the true formats, whose check sums are put in the place of the published ones."""
 
+import gc
 import hashlib
+import http.client
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
 import sys
+import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -249,6 +254,24 @@ def test_cifar10_is_read(monkeypatch, tmp_path):
     assert dataset.source == f"{place}, md5 of every file correct"
 
 
+@pytest.mark.parametrize("name", CIFARS)
+def test_what_is_unpickled_are_the_bytes_that_were_checked(monkeypatch, tmp_path, name):
+    """Each file is read once: one that is exchanged behind the check is never opened."""
+    base_folder, files = publish_cifar_like(monkeypatch, name)
+    write(tmp_path / base_folder, files)
+    read_bytes = Path.read_bytes
+
+    def read_and_exchange(path):
+        content = read_bytes(path)
+        path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", read_and_exchange)
+    assert data.load(name, folder=tmp_path).source.endswith("md5 of every file correct")
+    assert not (tmp_path / "sprung").exists()
+    assert all((tmp_path / base_folder / file).stat().st_size < 200 for file in files)
+
+
 def test_cifar100_has_the_fine_labels(monkeypatch, tmp_path):
     base_folder, files = publish_cifar_like(monkeypatch, "cifar100")
     write(tmp_path / base_folder, files)
@@ -277,7 +300,8 @@ def test_no_pickle_is_opened_before_all_check_sums_are_right(monkeypatch, tmp_pa
     base_folder, files = publish_cifar_like(monkeypatch, name)
     trap = pickle.dumps(Trap(tmp_path / "sprung"))
     place = write(tmp_path / base_folder, {**files, file: trap})
-    monkeypatch.setattr(pickle, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    for function in ("load", "loads"):
+        monkeypatch.setattr(pickle, function, lambda *args, **kwargs: pytest.fail("a pickle was opened"))
     with pytest.raises(RuntimeError, match=rf"{name}: {place / file} has the md5 {md5(trap)}, expected .*--download"):
         data.load(name, folder=tmp_path)
     with pytest.raises(RuntimeError, match="has the md5"):
@@ -299,6 +323,31 @@ def test_a_truncated_file_of_cifar_is_named(monkeypatch, tmp_path, damage):
     (place / "test_batch").unlink()
     with pytest.raises(FileNotFoundError, match=rf"cifar10: {place / 'test_batch'} is missing; get it by downl"):
         data.load("cifar10", folder=tmp_path)
+
+
+def test_a_download_into_the_own_folder_of_a_set_is_found(monkeypatch, tmp_path):
+    base_folder, files = publish_cifar_like(monkeypatch, "cifar10")
+    root = tmp_path / base_folder
+    monkeypatch.setattr(CIFARS["cifar10"][0], "download", lambda self: write(root / base_folder, files))
+    assert data.load("cifar10", folder=root, download=True).source.startswith(str(root / base_folder))
+
+
+def test_a_download_that_leaves_a_file_missing_says_what_to_remove(monkeypatch, tmp_path):
+    monkeypatch.setattr(torchvision.datasets, "Imagenette", lambda root, size, download: None)
+    write_imagenette(tmp_path / "imagenette2-320", imagenette.CLASSES[:9], {"train": 1, "val": 1})
+    missing = tmp_path / "imagenette2-320/train/n03888257"
+    with pytest.raises(FileNotFoundError, match=rf"{missing} is missing even after .* remove that folder"):
+        data.load("imagenette", folder=tmp_path, download=True)
+
+
+@pytest.mark.parametrize("error", [http.client.IncompleteRead(b""), RuntimeError("corrupted"), TimeoutError()])
+def test_a_download_that_breaks_off_names_the_set_and_its_folder(monkeypatch, tmp_path, error):
+    def break_off(root, download):
+        raise error
+
+    monkeypatch.setattr(torchvision.datasets, "MNIST", break_off)
+    with pytest.raises(OSError, match=f"mnist: the download into {tmp_path} failed"):
+        data.load("mnist", folder=tmp_path, download=True)
 
 
 # Imagenette
@@ -362,7 +411,7 @@ def test_batches_of_files_are_the_same_with_any_number_of_workers(small_imagenet
     steps = (STEPS_PER_BLOCK - 2, STEPS_PER_BLOCK - 1, STEPS_PER_BLOCK, STEPS_PER_BLOCK + 1, 0, 1, 7)
     files, labels = small_imagenette.train_inputs, small_imagenette.train_labels
     runs = []
-    for workers in (0, 1, 2):
+    for workers in (0, 2):
         before = torch.get_rng_state()
         of_workers = replace(files, workers=workers)
         batches = Batches(of_workers, labels, parts, 4, 5, RandomResizedCropFlip(scale=(0.2, 0.9)))
@@ -425,6 +474,25 @@ def test_workers_outlive_an_interrupt(small_imagenette):
     assert torch.equal(batches(0)[0], expected(0)[0])
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_leave_no_data_and_no_worker_behind(small_imagenette, workers):
+    """Without the garbage collector: a sweep makes them anew for every run."""
+    files = replace(small_imagenette.train_inputs, workers=workers)
+    images, labels = torch.zeros(30, 3, 4, 4), small_imagenette.train_labels
+    gc.disable()
+    try:
+        for inputs in (files, images):
+            batches = Batches(inputs, labels, [torch.arange(30)], 4, 0, RandomResizedCropFlip())
+            batches(0)
+            assert len(multiprocessing.active_children()) == (workers if inputs is files else 0)
+            alive = weakref.ref(batches)
+            del batches
+            assert alive() is None
+            assert multiprocessing.active_children() == []
+    finally:
+        gc.enable()
+
+
 def test_files_behave_as_the_tensor_of_their_images(small_imagenette):
     files = small_imagenette.train_inputs
     some = files[torch.tensor([3, 1])]
@@ -444,10 +512,12 @@ def test_files_behave_as_the_tensor_of_their_images(small_imagenette):
     assert {*held_out.train_inputs.paths, *held_out.test_inputs.paths} == set(files.paths)
 
 
-def test_a_simulator_trains_and_evaluates_on_files(small_imagenette):
+def test_a_simulator_trains_and_evaluates_on_files(monkeypatch, small_imagenette):
     model = nn.Sequential(nn.Conv2d(3, 4, 3, stride=4), nn.Flatten(), nn.Linear(64, 10))
     ring, parts = gf.topology.ring(3), data.partition.iid(small_imagenette.train_labels, 3)
-    histories = []
+    histories, evaluations = [], []
+    split = image_files.ImageFiles.split
+    monkeypatch.setattr(image_files.ImageFiles, "split", lambda *args: evaluations.append(args) or split(*args))
     for workers in (0, 2):
         inputs = (replace(f, workers=workers) for f in (small_imagenette.train_inputs, small_imagenette.test_inputs))
         train_inputs, test_inputs = inputs
@@ -463,6 +533,7 @@ def test_a_simulator_trains_and_evaluates_on_files(small_imagenette):
         )
         histories.append(sim.run(4, eval_every=2, progress=False))
     assert histories[0] == histories[1]
+    assert len(evaluations) == len(histories[0]) + len(histories[1])  # one reading for all agents
     assert histories[0][-1]["train_loss"] > 0
 
 

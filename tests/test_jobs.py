@@ -215,6 +215,9 @@ def test_tune_writes_a_sweep_with_the_best_tries(gut_fast, tmp_path):
     accuracies = [
         read_record(file).run.final["test_accuracy"] for file in sorted((tmp_path / "tuned" / "runs").iterdir())
     ]
+    tries = (tmp_path / "tuned" / "tries.csv").read_text().splitlines()
+    assert tries[0] == "method,try,score,lr,mu"
+    assert [line.rsplit(",", 2)[1:] for line in tries[1:]] == [["0.3", "0.01"], ["0.3", "0.05"]]
     best = [0.01, 0.05][accuracies.index(max(accuracies))]
     assert chosen == {"settings": SETTINGS, "methods": {"QG-GUTm": {"rule": "qg_gutm", "lr": 0.3, "mu": best}}}
     code, _, err = gut_fast("sweep", "tuned/tuned.yaml", "--out", "tuned")

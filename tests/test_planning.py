@@ -148,7 +148,8 @@ def test_a_hundred_thousand_agents():
     topology = topologies.ring(100_000)
     seconds = step_seconds(topology, dataclasses.replace(STRAGGLING, overlap=0.0), MESSAGE, num_steps=20)
     assert 0.072 < seconds < 4 * 0.05 + 3 * 0.022
-    assert math.isfinite(steps_to_target("gutm", consensus_spectrum(topology), 100_000, Task(), target=0.3).steps)
+    found = steps_to_target("dsgd", consensus_spectrum(topology), 100_000, Task(), target=0.6, max_steps=500)
+    assert math.isfinite(found.steps)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -266,11 +267,13 @@ def test_formats():
     ("call", "match"),
     [
         (lambda: Network(0), "bandwidth must be positive"),
-        (lambda: Network(1e6, latency=-1), "latency must be finite and in"),
-        (lambda: Network(1e6, overlap=1.5), r"overlap must be finite and in \[0, 1\]"),
+        (lambda: Network(1e6, latency=-1), "latency must be in"),
+        (lambda: Network(1e6, overlap=1.5), r"overlap must be in \[0, 1\]"),
         (lambda: Network(1e6, straggler_probability=2), "straggler_probability"),
-        (lambda: Network(1e6, straggler_factor=0.5), r"straggler_factor must be finite and in \[1"),
+        (lambda: Network(1e6, straggler_factor=0.5), r"straggler_factor must be in \[1"),
         (lambda: Network(math.nan), "bandwidth"),
+        (lambda: Network(1e6, compute=1e300), r"compute must be in \[0, 1e\+15\], got 1e\+300"),
+        (lambda: step_seconds(topologies.ring(3), Network(1e-9), 1e9), "1e.09 bytes take longer than 1e.15 s"),
         (lambda: step_seconds(topologies.ring(3), PLAIN, -1), "message_bytes must be at least 0"),
         (lambda: step_seconds(topologies.ring(3), PLAIN, 1, num_steps=1), "num_steps must be at least 2"),
         (lambda: allreduce_seconds(4, PLAIN, 1, "star"), "known are ring, tree"),
@@ -290,13 +293,13 @@ def test_bad_input_is_named(call, match):
 
 
 def test_the_comparison_is_printed_and_drawn(tmp_path, capsys):
-    question = make_question("1Gbit", "1ms", "50ms", "1.1MB", target=0.5, straggler_probability=0.01)
+    question = make_question("1Gbit", "1ms", "50ms", "1.1MB", target=0.7, straggler_probability=0.01)
     plans = comparison.compare(8, question, "star:8")
     assert len({plan.topology for plan in plans}) == 9
     assert plans[0].topology == "star(8)"
     show_comparison(console_of_text(), plans, question)
     printed = capsys.readouterr().out
-    assert all(text in printed for text in ("star(8)", "torus(2, 4)", "all-reduce, tree", "50 % of the excess", "*"))
+    assert all(text in printed for text in ("star(8)", "torus(2, 4)", "all-reduce, tree", "70 % of the excess", "*"))
     network_plot.draw_sizes(comparison.sweep_sizes([4, 6], question), "Plans", tmp_path / "plans.png")
     assert (tmp_path / "plans.png").stat().st_size > 10_000
 

@@ -1,24 +1,27 @@
 """A stored sweep as tables, pictures and a page."""
 
 import csv
-import importlib
 import json
 import math
 import re
+import shutil
 import statistics
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import typer
+from matplotlib.figure import Figure
+from PIL import Image
 from scipy import stats
 
 from gut_fast import rules
-from gut_fast.experiments import Experiment, Run, plots
+from gut_fast.experiments import Experiment, Run
 from gut_fast.experiments.records import Record, read_records, write_record
+from gut_fast.experiments.report import pictures, tables, words
 from gut_fast.experiments.report import statistics as numbers
-from gut_fast.experiments.report import tables, words
 from gut_fast.experiments.report.statistics import ACCURACIES, BEFORE_DECAY, END
 from gut_fast.experiments.report.study import gather, point_name
 from gut_fast.experiments.report.write import Source, write_report
@@ -171,7 +174,11 @@ def test_missing_seeds_and_methods_are_said():
     notes = gather(records).notes
     assert "α = 0.01: GUT has no run of seed 2; differences are of the seeds that both methods have." in notes
     assert "α = 1: tracking has no run; differences are of the seeds that both methods have." in notes
+    assert "α = 1: GUT has no run of seed 2; differences are of the seeds that both methods have." in notes
     assert len(notes) == 3
+    late = gather([each for each in sweep() if each.method == "DSGD" or each.run.experiment.seed == 0])
+    assert late.notes[0].startswith("α = 0.01: GUT, QG-GUTm, QG-DSGDm β+μ and tracking have no run of seed 1 and 2;")
+    assert len(late.notes) == 2
     rows = {line[0]: line[1:] for line in tables.overview(gather(records), ACCURACIES[0], END).rows}
     assert rows["tracking †"][1] == "–"
     assert "±" in rows["GUT"][0]
@@ -238,12 +245,19 @@ def test_differences_in_the_tables_have_sign_counts_and_intervals():
     assert cell == f"{np.mean(points):+.1f} [{low:+.1f}, {high:+.1f}], {sum(p > 0 for p in points)} of 3"
 
 
+def test_ties_are_said():
+    study = gather([record("DSGD", 0), replace(record("DSGD", 0), method="GUT")])
+    cell = tables.point_differences(study, "α = 0.1", END).rows[0][1]
+    assert cell == "+0.0, 0 of 1, 1 equal"
+
+
 def test_diverged_runs_are_counted_never_dropped():
     records = sweep(("DSGD", "GUT"), alphas=(0.1,))
     some = gather([*records[:-1], diverged(records[-1])])
     values, differences = tables.main_tables(some, END)
     cells = dict(zip(values.header, values.rows[1], strict=True))
     assert cells["averaged model"].endswith("(2 of 3 runs)")
+    assert {line for line, column in values.best if values.header[column] == "averaged model"} == {0}
     assert cells["diverged"] == "4 agents in 1 of 3 runs"
     assert differences.rows[0][1].endswith("of 2, 1 diverged")
     every = gather([*records[:3], *map(diverged, records[3:])])
@@ -263,6 +277,7 @@ def test_points_without_decay_have_no_moment_before_it():
 def test_settings_are_divided_into_common_and_own():
     common, own = tables.settings(gather(sweep(("DSGD", "GUT"))))
     assert ("partition options", "alpha 0.01 | alpha 1") in common.rows
+    assert ("milestones", "lr decay at 50 %") in common.rows
     assert ("seeds", "0, 1 and 2") in common.rows
     assert own.header == ("method", "rule", "hyperparameters")
     assert own.rows[1] == ("GUT", "gut", "mu 0.9")
@@ -287,8 +302,10 @@ def test_folders_of_a_machine_are_left_out(text, expected):
 
 
 def test_points_are_named_by_their_values():
-    point = {"alpha": 0.10, "milestones": [], "topology": "ring:16", "augment": True}
-    assert point_name(point) == "α = 0.1, milestones = none, topology = ring:16, augment = yes"
+    point = {"alpha": 0.10, "topology": "ring:16", "batch_size": 32, "augment": True}
+    assert point_name(point) == "α = 0.1, topology = ring:16, batch size = 32, augment = yes"
+    assert point_name({"alpha": 0.1, "milestones": []}) == "α = 0.1, constant lr"
+    assert point_name({"milestones": [0.5, 0.75, 900]}) == "lr decay at 50 %, 75 % and step 900"
 
 
 # Files
@@ -297,8 +314,20 @@ def test_points_are_named_by_their_values():
 @pytest.fixture(scope="module", autouse=True)
 def _small_pictures():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(plots.STYLE, "savefig.dpi", 40)
+        patch.setattr(pictures, "DPI", 40)
         yield
+
+
+@contextmanager
+def blank_figure(path, size):
+    yield Figure()
+    path.write_bytes(b"")
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch):
+    """Nothing is painted, which is most of the time of a report, for tests of its words."""
+    monkeypatch.setattr(pictures, "_small_figure", blank_figure)
 
 
 class Page(HTMLParser):
@@ -330,21 +359,38 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """The report of a small sweep with everything in it: two points, a control, a diverged run, a missing one."""
+    """The report of a small sweep with everything in it: two points, a control, a diverged run, a missing one.
+
+    Its pictures are blank.
+    """
     records = sweep()
     records = [*records[:-2], diverged(records[-2])]
     folder = tmp_path_factory.mktemp("report")
-    return folder, gather(records), write_report(gather(records), SOURCE, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pictures, "_small_figure", blank_figure)
+        return folder, gather(records), write_report(gather(records), SOURCE, folder)
 
 
-def test_the_files_are_there_and_pictures_are_pictures(written):
+def test_the_files_are_there(written):
     folder, _, files = written
     assert {file.name for file in files} == {file.name for file in folder.iterdir()}
     names = {file.stem for file in files if file.suffix == ".png"}
     over_all = {"accuracy", "accuracy-before-decay", "differences", "differences-before-decay"}
     each = {f"{kind}-alpha-{alpha}" for kind in ("curves", "agents", "samples") for alpha in ("0.01", "1")}
     assert names == over_all | each
-    assert all(file.read_bytes().startswith(b"\x89PNG") for file in files if file.suffix == ".png")
+
+
+def test_pictures_are_painted_in_few_colors(tmp_path):
+    records = sweep(("DSGD", "GUT", "tracking"), alphas=(0.1,))
+    study = gather([*records[:-1], diverged(records[-1])])
+    files = [file for file in write_report(study, SOURCE, tmp_path) if file.suffix == ".png"]
+    assert len(files) == 7
+    for file in files:
+        with Image.open(file) as image:
+            assert image.mode == "P"
+            assert len(image.getcolors()) > 8
+    again = pictures.draw_differences(study, END, tmp_path / "again.png")
+    assert again.path.read_bytes() == (tmp_path / "differences.png").read_bytes()
 
 
 def test_the_page_holds_everything_and_needs_nothing(written):
@@ -400,11 +446,10 @@ def test_csv_files_hold_every_run_and_the_statistics(written):
     assert len(control) == 2 * 2 * len(ACCURACIES)
 
 
-def test_data_that_cannot_be_loaded_leave_a_picture_out(tmp_path, monkeypatch):
+def test_data_that_cannot_be_loaded_leave_a_picture_out(tmp_path, monkeypatch, blank_pictures):
     def absent(experiment):
         raise FileNotFoundError("nothing in /home/me/data")
 
-    pictures = importlib.import_module("gut_fast.experiments.report.pictures")
     monkeypatch.setattr(pictures, "samples_per_class", absent)
     with pytest.warns(UserWarning, match="no picture of who holds what: nothing in /home/me/data"):
         files = write_report(gather(sweep(("DSGD", "GUT"), alphas=(0.1,), decays=False)), SOURCE, tmp_path)
@@ -415,16 +460,34 @@ def test_data_that_cannot_be_loaded_leave_a_picture_out(tmp_path, monkeypatch):
         assert "/home/me" not in text
 
 
-def test_the_same_runs_give_the_same_files_even_where_all_diverged_and_histories_are_old(tmp_path):
+def test_the_same_runs_give_the_same_files_even_where_all_diverged_and_histories_are_old(tmp_path, monkeypatch):
     records = [record("DSGD", 0, decays=False), diverged(record("GUT", 0, decays=False))]
     for line in (line for each in records for line in each.run.history):
         for name in ("lower_quartile", "median", "upper_quartile", "best"):
             del line[f"{name}_agent_accuracy"]
-    files, again = (write_report(gather(records), SOURCE, tmp_path / name) for name in ("first", "second"))
+    files = write_report(gather(records), SOURCE, tmp_path / "first")
+    monkeypatch.setattr(pictures, "_small_figure", lambda path, size: nullcontext(Figure()))
+    shutil.copytree(tmp_path / "first", tmp_path / "second")
+    again = write_report(gather(records), SOURCE, tmp_path / "second")
     assert [file.name for file in files] == [file.name for file in again]
     for file, other in zip(files, again, strict=True):
         assert file.read_bytes() == other.read_bytes(), file.name
     assert "| GUT − DSGD | diverged | diverged | diverged |" in files[1].read_text(encoding="utf-8")
+
+
+def test_who_holds_what_is_drawn_once(tmp_path, monkeypatch, blank_pictures):
+    monkeypatch.setattr(pictures, "draw_agents", pictures.draw_curves)
+    records = sweep(("DSGD",), seeds=(0,), alphas=(0.1, 1.0))
+    constant = sweep(("DSGD",), seeds=(0,), alphas=(0.1, 1.0), decays=False)
+    points = [
+        replace(each, point={**each.point, "milestones": list(each.run.experiment.milestones)})
+        for each in (*records, *constant)
+    ]
+    files = write_report(gather(points), SOURCE, tmp_path)
+    samples = [file.name for file in files if file.name.startswith("samples")]
+    assert samples == ["samples-alpha-0.1-lr-decay-at-50.png", "samples-alpha-1-lr-decay-at-50.png"]
+    text = files[1].read_text(encoding="utf-8")
+    assert text.count("Who holds what is the same as at α = 0.1, lr decay at 50 %.") == 1
 
 
 # The command
@@ -464,7 +527,7 @@ seeds: 3
 """
 
 
-def test_the_command_reports_an_unfinished_sweep(command, tmp_path):
+def test_the_command_reports_an_unfinished_sweep(command, tmp_path, blank_pictures):
     folder = store(tmp_path / "small", sweep(("DSGD", "GUT"), seeds=(0, 1), alphas=(0.1,), decays=False))
     (folder / "sweep.yaml").write_text(SWEEP_FILE)
     code, out, err = command(folder)
@@ -479,7 +542,7 @@ def test_the_command_reports_an_unfinished_sweep(command, tmp_path):
         assert str(tmp_path).encode() not in file.read_bytes()
 
 
-def test_the_command_takes_several_folders_and_options(command, tmp_path):
+def test_the_command_takes_several_folders_and_options(command, tmp_path, blank_pictures):
     first = store(tmp_path / "a", sweep(("GUT",), alphas=(0.1,), decays=False))
     second = store(tmp_path / "b", sweep(("tracking",), alphas=(0.1,), decays=False))
     code, out, _ = command(first, second, "--out", tmp_path / "c", "--baseline", "tracking", "--title", "Both of them")

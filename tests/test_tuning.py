@@ -8,7 +8,7 @@ from gut_fast.experiments import Run, make_simulator
 from gut_fast.experiments.records import Record
 from gut_fast.experiments.runner import load_data
 from gut_fast.experiments.sweep import make_sweep, read_sweep
-from gut_fast.experiments.tuning import Choice, Range, choose, make_tuning, tuned_content
+from gut_fast.experiments.tuning import Range, choose, make_tuning, tuned_content
 from gut_fast.experiments.yaml_files import write_yaml
 
 METHODS = {"DSGD": {"rule": "dsgd"}, "GUT": {"rule": "gut"}}
@@ -164,7 +164,10 @@ def test_the_tuned_file_is_a_sweep(tmp_path):
     assert tasks[1].experiment.hyperparameters == {"momentum": pytest.approx(0.9 + best["mu"]), "mu": 0.0}
     assert tasks[0].experiment.validation == 0
     assert tasks[0].experiment.steps == 9
-    assert choices[0] == Choice("QG-GUTm", best, 0.3, choices[0].at_edge)
+    assert (choices[0].label, choices[0].settings, choices[0].score) == ("QG-GUTm", best, 0.3)
+    assert choices[0].tries == tuple(
+        zip(tuning.settings("QG-GUTm"), map(pytest.approx, (0, 0.1, 0.2, 0.3)), strict=True)
+    )
 
 
 # Errors

@@ -10,6 +10,7 @@ from gut_fast.optim import (
     D2,
     DSGD,
     GUT,
+    QGT,
     DSGDm,
     GossipOptimizer,
     GradientTracking,
@@ -17,7 +18,6 @@ from gut_fast.optim import (
     MomentumTracking,
     QGDSGDm,
     QGGUTm,
-    QGT,
 )
 from gut_fast.rules import Coefficients, UpdateRule, update_rule
 from gut_fast.simulation import Simulator, StackedModule, consensus_error, stack
@@ -29,6 +29,7 @@ __all__ = [
     "D2",
     "DSGD",
     "GUT",
+    "QGT",
     "Coefficients",
     "DSGDm",
     "GUTm",
@@ -38,7 +39,6 @@ __all__ = [
     "MomentumTracking",
     "QGDSGDm",
     "QGGUTm",
-    "QGT",
     "Simulator",
     "StackedModule",
     "Topology",

@@ -1,4 +1,4 @@
-"""How many steps a method takes to a target on noisy quadratics: exact in expectation, for up to 100,000 agents.
+"""How many steps a method takes to a target on noisy quadratics: in expectation, for up to 100,000 agents.
 
 The model is the one on which decentralized methods are analysed. Agent i starts at z = 1 and sees the gradient
 
@@ -113,8 +113,10 @@ class Spectrum(NamedTuple):
 def consensus_spectrum(topology: Topology) -> Spectrum:
     """The spectrum of W but its leading 1, as few nodes: what the expected excess loss depends on.
 
-    Exact up to 512 agents and on graphs whose spectrum is a Fourier transform; on other large graphs from Lanczos
-    steps on one random vector (fixed), whose relative error is about 1/√N.
+    A quadrature of at most `NUM_NODES` nodes over the exact eigenvalues up to 512 agents and on graphs whose spectrum
+    is a Fourier transform; on other large graphs over those that Lanczos steps find from one random vector (fixed),
+    with a relative error of about 1/√N. It moves the steps to a target by one or two in a thousand. Of a time-varying
+    sequence `NUM_FOURIER_MODES` of the modes, drawn once, where there are more.
 
     Raises:
         ValueError: W is neither constant and symmetric, nor (like that of the one-peer exponential graph) a periodic

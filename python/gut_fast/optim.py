@@ -32,6 +32,7 @@ __all__ = [
     "D2",
     "DSGD",
     "GUT",
+    "QGT",
     "DSGDm",
     "GUTm",
     "GossipOptimizer",
@@ -39,7 +40,6 @@ __all__ = [
     "MomentumTracking",
     "QGDSGDm",
     "QGGUTm",
-    "QGT",
 ]
 
 

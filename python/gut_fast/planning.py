@@ -59,6 +59,10 @@ MIN_STEPS_SIMULATED = 40
 """Of `step_seconds`: as many as the number of messages lets it, the first half of them to forget the start."""
 
 
+LONGEST = 1e15
+"""Seconds: what a network's times and that of a message must stay below, so that sums over steps mean something."""
+
+
 @dataclass(frozen=True)
 class Network:
     """Machines and links, all alike.
@@ -92,9 +96,10 @@ class Network:
         for entry in dataclasses.fields(self):
             value = as_number(getattr(self, entry.name), f"Network: {entry.name}")
             low = 1.0 if entry.name.endswith("factor") else 0.0
-            high = 1.0 if entry.name == "overlap" or entry.name.endswith("probability") else math.inf
+            is_fraction = entry.name == "overlap" or entry.name.endswith("probability")
+            high = 1.0 if is_fraction else math.inf if entry.name == "bandwidth" else LONGEST
             if not low <= value <= high or math.isinf(value) or (entry.name == "bandwidth" and value == 0):
-                expected = "positive and finite" if entry.name == "bandwidth" else f"finite and in [{low:g}, {high:g}]"
+                expected = "positive and finite" if entry.name == "bandwidth" else f"in [{low:g}, {high:g}]"
                 raise ValueError(f"Network: {entry.name} must be {expected}, got {value}")
 
     def slowness(self, rng: np.random.Generator, shape: Any, *, of_links: bool = False) -> Array:
@@ -152,9 +157,11 @@ def step_ends(topology: Topology, network: Network, message_bytes: float, seed: 
         seed: draws the stragglers.
 
     Raises:
-        TypeError, ValueError: message_bytes is not a number or negative, or a bad seed.
+        TypeError, ValueError: message_bytes is not a number, negative or more than the network ever sends; a bad seed.
     """
     _check_bytes(message_bytes, "message_bytes")
+    if not message_bytes / network.bandwidth < LONGEST:
+        raise ValueError(f"{message_bytes:g} bytes take longer than {LONGEST:g} s at {network.bandwidth:g} bytes/s")
     return _step_ends(topology, network, message_bytes, np.random.default_rng(as_integer(seed, "seed", minimum=0)))
 
 

@@ -224,10 +224,10 @@ class GUTm(Published):
 
 
 class QGT(Published):
-    """h^t = x^t − η (g^t + β m^{t−1});  x^{t+1} = W h^t;  m^t = β m^{t−1} + (1−β) (x^t − h^t)/η + (μ/η) (h^t − x^{t+1}).
+    """h^t = x^t − η (g^t + β m^{t−1});  x^{t+1} = W h^t;
 
-    The agent's own displacement and the one its neighbours made, each with a weight of its own; Lin et al. have
-    μ = 1 − β. gut_fast's own.
+    m^t = β m^{t−1} + (1−β) (x^t − h^t)/η + μ (h^t − x^{t+1})/η. The agent's own displacement and the one that its
+    neighbours made, each with a weight of its own; Lin et al. have μ = 1 − β. gut_fast's own.
     """
 
     def __init__(self, W: Tensor, x: Tensor, eta: float, mu: float, momentum: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,13 +33,15 @@ class Spectrum:
     """[k], how often each occurs among the N, over N: Σ weights f(eigenvalues) is a mean over agents."""
     is_normal: bool = True
     """Whether W's eigenvectors are orthogonal, so that disagreement is the sum over modes."""
+    keeps_mean: bool = True
+    """Whether W's columns sum to one, so that the average over agents moves by itself."""
 
     def __len__(self) -> int:
         return len(self.eigenvalues)
 
     def lazy(self, gamma: float) -> Spectrum:
         """That of ``I + γ (W − I)``."""
-        return Spectrum(1 + gamma * (self.eigenvalues - 1), self.weights, self.is_normal)
+        return dataclasses.replace(self, eigenvalues=1 + gamma * (self.eigenvalues - 1))
 
     def thinned(self) -> Array:
         """Eigenvalues enough to find where a rule's slowest mode crosses a limit."""
@@ -67,7 +70,7 @@ def spectrum_of(topology: Topology) -> Spectrum:
     eigenvalues = topology.eigenvalues[1:].numpy()
     # Rounding finds equal ones; the values themselves stay unrounded, for verdicts at the limit.
     _, first, counts = np.unique(eigenvalues.round(9), return_index=True, return_counts=True)
-    return Spectrum(eigenvalues[first], counts / topology.num_agents, _is_normal(topology))
+    return Spectrum(eigenvalues[first], counts / topology.num_agents, *_is_normal_and_keeps_mean(topology))
 
 
 def _is_costly(topology: Topology) -> bool:
@@ -78,12 +81,15 @@ def _is_costly(topology: Topology) -> bool:
     return mixing.group is None and mixing.is_symmetric
 
 
-def _is_normal(topology: Topology) -> bool:
+def _is_normal_and_keeps_mean(topology: Topology) -> tuple[bool, bool]:
     mixing = topology.cycle[0]
     if not isinstance(mixing, MixingMatrix) or mixing.is_symmetric:
-        return True
+        return True, True
     W = topology.matrix().numpy()
-    return np.allclose(W @ W.T, W.T @ W, rtol=0, atol=TOLERANCE)
+    return (
+        np.allclose(W @ W.T, W.T @ W, rtol=0, atol=TOLERANCE),
+        np.allclose(W.sum(axis=0), 1, rtol=0, atol=TOLERANCE),
+    )
 
 
 def _lanczos(topology: Topology, num_steps: int = 80) -> tuple[Array, Array]:

@@ -48,7 +48,7 @@ class Noise:
     """What white noise in the agents' gradients does in the long run, of the average and of the disagreement."""
 
     average: float
-    """Of E (z̄ − rest)², z̄ the agents' average, for each coordinate."""
+    """Of E (z̄ − rest)², z̄ the agents' average, for each coordinate; NaN where W's columns do not sum to one."""
     disagreement: float
     """Of E (1/N) Σ_i (z_i − z̄)², the consensus error, for each coordinate; NaN where W is not normal."""
 
@@ -62,9 +62,10 @@ def bias_factor(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topo
     is the ratio of the two disagreements ``Σ_λ |z(λ)|²``, root mean square over local gradients that are independent.
 
     A rule of the table has the same ratio in every mode, so that it rests exactly where DSGD does at `factor` times the
-    learning rate: GUT and GUTm at ``1 − μ``, QG-GUTm at ``(1 − μ)/(1 + μβ)``, QG-DSGDm at 1, DSGDm at ``1/(1 − β)``,
-    D², gradient and momentum tracking at 0. NaN where DSGD has no bias (one agent, the complete graph), or where the
-    rule has no single resting point. Whether the rule gets there is for `stability` to say.
+    learning rate: GUT and GUTm at ``1 − μ``, QGT at ``(1 − β)/((1 − β)² + βμ)``, QG-GUTm at ``(1 − μ)/(1 + μβ)``,
+    QG-DSGDm at 1, DSGDm at ``1/(1 − β)``, D², gradient and momentum tracking at 0. NaN where DSGD has no bias (one
+    agent, the complete graph), where the rule has no single resting point, or where the ratio differs between the modes
+    of a W that is not normal. Whether the rule gets there is for `stability` to say.
 
     Raises:
         TypeError, ValueError: a bad rule or hyper-parameter; the topology is not static.
@@ -129,18 +130,25 @@ def noise_amplification(
 def bias_factor_of(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], spectrum: Spectrum) -> float:
     """As `bias_factor`, from the spectrum."""
     hyperparameters, lr = without_decay(hyperparameters), _learning_rate(hyperparameters)
-    ours, theirs = coefficients_of(rule, hyperparameters), _dsgd(hyperparameters)
-    return _ratio(_rms_at_rest(ours, spectrum) / lr, _rms_at_rest(theirs, spectrum) / lr)
+    ours, theirs = (
+        _at_rest(each, spectrum.eigenvalues) / lr
+        for each in (coefficients_of(rule, hyperparameters), _dsgd(hyperparameters))
+    )
+    factor = _ratio(*(math.sqrt(spectrum.weights @ each**2) for each in (ours, theirs)))
+    if spectrum.is_normal or not math.isfinite(factor):
+        return factor
+    return factor if np.allclose(ours, factor * theirs, rtol=1e-6, atol=TOLERANCE) else math.nan
 
 
-def _rms_at_rest(coefficients: Coefficients, spectrum: Spectrum) -> float:
-    """Disagreement at rest, root mean square over agents, under independent local gradients of unit size."""
-    matrices, gradient = transitions(coefficients, spectrum.eigenvalues)
+def _at_rest(coefficients: Coefficients, eigenvalues: Array) -> Array:
+    """|z| on each mode at rest under a gradient of one, all NaN if one does not rest."""
+    matrices, gradient = transitions(coefficients, eigenvalues)
     try:
         rest = np.linalg.solve(np.eye(matrices.shape[-1]) - matrices, gradient[..., None])[..., 0, 0]
     except np.linalg.LinAlgError:
-        return math.nan
-    return math.sqrt(spectrum.weights @ np.abs(rest) ** 2)
+        return np.full(len(eigenvalues), math.nan)
+    found: Array = np.abs(rest)
+    return found
 
 
 def noise_amplification_of(
@@ -159,7 +167,8 @@ def _noise(coefficients: Coefficients, spectrum: Spectrum, curvature: float) -> 
     """As `noise`, but the average's for a single agent."""
     transition, gradient = transitions(coefficients, 1.0, curvature)
     basis = reachable(transition, [gradient])
-    average = _variance((basis @ transition @ basis.T)[None], (basis @ gradient)[None], basis[:, 0], np.ones(1))
+    reduced = (basis @ transition @ basis.T)[None], (basis @ gradient)[None], basis[:, 0]
+    average = _variance(*reduced, np.ones(1)) if spectrum.keeps_mean else math.nan
     matrices, gradients = transitions(coefficients, spectrum.eigenvalues, curvature)
     z = np.eye(len(transition))[0]
     disagreement = _variance(matrices, gradients, z, spectrum.weights) if spectrum.is_normal else math.nan

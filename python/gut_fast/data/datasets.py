@@ -30,7 +30,7 @@ class Dataset:
         augmentation: the random changes to training images that are usual with this set.
 
     Raises:
-        ValueError: inputs and labels differ in number, or a label is not a class.
+        ValueError: a split is empty, inputs and labels differ in number, or a label is not a class.
     """
 
     name: str
@@ -56,7 +56,9 @@ class Dataset:
                 raise ValueError(
                     f"data set {self.name!r}: {len(inputs)} {split} inputs but {len(labels)} {split} labels"
                 )
-            if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
+            if not len(labels):
+                raise ValueError(f"data set {self.name!r} has no {split} samples")
+            if not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
                 raise ValueError(
                     f"data set {self.name!r}: {split}_labels span {int(labels.min())} … {int(labels.max())}, "
                     f"expected 0 … {self.num_classes - 1}"
@@ -96,7 +98,8 @@ class Dataset:
     def with_validation(self, fraction: float, seed: int = 0) -> Dataset:
         """The same with training samples held out, class by class, that stand in for the test samples.
 
-        Tuning on this set cannot see a test sample. What is held out is a function of the labels, fraction and seed.
+        Tuning on this set cannot see a test sample of this set; where a seed has divided it, those of another seed are
+        others. What is held out is a function of the labels, fraction and seed.
 
         Args:
             fraction: of the training samples of each class, rounded to whole samples.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -70,6 +71,11 @@ class Source:
                 )
             self._download(root)
             place = self._complete(self._places(root))
+            if place is None:
+                raise FileNotFoundError(
+                    f"{self.name}: {self._what_is_missing(places)} even after the download, which leaves a folder "
+                    "that is there already as it is; remove that folder and try again"
+                )
         if place is None:
             raise FileNotFoundError(f"{self.name}: {self._what_is_missing(places)}; {self._advice}")
         return place
@@ -93,8 +99,10 @@ class Source:
         )
 
     def _places(self, root: Path | None) -> list[Path]:
+        if root is None:
+            return []
         # The folder may be that of data sets or that of this set.
-        return [] if root is None else [root if root.name == sub else root / sub for sub in self.subfolders]
+        return [*([root] if root.name in self.subfolders else []), *(root / sub for sub in self.subfolders)]
 
     def _package_places(self) -> list[Path]:
         if self.package is None:
@@ -122,7 +130,7 @@ class Source:
         try:
             root.mkdir(parents=True, exist_ok=True)
             self.download(root)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise OSError(
                 f"{self.name}: the download into {root} failed ({error}); try again, or fetch the files elsewhere and "
                 f"name their folder with folder= (--data-folder) or {FOLDER_VARIABLE}"

@@ -136,6 +136,7 @@ class _Reader(TorchDataset):
     augment: RandomResizedCropFlip | None
 
     def __getitem__(self, request: Request) -> Tensor | str:
+        from PIL import Image
         from torchvision.transforms.functional import pil_to_tensor
 
         indices, draws = request
@@ -145,7 +146,8 @@ class _Reader(TorchDataset):
             path = self.paths[index]
             try:
                 images.append(pil_to_tensor(self._square(path, seed)))
-            except (OSError, SyntaxError, ValueError) as error:  # PIL raises any of these on a damaged file
+            # PIL raises any of these on a damaged file.
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 return f"{path} cannot be read as an image ({error}); get the data set again"
         return torch.stack(images)
 

@@ -36,7 +36,7 @@ def digits(seed: int = 0) -> Dataset:
     except ImportError as error:
         raise ImportError('the digits come with scikit-learn; install it with: pip install "gut_fast[data]"') from error
     images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     pixels = torch.from_numpy(images).to(torch.float32).view(-1, 1, 8, 8)[order]
     targets = torch.from_numpy(labels).to(torch.int64)[order]
     train = pixels[:NUM_TRAINING_DIGITS]

@@ -10,6 +10,7 @@ import numpy as np
 
 from gut_fast.experiments.network import METHODS, MeasuredPlan
 from gut_fast.experiments.plots import COLORS, new_figure
+from gut_fast.experiments.report.study import point_name
 from gut_fast.planning import Plan
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def draw_measured(plans: Sequence[MeasuredPlan], metric: str, accuracy: float, p
             num_rows = min(map(len, plan.histories))
             steps = np.array([row["step"] for row in plan.histories[0][:num_rows]])
             values = np.array([[row[metric] for row in history[:num_rows]] for history in plan.histories])
-            place = ", ".join(f"{name} {value}" for name, value in plan.point.items()) if len(points) > 1 else ""
+            place = point_name(plan.point) if len(points) > 1 else ""
             label = f"{plan.method}{f' ({place})' if place else ''}"
             style = ("-", "--", ":", "-.")[index // len(COLORS) % 4]
             seconds = steps * plan.step_seconds

@@ -51,7 +51,6 @@ STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "legend.frameon": False,
-    "savefig.dpi": 150,
 }
 
 MAX_AGENTS_WITH_NUMBERS = 40
@@ -64,8 +63,8 @@ def check_matplotlib() -> None:
 
 
 @contextmanager
-def new_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
-    """A figure to draw on, written to `path` at the end. Raises as `check_matplotlib`."""
+def new_figure(path: str | Path, size: tuple[float, float], dpi: float = 150) -> Iterator[Figure]:
+    """A figure of that size in inches to draw on, written to `path` at the end. Raises as `check_matplotlib`."""
     check_matplotlib()
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -73,7 +72,7 @@ def new_figure(path: str | Path, size: tuple[float, float]) -> Iterator[Figure]:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        figure.savefig(path)
+        figure.savefig(path, dpi=dpi)
 
 
 def draw_training(groups: Mapping[str, Sequence[Run]], histogram: Tensor, title: str, path: str | Path) -> None:
@@ -105,7 +104,14 @@ def line_look(index: int) -> tuple[str, Any]:
 
 
 def plot_curves(
-    axes: Axes, groups: Mapping[str, Sequence[Run]], metric: str, title: str, name: str, *, against: str = "step"
+    axes: Axes,
+    groups: Mapping[str, Sequence[Run]],
+    metric: str,
+    title: str,
+    name: str,
+    *,
+    against: str = "step",
+    bands: bool = True,
 ) -> None:
     """The mean over seeds of `metric` at every evaluation; the band reaches from the lowest to the highest seed.
 
@@ -116,6 +122,7 @@ def plot_curves(
         title: of the panel.
         name: of the metric, for its axis.
         against: the entry on the other axis, ``step`` or ``mean_bytes_sent``.
+        bands: whether there are bands, which hide each other where there are many groups.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -130,7 +137,8 @@ def plot_curves(
         color, style = line_look(index)
         means.append(values.mean(axis=0))
         axes.plot(places, means[-1], color=color, linestyle=style, linewidth=1.8, label=label)
-        axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=color, alpha=0.1, linewidth=0)
+        if bands:
+            axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=color, alpha=0.1, linewidth=0)
     axes.set(title=title, xlabel="step" if is_step else "MB sent by each agent", ylabel=name)
     axes.margins(x=0)
     if is_accuracy:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gut_fast.experiments.runner import Experiment, Run
+from gut_fast.rules import RULES
 from gut_fast.simulation.files import replacing
 from gut_fast.simulation.history import json_line
 
@@ -77,10 +78,20 @@ def read_record(path: str | Path) -> Record:
     if not rows:
         raise ValueError(f"{path} holds no history, only its first line; delete it, and the sweep runs it again")
     try:
-        run = Run(Experiment(**head["experiment"]), list(map(_with_nan, rows)), head["engine"], head["seconds"])
+        run = Run(_experiment(head["experiment"]), list(map(_with_nan, rows)), head["engine"], head["seconds"])
         return Record(head["method"], head["point"], run, head["control_of"], head["versions"], head["machine"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}, line 1: {type(error).__name__} {error}") from error
+
+
+def _experiment(entries: Mapping[str, Any]) -> Experiment:
+    """That of a record; a rule that is not known here is taken as it was checked where it ran."""
+    if entries["rule"] in RULES:
+        return Experiment(**entries)
+    experiment = Experiment(**{**entries, "rule": "dsgd", "hyperparameters": {}})
+    for name in ("rule", "hyperparameters"):
+        object.__setattr__(experiment, name, entries[name])
+    return experiment
 
 
 def read_records(folder: str | Path) -> list[Record]:

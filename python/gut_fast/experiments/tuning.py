@@ -34,7 +34,7 @@ from gut_fast.experiments.settings import as_setting, number_if_text, seeds_of
 from gut_fast.experiments.sweep import Method, Sweep, Task, make_sweep, named_methods, section_of
 from gut_fast.rules import get_rule
 
-__all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tuned_content"]
+__all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tried_rows", "tuned_content"]
 
 METRICS = ("test_accuracy", "mean_agent_accuracy", "worst_agent_accuracy")
 MAX_TRIES = 10_000
@@ -163,6 +163,8 @@ class Choice:
     score: float
     at_edge: tuple[str, ...]
     """What is the first or last of all values tried, so that a better one may lie beyond."""
+    tries: tuple[tuple[Mapping[str, Any], float], ...]
+    """All settings tried, each with its score."""
 
 
 def choose(tuning: Tuning, records: Sequence[Record]) -> list[Choice]:
@@ -177,8 +179,17 @@ def choose(tuning: Tuning, records: Sequence[Record]) -> list[Choice]:
         scores = [_score(tuning, records, method.label, number) for number in range(len(tries))]
         best = max(range(len(tries)), key=lambda number: scores[number])
         edges = tuple(name for name in tries[best] if _is_extreme(tries[best][name], [one[name] for one in tries]))
-        choices.append(Choice(method.label, tries[best], scores[best], edges))
+        choices.append(Choice(method.label, tries[best], scores[best], edges, tuple(zip(tries, scores, strict=True))))
     return choices
+
+
+def tried_rows(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """What every method tried and how it did, as rows of a table."""
+    return [
+        {"method": choice.label, "try": number, "score": round(score, 6), **settings}
+        for choice in choices
+        for number, (settings, score) in enumerate(choice.tries)
+    ]
 
 
 def _score(tuning: Tuning, records: Sequence[Record], label: str, number: int) -> float:

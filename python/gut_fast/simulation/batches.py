@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,12 +81,15 @@ class Batches:
         self._targets = targets
         self._block_start = -1
         self._indices = self._draws = torch.empty(0, device="cpu")
+        # Weak, or in a circle samples and worker processes would live on until the garbage collector comes by.
+        itself: Any = weakref.proxy(self)
+        plan: Plan = partial(Batches._plan, itself)
         if isinstance(inputs, ImageFiles):
             self._device = torch.device("cpu")
-            self._read: Read = _ReadAhead(inputs, self._plan, len(self.parts), augment)
+            self._read: Read = _ReadAhead(inputs, plan, len(self.parts), augment)
         else:
             self._device = inputs.device
-            self._read = partial(_gather, inputs, self._plan)
+            self._read = partial(_gather, inputs, plan)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
         """Inputs [N, B, ...] and targets [N, B, ...] of a step."""
@@ -156,7 +161,7 @@ class _ReadAhead:
         """Images [N, B, C, H, W], their indices [N, B], and the draws unless they have been used in reading."""
         if step != self._next_step:
             self._planned: deque[tuple[Tensor, Tensor | None]] = deque()
-            requests = self._requests(step, self._planned)
+            requests = _requests(self._plan, step, self._planned, with_draws=self._crop is not None)
             self._images = self._files.batches(requests, self._crop, self.steps_ahead * self._num_agents)
         self._next_step = -1  # until all has been read, or the same step is started anew
         images = torch.cat([next(self._images) for _ in range(self._num_agents)])
@@ -164,14 +169,16 @@ class _ReadAhead:
         self._next_step = step + 1
         return images.unflatten(0, indices.shape), indices, None if self._crop else draws
 
-    def _requests(self, step: int, planned: deque[tuple[Tensor, Tensor | None]]) -> Iterator[Request]:
-        """Those of each agent in this step and all that follow, whose plans are put into `planned`."""
-        while True:
-            indices, draws = self._plan(step)
-            planned.append((indices, draws))
-            seeds = [None] * len(indices) if draws is None or not self._crop else draws
-            yield from zip(indices, seeds, strict=True)
-            step += 1
+
+def _requests(
+    plan: Plan, step: int, planned: deque[tuple[Tensor, Tensor | None]], *, with_draws: bool
+) -> Iterator[Request]:
+    """Those of each agent in this step and all that follow, whose plans are put into `planned`."""
+    while True:
+        indices, draws = plan(step)
+        planned.append((indices, draws))
+        yield from zip(indices, draws if with_draws and draws is not None else [None] * len(indices), strict=True)
+        step += 1
 
 
 def _take(samples: Tensor, indices: Tensor) -> Tensor:

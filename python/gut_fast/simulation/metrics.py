@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import vmap
 from torch.optim import Optimizer
 
@@ -51,6 +52,7 @@ def read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
+@torch.no_grad()
 def evaluate(
     stacked: StackedModule,
     data: Dataset,
@@ -62,7 +64,7 @@ def evaluate(
     """Test loss and accuracy of the averaged model, accuracy of the mean agent and quartiles, consensus error.
 
     Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class. All are float64
-    scalars on the device of the model; `read` makes numbers of them.
+    scalars on the device of the model; `read` makes numbers of them. Test samples are read once.
 
     Args:
         stacked: the agents.
@@ -72,8 +74,22 @@ def evaluate(
         vectorized: evaluate all agents at once through `torch.func.vmap`.
     """
     module = copy.deepcopy(stacked.module).eval()
-    test_loss, test_accuracy = _test(stacked, module, stacked.mean_state(), data, loss, autocast)
-    agent_accuracy = _test_agents(stacked, module, data, loss, autocast, vectorized)
+
+    def predict(state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        outputs, _ = stacked.call(module, state, inputs, autocast)
+        return outputs  # type: ignore[no-any-return]
+
+    mean_state, agent_hits = stacked.mean_state(), _of_each_agent(stacked, predict, vectorized)
+    sums = []
+    for inputs, labels in zip(
+        data.test_inputs.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True
+    ):
+        outputs = predict(mean_state, inputs)
+        loss_sum = loss(outputs, labels).to(torch.float64) * len(labels)
+        sums.append((loss_sum, _hits(outputs, labels), agent_hits(inputs, labels)))
+    test_loss, test_accuracy, agent_accuracy = (
+        torch.stack(column).sum(0) / len(data.test_labels) for column in zip(*sums, strict=True)
+    )
     return {
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
@@ -90,45 +106,24 @@ def _spread(accuracy: Tensor) -> dict[str, Tensor]:
     return {f"{name}_agent_accuracy": quartile for name, quartile in zip(names, quartiles, strict=True)}
 
 
-def _test_agents(
-    stacked: StackedModule,
-    module: nn.Module,
-    data: Dataset,
-    loss: Loss,
-    autocast: torch.dtype | None,
-    vectorized: bool,
-) -> Tensor:
-    """Test accuracy [N] of each agent."""
+def _of_each_agent(
+    stacked: StackedModule, predict: Callable[[Mapping[str, Tensor], Tensor], Tensor], vectorized: bool
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """The hits [N] of each agent, as a function of inputs and labels."""
     states = stacked.state_dict()
 
-    def accuracy(state: Mapping[str, Tensor]) -> Tensor:
-        return _test(stacked, module, state, data, loss, autocast)[1]
+    def hits(state: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
+        return _hits(predict(state, inputs), labels)
 
     if vectorized:
-        return vmap(accuracy, randomness="different")(states)
-    rows = ({name: tensor[i] for name, tensor in states.items()} for i in range(stacked.num_agents))
-    return torch.stack([accuracy(row) for row in rows])
+        return partial(vmap(hits, in_dims=(0, None, None), randomness="different"), states)
+    rows = [{name: tensor[i] for name, tensor in states.items()} for i in range(stacked.num_agents)]
+    return lambda inputs, labels: torch.stack([hits(row, inputs, labels) for row in rows])
 
 
-@torch.no_grad()
-def _test(
-    stacked: StackedModule,
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    data: Dataset,
-    loss: Loss,
-    autocast: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    """Mean loss and accuracy, float64 scalars, of one model over the test samples."""
-    losses, hits = [], []
-    for inputs, labels in zip(
-        data.test_inputs.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True
-    ):
-        outputs, _ = stacked.call(module, state, inputs, autocast)
-        losses.append(loss(outputs, labels).to(torch.float64) * len(labels))
-        hits.append((outputs.argmax(1) == labels).sum(dtype=torch.float64))
-    num_samples = len(data.test_labels)
-    return torch.stack(losses).sum() / num_samples, torch.stack(hits).sum() / num_samples
+def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
+    """How many samples are predicted rightly, a float64 scalar."""
+    return (outputs.argmax(1) == labels).sum(dtype=torch.float64)
 
 
 class BytesSent:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -15,6 +15,7 @@ from gut_fast.experiments import plots, summary
 from gut_fast.experiments.commands.options import DataFolder, Download, check_picture, prepare_data
 from gut_fast.experiments.commands.topology import SPECS
 from gut_fast.experiments.runner import Experiment, load_data, samples_per_class
+from gut_fast.experiments.settings import make_experiment
 from gut_fast.experiments.terminal import as_bad_argument, console_of_text, facts_grid, writing
 
 __all__ = ["data_command"]
@@ -45,10 +46,15 @@ def data_command(
         if out is not None:
             check_picture(out)
         prepare_data([name], folder, download)
-        options = _partition_options(partition, alpha, classes_per_agent)
-        experiment = Experiment(data=name, topology=topology, partition=partition, partition_options=options, seed=seed)
+        given = {"alpha": alpha, "classes_per_agent": classes_per_agent}
+        experiment = make_experiment(
+            {"alpha": DEFAULT.partition_options["alpha"]},
+            {"data": name, "topology": topology, "partition": partition, "seed": seed}
+            | {option: value for option, value in given.items() if value is not None},
+        )
         dataset, histogram = load_data(experiment), samples_per_class(experiment)
-    division = ", ".join([partition, *(f"{key} {value:g}" for key, value in options.items()), f"seed {seed}"])
+    options = [f"{option} {value:g}" for option, value in experiment.partition_options.items()]
+    division = ", ".join([partition, *options, f"seed {seed}"])
     console = console_of_text()
     console.print(name, style="bold")
     console.print(facts_grid({**_facts(dataset), **_division_facts(histogram, division)}))
@@ -58,13 +64,6 @@ def data_command(
         with writing():
             _draw(histogram, f"Training samples of each agent: {name}, {division}", out)
         console.print(f"wrote {out}", soft_wrap=True)
-
-
-def _partition_options(partition: str, alpha: float | None, classes_per_agent: int | None) -> dict[str, Any]:
-    if alpha is None and partition.startswith("dirichlet"):
-        alpha = DEFAULT.partition_options["alpha"]
-    options = {"alpha": alpha, "classes_per_agent": classes_per_agent}
-    return {name: value for name, value in options.items() if value is not None}
 
 
 def _facts(dataset: Dataset) -> dict[str, str]:

@@ -13,6 +13,7 @@ from gut_fast.convergence import Task
 from gut_fast.experiments import network, network_plot, summary
 from gut_fast.experiments.network import METHODS, MeasuredPlan, Question
 from gut_fast.experiments.records import Record, read_records
+from gut_fast.experiments.report.study import point_name
 from gut_fast.experiments.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.experiments.units import format_bytes, format_seconds, parse_bandwidth, parse_bytes, parse_seconds
 from gut_fast.planning import Network, Plan
@@ -199,7 +200,7 @@ def _measured_cells(plan: MeasuredPlan) -> list[str]:
     point = {"topology": plan.topology, **plan.point}
     return [
         plan.method,
-        ", ".join(f"{name} {value}" for name, value in point.items()),
+        point_name(point),
         f"{plan.num_reached} of {len(plan.steps)}",
         _count(plan.mean_steps),
         format_bytes(plan.bytes),

@@ -23,9 +23,10 @@ from gut_fast.experiments.specs import parse_topology
 from gut_fast.experiments.sweep import Task, read_sweep
 from gut_fast.experiments.sweep_progress import shown_on, title
 from gut_fast.experiments.terminal import as_bad_argument, console_of_text, writing
-from gut_fast.experiments.tuning import Choice, choose, make_tuning, tuned_content
+from gut_fast.experiments.tuning import Choice, choose, make_tuning, tried_rows, tuned_content
 from gut_fast.experiments.yaml_files import about_file, read_yaml, write_yaml
 from gut_fast.rules import get_rule
+from gut_fast.simulation import write_csv
 from gut_fast.simulation.files import replacing
 
 __all__ = ["FILE", "sweep", "tune"]
@@ -71,7 +72,7 @@ def tune(
 ) -> None:
     """Choose hyper-parameters for a sweep's file, as many tries for every method, on held-out training samples.
 
-    Writes tuned.yaml into the folder: the sweep's file with the choices in it.
+    Writes tuned.yaml into the folder, the sweep's file with the choices in it, and tries.csv, all that was tried.
     """
     with as_bad_argument():
         content = read_yaml(file)
@@ -85,6 +86,7 @@ def tune(
     tuned = out / "tuned.yaml"
     with writing():
         write_yaml(tuned_content(content, choices), tuned)
+        write_csv(tried_rows(choices), out / "tries.csv")
     console = console_of_text()
     _print_choices(choices, tuning.metric, tuning.tries, console)
     console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...", soft_wrap=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gut_fast.experiments import plots
-from gut_fast.experiments.plots import line_look, new_figure
+from gut_fast.experiments.plots import line_look
 from gut_fast.experiments.report import statistics
 from gut_fast.experiments.report.statistics import ACCURACIES, Difference, Estimate, Metric
 from gut_fast.experiments.report.study import Study
@@ -21,10 +22,12 @@ from gut_fast.experiments.runner import Run, samples_per_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
     from torch import Tensor
 
 __all__ = [
     "Picture",
+    "division",
     "draw_accuracies",
     "draw_agents",
     "draw_curves",
@@ -42,9 +45,17 @@ LINE_HEIGHT = 0.27
 HEADING_HEIGHT = 1.2
 """Of a point."""
 
-AGENTS_PER_ROW = 3
+AGENTS_PER_ROW = 4
+"""At most so many panels."""
 
 FADED = 0.35
+
+MAX_BANDS = 5
+"""Of curves in a panel; more hide each other."""
+
+DPI = 110
+NUM_COLORS = 128
+"""Of a picture: sharp at the width of a page, a sixth of the bytes of 150 dpi in full colour."""
 
 
 @dataclass(frozen=True)
@@ -65,12 +76,12 @@ def draw_accuracies(study: Study, moment: str, path: Path) -> Picture:
         return statistics.estimate(study.records(method, point), metric, moment)
 
     lines = [(study.name(method), index, partial(number, method)) for index, method in enumerate(study.methods)]
-    _draw_dots(points_with(study, moment), lines, f"{study.accuracy} in %, {moment}", path, zero=False)
+    _draw_dots(points_with(study, moment), lines, moment, f"{study.accuracy} in %", path, zero=False)
     best = [_best_of(study, point, moment) for point in points_with(study, moment)]
     return Picture(
         path,
         f"{study.accuracy.capitalize()} {moment}: mean over seeds as a dot, ± one standard deviation as a bar, "
-        "each seed as a faint dot.",
+        "each seed as a faint dot. Every panel has a scale of its own.",
         f"Dots with bars of {study.accuracy} {moment} for {len(study.methods)} methods. Averaged model, best method: "
         f"{'; '.join(best)}.",
     )
@@ -87,26 +98,29 @@ def draw_differences(study: Study, moment: str, path: Path) -> Picture:
         (f"{study.name(pair[0])} − {study.name(pair[1])}", study.methods.index(pair[0]), partial(number, pair))
         for pair in study.comparisons
     ]
-    _draw_dots(points_with(study, moment), lines, f"paired difference in points, {moment}", path, zero=True)
+    points = points_with(study, moment)
     means = [
-        f"{name}{f' at {point}' if point else ''} {number(point, ACCURACIES[0]).mean:+.1f}"
+        f"{name} {number(points[0], ACCURACIES[0]).mean:+.1f}"
         for name, _, number in lines
-        for point in points_with(study, moment)
-        if number(point, ACCURACIES[0]).numbers
+        if number(points[0], ACCURACIES[0]).numbers
     ]
+    place = f" at {points[0]}" if points[0] else ""
+    _draw_dots(points, lines, moment, "paired difference in points", path, zero=True)
     return Picture(
         path,
-        f"Paired differences {moment}: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot.",
-        f"Dots with bars of paired differences {moment}. Averaged model, points: {'; '.join(means)}.",
+        f"Paired differences {moment}: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot. "
+        "Every panel has a scale of its own.",
+        f"Dots with bars of paired differences {moment}. Averaged model{place}, in points: {'; '.join(means)}.",
     )
 
 
 def draw_curves(study: Study, point: str, path: Path) -> Picture:
     """Of one point: the averaged model over steps and over bytes sent, the mean agent, and the consensus error."""
     groups = _runs(study, point)
-    with new_figure(path, (WIDTH, 8.4)) as figure:
+    has_bands = len(study.methods) <= MAX_BANDS
+    with _small_figure(path, (WIDTH, 8.4)) as figure:
         axes = figure.subplots(2, 2)
-        draw = partial(_curves, groups=groups)
+        draw = partial(_curves, groups=groups, bands=has_bands)
         draw(axes[0, 0], "test_accuracy", "The averaged model, against steps", study.accuracy)
         draw(
             axes[0, 1], "test_accuracy", "The averaged model, against bytes", study.accuracy, against="mean_bytes_sent"
@@ -119,7 +133,7 @@ def draw_curves(study: Study, point: str, path: Path) -> Picture:
     place = f" at {point}" if point else ""
     return Picture(
         path,
-        "Mean over seeds as a line; the band reaches from the lowest to the highest seed.",
+        f"Mean over seeds as a line{'; the band reaches from the lowest to the highest seed' * has_bands}.",
         f"Four panels{place}: {study.accuracy} of the averaged model against steps and against bytes sent, of the mean "
         f"agent against steps, and the consensus error, a line for each of {len(study.methods)} methods.",
     )
@@ -131,9 +145,10 @@ def draw_agents(study: Study, point: str, path: Path) -> Picture:
 
     groups = {label: runs for label, runs in _runs(study, point).items() if runs}
     looks = {label: line_look(index)[0] for index, label in enumerate(_runs(study, point))}
-    num_rows = -(-len(groups) // AGENTS_PER_ROW)
-    with new_figure(path, (WIDTH, 0.8 + 2.8 * num_rows)) as figure:
-        panels = figure.subplots(num_rows, AGENTS_PER_ROW, squeeze=False, sharex=True, sharey=True)
+    num_cols = min(len(groups), AGENTS_PER_ROW)
+    num_rows = -(-len(groups) // num_cols)
+    with _small_figure(path, (WIDTH, 0.8 + 2.8 * num_rows)) as figure:
+        panels = figure.subplots(num_rows, num_cols, squeeze=False, sharex=True, sharey=True)
         for axes, (label, runs) in zip(panels.flat, groups.items(), strict=False):
             _plot_agents(axes, runs, looks[label])
             axes.set(title=label)
@@ -159,6 +174,13 @@ def draw_agents(study: Study, point: str, path: Path) -> Picture:
     )
 
 
+def division(study: Study, point: str) -> tuple[str, ...]:
+    """What decides who holds what at a point: where it is the same, `load_samples` is."""
+    experiment = _first_run(study, point).experiment
+    names = ("data", "validation", "topology", "partition", "partition_options", "seed")
+    return tuple(str(getattr(experiment, name)) for name in names)
+
+
 def load_samples(study: Study, point: str) -> Tensor:
     """Samples of each agent and class in the first run at a point. Raises as `samples_per_class`."""
     return samples_per_class(_first_run(study, point).experiment)
@@ -169,7 +191,7 @@ def draw_samples(study: Study, point: str, samples: Tensor, path: Path) -> Pictu
     num_agents, num_classes = samples.shape
     seed = _first_run(study, point).experiment.seed
     width = min(2 + 0.5 * num_classes, WIDTH)
-    with new_figure(path, (width, min(1.4 + 0.24 * num_agents, WIDTH))) as figure:
+    with _small_figure(path, (width, min(1.4 + 0.24 * num_agents, WIDTH))) as figure:
         title = f"Training samples of each agent (seed {seed})"
         plots.plot_class_histogram(figure.subplots(), samples, title)
         figure.suptitle(point, fontweight="bold", fontsize=13)
@@ -183,20 +205,32 @@ def draw_samples(study: Study, point: str, samples: Tensor, path: Path) -> Pictu
     )
 
 
+@contextmanager
+def _small_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+    """As `plots.new_figure`, in few colours."""
+    from PIL import Image
+
+    with plots.new_figure(path, size, DPI) as figure:
+        yield figure
+    with Image.open(path) as image:
+        small = image.convert("RGB").quantize(NUM_COLORS, dither=Image.Dither.NONE)
+    small.save(path, optimize=True)
+
+
 def _draw_dots(
-    points: Sequence[str], lines: Sequence[tuple[str, int, Any]], name: str, path: Path, *, zero: bool
+    points: Sequence[str], lines: Sequence[tuple[str, int, Any]], moment: str, name: str, path: Path, *, zero: bool
 ) -> None:
     """A row of panels for each point, one for each accuracy; `lines` are label, colour and what gives the number."""
     height = HEADING_HEIGHT + LINE_HEIGHT * len(lines)
-    with new_figure(path, (WIDTH, height * len(points))) as figure:
+    with _small_figure(path, (WIDTH, height * len(points))) as figure:
         strips: Any = figure.subfigures(len(points), 1, squeeze=False)
         for point, strip in zip(points, strips[:, 0], strict=True):
             panels = strip.subplots(1, len(ACCURACIES), sharey=True)
-            strip.suptitle(point, fontweight="bold", fontsize=12)
+            strip.suptitle(", ".join(filter(None, (point, moment))), fontweight="bold", fontsize=12)
             for axes, metric in zip(panels, ACCURACIES, strict=True):
-                every = [number(place, metric) for place in points for _, _, number in lines]
-                axes.set_xlim(_limits(every, zero=zero))
-                _plot_dots(axes, [(color, number(point, metric)) for _, color, number in lines], zero=zero)
+                numbers = [number(point, metric) for _, _, number in lines]
+                axes.set_xlim(_limits(numbers, zero=zero))
+                _plot_dots(axes, list(zip((color for _, color, _ in lines), numbers, strict=True)), zero=zero)
                 axes.set(title=metric.name, xlabel=name)
             panels[0].set_yticks(range(len(lines)), [label for label, _, _ in lines])
             panels[0].set_ylim(len(lines) - 0.4, -0.6)
@@ -256,8 +290,8 @@ def _limits(numbers: Sequence[Estimate], *, zero: bool) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def _curves(axes: Axes, metric: str, title: str, name: str, *, groups: Any, against: str = "step") -> None:
-    plots.plot_curves(axes, groups, metric, title, name, against=against)
+def _curves(axes: Axes, metric: str, title: str, name: str, *, groups: Any, bands: bool, against: str = "step") -> None:
+    plots.plot_curves(axes, groups, metric, title, name, against=against, bands=bands)
     if metric.endswith("accuracy"):
         axes.set_ylim(top=min(100.5, axes.dataLim.y1 + 2))
 

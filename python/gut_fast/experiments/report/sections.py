@@ -69,6 +69,7 @@ def glance(study: Study, folder: Path) -> Section:
 def point_sections(study: Study, folder: Path) -> Iterator[Section]:
     """A section for each point; the pictures are drawn into `folder`."""
     taken: set[str] = set()
+    shown: dict[tuple[str, ...], str] = {}
     for point in study.points:
         suffix = _file_suffix(point, taken)
         parts: list[Part] = []
@@ -78,7 +79,11 @@ def point_sections(study: Study, folder: Path) -> Iterator[Section]:
                 parts += [table for table in numbers if table.rows]
         parts.append(pictures.draw_curves(study, point, folder / f"curves{suffix}.png"))
         parts.append(pictures.draw_agents(study, point, folder / f"agents{suffix}.png"))
-        parts.append(_samples(study, point, folder / f"samples{suffix}.png"))
+        first = shown.setdefault(pictures.division(study, point), point)
+        if first == point:
+            parts.append(_samples(study, point, folder / f"samples{suffix}.png"))
+        else:
+            parts.append(f"Who holds what is the same as at {first}.")
         yield Section(point or "Over the steps", tuple(parts))
 
 
@@ -105,8 +110,8 @@ def reading(study: Study) -> tuple[str, ...]:
         ),
         "Differences are paired: both methods from the same initial model, on the same division of the samples. They "
         "are in percentage points: mean, 95 % confidence interval of the mean (Student's t, each comparison by itself, "
-        "not corrected for how many there are), and on how many seeds the first method is better. A single seed has "
-        "neither standard deviation nor interval.",
+        "not corrected for how many there are), and on how many seeds the first method is better (ties count for "
+        "neither and are said). A single seed has neither standard deviation nor interval.",
         *(
             f"{control} is the control of {method}: what {method} adds is the difference of these two."
             for method, control in study.controls.items()

@@ -134,6 +134,11 @@ class Difference(Estimate):
         return sum(number > 0 for number in self.numbers)
 
     @property
+    def num_zero(self) -> int:
+        """On how many seeds both numbers are the same."""
+        return self.numbers.count(0.0)
+
+    @property
     def interval(self) -> tuple[float, float] | None:
         """As `confidence_interval`."""
         return confidence_interval(self.numbers)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from gut_fast.experiments.records import Record
-from gut_fast.experiments.report.words import listed, shown
+from gut_fast.experiments.report.words import listed, schedule, shown
 from gut_fast.rules import RULES
 
 __all__ = ["Study", "gather"]
 
-OF_COMPUTING = {"engine", "backend", "device", "eval_every", "seed"}
+OF_COMPUTING = {"engine", "backend", "device", "seed"}
 """Entries of an experiment that may differ between two runs of the same method and point."""
 
 OF_METHOD = {"rule", "hyperparameters", "lr", "weight_decay", "gamma", "state_dtype", "autocast", "channels_last"}
@@ -128,8 +128,11 @@ def num_messages(record: Record) -> int:
 
 
 def point_name(point: Mapping[str, Any]) -> str:
-    """A point of the grid as text."""
-    return ", ".join(f"{SYMBOLS.get(name, name.replace('_', ' '))} = {shown(value)}" for name, value in point.items())
+    """A point of the grid as text: ``α = 0.1, lr decay at 50 % and 75 %``."""
+    return ", ".join(
+        schedule(value) if name == "milestones" else f"{SYMBOLS.get(name, name.replace('_', ' '))} = {shown(value)}"
+        for name, value in point.items()
+    )
 
 
 def _methods_in_order(labels: Iterable[str], known: set[str], controls: Mapping[str, str]) -> tuple[str, ...]:
@@ -170,12 +173,21 @@ def _check_same(first: Record, second: Record) -> None:
 def _missing(
     methods: Sequence[str], points: Sequence[str], grid: Mapping[tuple[str, str], Mapping[int, Record]]
 ) -> Iterator[str]:
+    """For each point and each set of seeds, the methods that lack it where others have it."""
     for point in points:
-        seeds = sorted({seed for method in methods for seed in grid.get((method, point), {})})
+        have = {method: grid.get((method, point), {}).keys() for method in methods}
+        seeds = set[int]().union(*have.values())
+        gaps: dict[tuple[int, ...], list[str]] = {}
         for method in methods:
-            if lacking := [seed for seed in seeds if seed not in grid.get((method, point), {})]:
-                what = "has no run" if len(lacking) == len(seeds) else f"has no run of seed {listed(lacking)}"
-                yield f"{_at(point)}{method} {what}; differences are of the seeds that both methods have."
+            gaps.setdefault(tuple(sorted(seeds - have[method])), []).append(method)
+        for lacking, those in gaps.items():
+            if lacking:
+                of_seeds = "" if len(lacking) == len(seeds) else f" of seed {listed(lacking)}"
+                verb = "has" if len(those) == 1 else "have"
+                yield (
+                    f"{_at(point)}{listed(those)} {verb} no run{of_seeds}; differences are of the seeds that both "
+                    "methods have."
+                )
 
 
 def _unlike(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from gut_fast.experiments.report import statistics
 from gut_fast.experiments.report.statistics import ACCURACIES, BEFORE_DECAY, END, METRICS, Metric
 from gut_fast.experiments.report.study import Study, experiment_of
-from gut_fast.experiments.report.words import in_markdown, listed, shown
+from gut_fast.experiments.report.words import in_markdown, listed, schedule, shown
 from gut_fast.experiments.units import format_bytes
 
 __all__ = [
@@ -78,7 +79,7 @@ def overview(study: Study, metric: Metric, moment: str) -> Table:
         return statistics.estimate(study.records(method, point), metric, moment)
 
     rows = [(study.name(method), *(_value(number(method, point)) for point in points)) for method in study.methods]
-    best = _largest([[number(method, point).mean for point in points] for method in study.methods])
+    best = _largest([[number(method, point) for point in points] for method in study.methods])
     return Table(f"{_capital(metric.name)} {moment}", ("method", *points), tuple(rows), best)
 
 
@@ -104,11 +105,11 @@ def point_table(study: Study, point: str, moment: str) -> Table:
         "seeds": lambda method: str(len(study.records(method, point)) or NOTHING),
     }
     rows = [(study.name(method), *(column(method) for column in columns.values())) for method in study.methods]
-    means = [
-        [statistics.estimate(study.records(method, point), metric, moment).mean for metric in ACCURACIES]
+    numbers = [
+        [statistics.estimate(study.records(method, point), metric, moment) for metric in ACCURACIES]
         for method in study.methods
     ]
-    best = frozenset((row, column + 1) for row, column in _largest(means))
+    best = frozenset((row, column + 1) for row, column in _largest(numbers))
     return Table(_capital(moment), ("method", *columns), tuple(rows), best)
 
 
@@ -131,7 +132,7 @@ def settings(study: Study) -> tuple[Table, Table]:
     first = experiments[study.methods[0]][0]
     # Of each entry and method the values that occur; an entry that the points vary is the same for all methods.
     occurring = {
-        name: [tuple(dict.fromkeys(shown(each[name]) for each in group)) for group in experiments.values()]
+        name: [tuple(dict.fromkeys(_entry(name, each[name]) for each in group)) for group in experiments.values()]
         for name in first
         if name != "seed"
     }
@@ -163,13 +164,22 @@ def markdown_table(table: Table) -> Iterator[str]:
         yield line([f"**{cell}**" if (row, column) in table.best else cell for column, cell in enumerate(escaped)])
 
 
+def _entry(name: str, value: Any) -> str:
+    return schedule(value) if name == "milestones" else shown(value)
+
+
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _largest(means: Sequence[Sequence[float]]) -> frozenset[tuple[int, int]]:
-    """The largest number of each column, as (row, column) of a table that has names before them."""
-    columns = list(zip(*means, strict=True))
+def _largest(numbers: Sequence[Sequence[statistics.Estimate]]) -> frozenset[tuple[int, int]]:
+    """The largest mean of each column, as (row, column) of a table that has names before them.
+
+    A method of which a run has no number is not among them: the mean of its others is of the luckier seeds.
+    """
+    columns = [
+        [math.nan if each.num_without else each.mean for each in column] for column in zip(*numbers, strict=True)
+    ]
     return frozenset(
         (row, place + 1)
         for place, column in enumerate(columns)
@@ -189,15 +199,16 @@ def _value(number: statistics.Estimate, digits: int = 1) -> str:
 
 
 def _difference(study: Study, pair: tuple[str, str], point: str, metric: Metric, moment: str) -> str:
-    """``+1.9 [+1.2, +2.6], 5 of 5``."""
+    """``+1.9 [+1.2, +2.6], 5 of 5``; ties and seeds without a number are said."""
     first, second = (study.records(method, point) for method in pair)
     difference = statistics.paired(first, second, metric, moment)
     if not difference.numbers:
         return "diverged" if difference.num_without else NOTHING
     interval = difference.interval
     reach = "" if interval is None else f" [{interval[0]:+.1f}, {interval[1]:+.1f}]"
+    ties = f", {difference.num_zero} equal" if difference.num_zero else ""
     lost = f", {difference.num_without} diverged" if difference.num_without else ""
-    return f"{difference.mean:+.1f}{reach}, {difference.num_positive} of {len(difference.numbers)}{lost}"
+    return f"{difference.mean:+.1f}{reach}, {difference.num_positive} of {len(difference.numbers)}{ties}{lost}"
 
 
 def _pair_name(study: Study, method: str, other: str) -> str:

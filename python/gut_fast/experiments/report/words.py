@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["in_markdown", "listed", "shown", "without_folders"]
+__all__ = ["in_markdown", "listed", "schedule", "shown", "without_folders"]
 
 FOLDERS = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\][^\s:,/\\]+)+[/\\](?=[^\s/\\])")
 """The folders in front of a file's name, where they begin at the root, a drive or a home."""
@@ -25,6 +25,12 @@ def shown(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return listed(map(shown, value))
     return without_folders(str(value))
+
+
+def schedule(milestones: Sequence[float]) -> str:
+    """What the learning rate does: ``constant lr``, or ``lr decay at 50 % and 75 %`` of the steps."""
+    places = (f"{100 * place:.3g} %" if place < 1 else f"step {place:g}" for place in milestones)
+    return f"lr decay at {listed(places)}" if milestones else "constant lr"
 
 
 def listed(values: Iterable[Any] | int, noun: str = "") -> str:

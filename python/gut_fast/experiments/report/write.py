@@ -185,6 +185,7 @@ def _differences(study: Study) -> Iterator[dict[str, Any]]:
                     "low": low,
                     "high": high,
                     "better": number.num_positive,
+                    "equal": number.num_zero,
                     "pairs": len(number.numbers),
                     "pairs_without_number": number.num_without,
                 }
