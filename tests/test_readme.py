@@ -1,5 +1,6 @@
 """The READMEs show what works: code and commands run, the tables are the tables, the numbers are those measured."""
 
+import csv
 import itertools
 import re
 import shlex
@@ -22,7 +23,10 @@ from gut_fast.verification.cases import THREADS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks/README.md")}
+PAGES = {
+    name: (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "benchmarks/README.md", "results/README.md")
+}
 RESULTS = ROOT / "benchmarks/results/amd-epyc.json"
 
 
@@ -106,7 +110,7 @@ def test_links_and_pictures_lead_somewhere(page):
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_there(page):
     found = commands(PAGES[page])
-    assert {"README.md": 12, "benchmarks/README.md": 6}[page] <= len(found)
+    assert {"README.md": 12, "benchmarks/README.md": 6, "results/README.md": 3}[page] <= len(found)
     makefile = (ROOT / "Makefile").read_text()
     for program, *arguments in found:
         if program == "make":
@@ -144,6 +148,23 @@ def test_what_verify_prints():
         assert line in printed
     last = printed.splitlines()[-1]
     assert re.fullmatch(rf"right: [\d,]+ comparisons of {len(RULES)} rules in \d+ s", last)
+
+
+def test_results_are_as_measured():
+    with (ROOT / "results/fashion-mnist-14-ring16/report/methods.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["moment"] == "at the end"]
+    points = dict.fromkeys(row["point"] for row in rows)
+    by_name = {(row["point"], row["method"]): row for row in rows}
+    methods = ["DSGD", "GUT", "D2", "QG-DSGDm", "QG-GUTm", "QG-DSGDm β+μ", "GUTm", "QGT"]
+    methods += ["gradient tracking", "momentum tracking"]
+    printed = [line for line in section("Results").splitlines() if line.count(" ± ") == 4]
+    constant = next(point for point in points if point == "α = 0.01, constant lr")
+    for method, line in zip(methods, printed, strict=True):
+        cells = [(point, "test_accuracy") for point in points if "decay" in point] + [(constant, "mean_agent_accuracy")]
+        found = [(by_name[point, method], metric) for point, metric in cells]
+        numbers = [f"{float(row[f'{metric}_mean']):.1f} ± {float(row[f'{metric}_std']):.1f}" for row, metric in found]
+        sent = f"{float(by_name[constant, method]['mean_bytes_sent_per_step_mean']) / 1000:.0f}"
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == [*numbers, sent]
 
 
 def test_how_fast_is_as_measured():
