@@ -92,9 +92,10 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
     for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    for name in [
-        name for name in sys.modules if name.startswith(("gut_fast.commands", "gut_fast.experiments.commands"))
-    ]:
+    packages = ("gut_fast.commands", "gut_fast.experiments.commands")
+    for name in packages:
+        monkeypatch.delattr(name)
+    for name in [name for name in sys.modules if name.startswith(packages)]:
         monkeypatch.delitem(sys.modules, name)
     code, out, err = gut_fast_command("info")
     assert code == 2

@@ -71,11 +71,15 @@ def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_historie
     tasks = tasks_of(LONG)
     first, second = tasks
 
+    killed = []
+
     def kill_the_first_and_interrupt_the_second(task):
-        (worker,) = multiprocessing.active_children()[-1:]
-        if task == first and checkpoint_of(tmp_path, first).exists():
+        if task == first and checkpoint_of(tmp_path, first).exists() and not killed:
+            (worker,) = multiprocessing.active_children()
+            killed.append(worker)
             os.kill(worker.pid, signal.SIGKILL)
         if task == second and checkpoint_of(tmp_path, second).exists():
+            (worker,) = multiprocessing.active_children()
             os.kill(worker.pid, signal.SIGINT)
             signal.raise_signal(signal.SIGINT)
 
@@ -116,7 +120,7 @@ def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts(tmp_path, 
     monkeypatch.setattr(jobs, "_show_step", lambda step: None)
     run = jobs._train(task, tmp_path)
     assert 1000 < run.seconds < 1000 + SECONDS
-    assert run == read_record(record_file(tmp_path, task.name)).run or round(run.seconds, 2) > 1000
+    assert read_record(record_file(tmp_path, task.name)).run.seconds == round(run.seconds, 2)
     assert not any((tmp_path / "checkpoints").iterdir())
 
 
