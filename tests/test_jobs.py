@@ -4,6 +4,8 @@ import io
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -100,6 +102,30 @@ def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_historie
     assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
     assert {file: file.read_bytes() for file in (tmp_path / "runs").iterdir()} == before
     assert len(watcher.ended) == len(set(watcher.ended))
+
+
+def test_a_killed_sweep_leaves_no_process_and_goes_on_to_the_same_histories(tmp_path, gut_fast):
+    write_yaml({"methods": METHODS, "settings": LONG}, tmp_path / "sweep.yaml")
+    first, *_ = tasks = read_sweep(tmp_path / "sweep.yaml").tasks()
+    arguments = [sys.executable, "-m", "gut_fast", "sweep", "sweep.yaml", "--out", ".", "--jobs", "1"]
+    sweep = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(checkpoint_of(tmp_path, first).exists)
+    sweep.kill()
+    # Its processes have its stderr too: the end of that is the end of them all.
+    sweep.communicate(timeout=SECONDS)
+    assert sweep.returncode == -signal.SIGKILL
+    assert first in unfinished(tasks, tmp_path)
+    code, _, _ = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
+    assert code == 0
+    for task in tasks:
+        assert read_record(record_file(tmp_path, task.name)).run.history == rows_of(task)
+
+
+def wait_until(condition):
+    end = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts(tmp_path, monkeypatch):
