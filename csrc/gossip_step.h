@@ -43,4 +43,14 @@ struct StepArgs {
   std::int64_t num_segments;
 };
 
+// What agents on several ranks send each other, for a step cut in two: row j holds messages 0 ... M-1 of agent j, each
+// its whole model of `length` numbers, segment after segment. The first rows are those of the step's agents, null for
+// who sends nothing to another rank; Mixing::neighbor indexes into all of them.
+struct Rows {
+  DType dtype;  // the type that is computed in, or bfloat16
+  void* const* row;
+  std::int64_t count;
+  std::int64_t length;
+};
+
 }  // namespace gut_fast

@@ -12,7 +12,7 @@ PACKAGE = Path(gut_fast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"rules", "buffers", "_core", "_cuda", "data", "models"},
+    {"rules", "buffers", "files", "_core", "_cuda", "data", "models"},
     {"mixing"},
     {"topology"},
     {"reference", "analysis"},
@@ -20,6 +20,7 @@ FLOORS = [
     {"planning"},
     {"backends"},
     {"ops"},
+    {"distributed"},
     {"optimizer"},
     {"optim", "lockstep"},
     {"gossip"},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gut_fast import ops, topology
+from gut_fast import _core, ops, topology
 from gut_fast.backends import BACKENDS, GossipStep
 from gut_fast.lockstep import seeded
 from gut_fast.rules import RULES
@@ -61,19 +61,26 @@ def fused(step, backend):
     return step
 
 
-def split(step, ranks, backend, row_dtype=None):
-    """All ranks' messages, then all ranks' mixing; returns the parts."""
+def split(step, ranks, backend, row_dtype=None, only_needed=False):
+    """All ranks' messages, or only those that another rank needs, then all ranks' mixing; returns the parts."""
     parts = [part_of(step, agents) for agents in ranks]
     length = step.num_messages * sum(COLUMNS)
     dtype = row_dtype or step.parameters[0].dtype
     sent = torch.full((step.num_agents, length), torch.nan, dtype=dtype)
+    own = []
     for agents, (_, part) in zip(ranks, parts, strict=True):
         before = [tensor.clone() for tensor in (*part.parameters, *part.state)]
-        ops.message(part, [sent[i] for i in agents], backend)
+        heard = {name for rows, _ in parts for name in rows[len(agents_of(rows, ranks)) :]} if only_needed else agents
+        own.append([sent[i] if i in heard else None for i in agents])
+        ops.message(part, own[-1], backend)
         assert all(map(torch.equal, before, (*part.parameters, *part.state)))
-    for rows, part in parts:
-        ops.combine_(part, [sent[i] for i in rows], backend)
+    for mine, (rows, part) in zip(own, parts, strict=True):
+        ops.combine_(part, [*mine, *(sent[i] for i in rows[len(mine) :])], backend)
     return [part for _, part in parts]
+
+
+def agents_of(rows, ranks):
+    return next(agents for agents in ranks if agents == rows[: len(agents)])
 
 
 def assert_same(whole, parts, ranks):
@@ -92,8 +99,82 @@ def test_ranks_together_make_the_fused_step(rule, graph, backend):
         assert_same(fused(step, backend), split(step, ranks, backend), ranks)
 
 
-@pytest.mark.parametrize("backend", SPLIT)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("backend", [*SPLIT, "triton"])
+@pytest.mark.parametrize("rule", ["gut", "momentum_tracking"])
+def test_agents_that_only_neighbours_here_hear_need_no_row(rule, backend):
+    step, ranks = whole_step(rule, GRAPHS[0]), [[0, 1, 2, 3], [4, 5]]
+    assert_same(fused(step, backend), split(step, ranks, backend, only_needed=True), ranks)
+
+
+@pytest.fixture
+def tier():
+    """Sets the instruction tier, and puts it back."""
+    before = _core.tier()
+    yield _core.set_tier
+    _core.set_tier(before)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_instruction_tiers_and_threads_agree(rule, tier, threads):
+    step, ranks = whole_step(rule, GRAPHS[1]), [[0, 2], [1], [3, 4, 5, 6]]
+    whole = fused(step, "cpu")
+    for name in _core.available_tiers():
+        tier(name)
+        for number in (1, 2):
+            threads(number)
+            for only_needed in (False, True):
+                assert_same(whole, split(step, ranks, "cpu", only_needed=only_needed), ranks)
+
+
+@pytest.mark.parametrize("backend", [*SPLIT, "triton"])
+@pytest.mark.parametrize("only_needed", [False, True])
+def test_bfloat16_messages_of_float32_parameters_are_rounded_once(only_needed, backend):
+    step, ranks = whole_step("gut", GRAPHS[0]), [[0, 1, 2, 3], [4], [5]]
+    parts = split(step, ranks, backend, torch.bfloat16, only_needed)
+    rows = [torch.empty(sum(COLUMNS)) for _ in range(6)]
+    ops.message(step, rows, "torch")
+    inner = {1, 2} if only_needed else set()
+    seen = [row if i in inner else row.bfloat16().float() for i, row in enumerate(rows)]
+    expected = step._replace(parameters=[p.clone() for p in step.parameters], state=[s.clone() for s in step.state])
+    ops.combine_(expected, seen, "torch")
+    for agents, part in zip(ranks, parts, strict=True):
+        for p, q in zip(expected.parameters, part.parameters, strict=True):
+            assert torch.allclose(p[agents], q, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(fused(step, backend).parameters[2][4], parts[1].parameters[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_compiled_halves_write_nothing_else(dtype):
+    step = whole_step("gradient_tracking", GRAPHS[0], dtype)
+    kind = torch.float32 if dtype == torch.bfloat16 else dtype
+    length = 2 * sum(COLUMNS)
+    whole = torch.full((6, length + 128), 7.5, dtype=kind)
+    rows = [row[64:-64] for row in whole]
+    ops.message(step, rows, "cpu")
+    ops.combine_(step, rows, "cpu")
+    assert (whole[:, :64] == 7.5).all()
+    assert (whole[:, -64:] == 7.5).all()
+
+
+def test_a_dropped_gradient_brings_no_nan():
+    step = whole_step("gut", GRAPHS[0])
+    step.gradients[2][0] = torch.nan  # of agent 0, whose scale is zero
+    for part in split(step, [[0], [1, 2], [3, 4, 5]], "cpu"):
+        assert all(p.isfinite().all() for p in (*part.parameters, *part.state))
+
+
+def test_a_received_row_must_be_there():
+    step = whole_step("gut", GRAPHS[0])
+    rows = [None] * 6
+    with pytest.raises(ValueError, match="row 6 is None, but it is of an agent that is not here"):
+        ops.combine_(step, [*rows, None])
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [(b, d) for b in SPLIT for d in (torch.bfloat16, torch.float16) if (b, d) != ("cpu", torch.float16)],
+    ids=str,
+)
 def test_messages_in_the_dtype_of_arithmetic_lose_nothing(dtype, backend):
     step = whole_step("gutm", GRAPHS[0], dtype, torch.float32)
     ranks = [[0, 1, 2], [3, 4, 5]]
@@ -138,14 +219,9 @@ def test_bad_rows_change_nothing(case):
     assert not any(row.any() for row in rows)
 
 
-def test_an_edge_to_a_row_that_is_not_there():
+@pytest.mark.parametrize("backend", SPLIT)
+def test_an_edge_to_a_row_that_is_not_there(backend):
     step = whole_step("gut", GRAPHS[0])
     step.neighbor[3] = 6
     with pytest.raises(ValueError, match="row 1 names agent 6, which is not another one of the 6"):
-        ops.combine_(step, [torch.zeros(sum(COLUMNS)) for _ in range(6)])
-
-
-def test_a_backend_without_split_form_says_so():
-    step = whole_step("gut", GRAPHS[0])
-    with pytest.raises(RuntimeError, match="backend 'cpu' is not available: it has no message"):
-        ops.message(step, [torch.zeros(sum(COLUMNS)) for _ in range(6)], "cpu")
+        ops.combine_(step, [torch.zeros(sum(COLUMNS)) for _ in range(6)], backend)

@@ -802,3 +802,47 @@ def test_agents_and_steps_are_in_range(topology):
             ask(-1)
         with pytest.raises(TypeError, match=r"step must be an integer, got 0\.5"):
             ask(0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.* falls apart")
+def test_without_keeps_the_others_and_stays_doubly_stochastic():
+    for graph in (tp.ring(8), tp.torus(3, 4), tp.one_peer_exponential(8), tp.star(6).lazy(0.5)):
+        left = graph.without([1, 3, 3])
+        assert left.num_agents == graph.num_agents - 2
+        assert str(left) == f"{graph}.without([1, 3])"
+        kept = [agent for agent in range(graph.num_agents) if agent not in (1, 3)]
+        for step in range(4):
+            W = left.matrix(step)
+            assert torch.allclose(W, W.T)
+            assert torch.allclose(W.sum(0), torch.ones(len(W), dtype=W.dtype))
+            before = graph.matrix(step)[kept][:, kept]
+            assert torch.equal(
+                (W - torch.diag(W.diagonal())) > 0, ((before + before.T) > 0) & ~torch.eye(len(W)).bool()
+            )
+
+
+def test_matchings_are_drawn_anew_among_those_left():
+    left = tp.random_matching(7, seed=1).without([0, 6])
+    for step in range(5):
+        W = left.matrix(step)
+        assert sorted(W.diagonal().tolist()) == [0.5] * 4 + [1.0]
+        assert torch.equal(W, W.T)
+
+
+def test_without_says_when_the_graph_falls_apart():
+    with pytest.warns(UserWarning, match=r"ring\(7\) without \[0, 3\] falls apart: 2 with agent 1, 3 with agent 4"):
+        tp.ring(7).without([0, 3])
+
+
+@pytest.mark.parametrize(
+    ("agents", "error", "message"),
+    [
+        ([7], ValueError, r"ring\(7\) has no agent 7; its agents are 0 … 6"),
+        ([1.5], TypeError, "agent must be an integer"),
+        (range(7), ValueError, "nobody is left of 7 agents"),
+    ],
+    ids=str,
+)
+def test_without_refuses(agents, error, message):
+    with pytest.raises(error, match=message):
+        tp.ring(7).without(agents)

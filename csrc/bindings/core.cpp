@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -27,14 +28,12 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Calls gossip_step or stream_step: the same arguments, the same streams.
-using Run = void (*)(const gut_fast::StepArgs&, int num_threads);
-
-template <Run run>
-void step(DType dtype, DType state_dtype, std::int64_t num_agents, const std::vector<Address>& parameters,
-          const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
-          const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
-          Address neighbor, Address weight, Address gradient_scale, int num_threads) {
+// Calls `run` with the step, without the GIL.
+template <typename Run>
+void with_step(Run run, DType dtype, DType state_dtype, std::int64_t num_agents, const std::vector<Address>& parameters,
+               const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
+               const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
+               Address neighbor, Address weight, Address gradient_scale) {
   if (gradients.size() != parameters.size() || columns.size() != parameters.size()) {
     throw std::invalid_argument("parameters, gradients and columns must have one entry per segment");
   }
@@ -61,7 +60,37 @@ void step(DType dtype, DType state_dtype, std::int64_t num_agents, const std::ve
       static_cast<std::int64_t>(segments.size()),
   };
   const py::gil_scoped_release release;
-  run(args, num_threads);
+  run(args);
+}
+
+// Calls gossip_step or stream_step: the same arguments, the same streams.
+using Step = void (*)(const gut_fast::StepArgs&, int num_threads);
+
+template <Step run>
+void step(DType dtype, DType state_dtype, std::int64_t num_agents, const std::vector<Address>& parameters,
+          const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
+          const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
+          Address neighbor, Address weight, Address gradient_scale, int num_threads) {
+  with_step([=](const gut_fast::StepArgs& args) { run(args, num_threads); }, dtype, state_dtype, num_agents, parameters,
+            gradients, columns, state, coefficients, num_messages, row_start, neighbor, weight, gradient_scale);
+}
+
+// Calls message or combine.
+using Half = void (*)(const gut_fast::StepArgs&, const gut_fast::Rows&, int num_threads);
+
+template <Half run>
+void half(DType dtype, DType state_dtype, std::int64_t num_agents, const std::vector<Address>& parameters,
+          const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
+          const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
+          Address neighbor, Address weight, Address gradient_scale, DType row_dtype, const std::vector<Address>& rows,
+          int num_threads) {
+  std::vector<void*> addresses;
+  for (const auto address : rows) addresses.push_back(pointer<void>(address));
+  const auto length = std::accumulate(columns.begin(), columns.end(), std::int64_t{0});
+  const gut_fast::Rows all{row_dtype, addresses.data(), static_cast<std::int64_t>(addresses.size()), length};
+  with_step([&](const gut_fast::StepArgs& args) { run(args, all, num_threads); }, dtype, state_dtype, num_agents,
+            parameters, gradients, columns, state, coefficients, num_messages, row_start, neighbor, weight,
+            gradient_scale);
 }
 
 // Null unless all tensors are such that the kernel can be called on them as they are.
@@ -115,6 +144,14 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   };
   def_step("gossip_step", &step<gut_fast::cpu::gossip_step>);
   def_step("stream_step", &step<gut_fast::cpu::stream_step>);
+  const auto def_half = [&](const char* name, auto function) {
+    module.def(name, function, py::arg("dtype"), py::arg("state_dtype"), py::arg("num_agents"), py::arg("parameters"),
+               py::arg("gradients"), py::arg("columns"), py::arg("state"), py::arg("coefficients"),
+               py::arg("num_messages"), py::arg("row_start"), py::arg("neighbor"), py::arg("weight"),
+               py::arg("gradient_scale"), py::arg("row_dtype"), py::arg("rows"), py::arg("num_threads"));
+  };
+  def_half("message", &half<gut_fast::cpu::message>);
+  def_half("combine", &half<gut_fast::cpu::combine>);
   py::class_<TensorReader>(module, "TensorReader");
   module.def("tensor_reader", &TensorReader::make, py::arg("exchange_api"), py::arg("types"));
   module.def("are_plain", &are_plain, py::arg("reader"), py::arg("num_agents"), py::arg("parameters"), py::arg("state"),

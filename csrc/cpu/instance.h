@@ -41,6 +41,9 @@ struct LoopArgs {
   const void* chain_weight;                // in a chain: of the neighbours of `sent`
   std::int64_t degree;                     // how many neighbours the mixed agent has
   std::int64_t num_agents;                 // N
+  void* const* outgoing;                   // split form: where the messages of `sent` go
+  const void* const* own;                  // the mixed agent's messages as they were sent
+  const void* const* incoming;             // its neighbours', M for each
   const void* next[2 * (kMaxStates + 2)];  // where the rows begin whose messages come next
   int num_next;
 };
@@ -51,7 +54,9 @@ using Loop = void (*)(const LoopArgs&);
 struct Loops {
   int lanes;  // columns come in multiples of it
   Loop message[2], mix[2], both[kNumKinds];
-  Loop chain;  // of two steps along a path of agents: see loops.h
+  Loop chain;             // of two steps along a path of agents: see loops.h
+  Loop send[2], combine;  // split form; sends in the type that is computed in, or in bfloat16
+  Loop widen;             // bfloat16 messages that came, `own`, to `outgoing` in the type that is computed in
 };
 
 struct Instance {

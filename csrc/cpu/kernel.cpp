@@ -10,6 +10,7 @@
 
 #include "cpu/instance.h"
 #include "cpu/plan.h"
+#include "cpu/split.h"
 #include "cpu/storage.h"
 #include "cpu/sweep.h"
 #include "cpu/thread_pool.h"
@@ -147,6 +148,50 @@ void step(const StepArgs& args, int num_threads, const Loops& wide, const Loops&
   parallel_chunks(num_threads, static_cast<std::int64_t>(work.chunks.size()), Work::chunk, &work);
 }
 
+// What the halves of a step share with it, and their rows.
+struct Halves {
+  Plan plan;
+  const Rows* rows;
+  std::vector<Chunk> chunks;
+  char* scratch;
+  std::int64_t scratch_bytes;  // per participant
+  bool sends;
+
+  static void chunk(void* context, std::int64_t index, int participant) {
+    const Halves& half = *static_cast<Halves*>(context);
+    const Chunk& chunk = half.chunks[index];
+    if (half.sends) {
+      send_columns(half.plan, *half.rows, *chunk.segment, chunk.begin, chunk.end);
+    } else {
+      combine_columns(half.plan, *half.rows, *chunk.segment, chunk.begin, chunk.end,
+                      half.scratch + participant * half.scratch_bytes);
+    }
+  }
+};
+
+template <typename T>
+void half(const StepArgs& args, const Rows& rows, bool sends, int num_threads, const Loops& wide, const Loops& narrow) {
+  constexpr std::int64_t kItem = sizeof(T), kPage = 4096;
+  const auto tile = split_tile(args, rows, kItem);
+  const auto stride = tile + kLine / kItem;
+  const auto scratch_bytes = sends ? 0 : round_up(rows.count * args.num_messages * stride * kItem, kPage);
+  const Buffer weight = typed_weights<T>(args.mixing), coefficients = typed_coefficients<T>(args);
+  const Buffer zeros = allocate_lines(tile * kItem);
+  std::memset(zeros.get(), 0, tile * kItem);
+  std::vector<Chunk> chunks = make_chunks(args, num_threads, tile, kBlock);
+  num_threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(chunks.size(), 1)));
+  const Buffer scratch = allocate_lines(num_threads * scratch_bytes);
+  const auto per_agent = args.gradient_scale ? num_coefficients(args) * kItem : 0;
+  Halves halves{{&args, nullptr, reads_gradient(args), wide, narrow, kItem, weight.get(), coefficients.get(), per_agent,
+                 zeros.get(), tile, stride},
+                &rows,
+                std::move(chunks),
+                static_cast<char*>(scratch.get()),
+                scratch_bytes,
+                sends};
+  parallel_chunks(num_threads, static_cast<std::int64_t>(halves.chunks.size()), Halves::chunk, &halves);
+}
+
 std::int64_t num_elements(const StepArgs& args) {
   std::int64_t columns = 0;
   for (std::int64_t s = 0; s < args.num_segments; ++s) columns += args.segments[s].columns;
@@ -174,8 +219,31 @@ void set_tier(const std::string& name) {
   throw std::invalid_argument(message);
 }
 
+constexpr std::int64_t kAlone = 1 << 15;  // below this many numbers waking a thread costs more than it brings
+
+void run_half(const StepArgs& args, const Rows& rows, bool sends, int num_threads) {
+  const Instance& instance = select_instance(*current_tier().load(), args);
+  const int storage = storage_index(args.dtype, args.state_dtype, Storages{});
+  if (storage < 0) throw std::invalid_argument("no compiled instance for state of this type beside such parameters");
+  const Loops &wide = instance.loops[storage], narrow = narrow_loops(instance, storage);
+  if (rows.dtype == DType::bfloat16 ? wide.widen == nullptr
+                                    : (rows.dtype == DType::float64) != (args.dtype == DType::float64)) {
+    throw std::invalid_argument("no compiled instance for messages of this type beside such parameters");
+  }
+  if (!sends) check_mixing(args.mixing, rows.count);
+  num_threads = num_elements(args) < kAlone ? 1 : std::max(num_threads, 1);
+  if (args.dtype == DType::float64) {
+    half<double>(args, rows, sends, num_threads, wide, narrow);
+  } else {
+    half<float>(args, rows, sends, num_threads, wide, narrow);
+  }
+}
+
+void message(const StepArgs& args, const Rows& rows, int num_threads) { run_half(args, rows, true, num_threads); }
+
+void combine(const StepArgs& args, const Rows& rows, int num_threads) { run_half(args, rows, false, num_threads); }
+
 void gossip_step(const StepArgs& args, int num_threads) {
-  constexpr std::int64_t kAlone = 1 << 15;  // below this many numbers waking a thread costs more than it brings
   const Instance& instance = select_instance(*current_tier().load(), args);
   const int storage = storage_index(args.dtype, args.state_dtype, Storages{});
   if (storage < 0) throw std::invalid_argument("no compiled instance for state of this type beside such parameters");

@@ -23,4 +23,10 @@ void set_tier(const std::string& name);
 // want of scratch; in both cases nothing has been changed.
 void gossip_step(const StepArgs& args, int num_threads);
 
+// The two halves of a step whose agents are on several ranks: what each agent sends, then the mixing of what was sent.
+// With rows of the type that is computed in, both together give what gossip_step gives, bit for bit. They throw as it
+// does.
+void message(const StepArgs& args, const Rows& rows, int num_threads);
+void combine(const StepArgs& args, const Rows& rows, int num_threads);
+
 }  // namespace gut_fast::cpu

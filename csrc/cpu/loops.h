@@ -117,7 +117,14 @@ struct Equations {
     Lane::store(row.lost + at, lost + ((before - (sum - part)) + (value - part)));
   }
 
-  // S_m = sum_k A[m][k] u_k, to scratch; and the outputs that need no mixing.
+  // S_m = sum_k A[m][k] u_k
+  static GUT_FAST_INLINE V message_of(const With& with, int m, const V (&u)[P::K]) {
+    Sum<P, V> sum;
+    sum.add(with, P::A + m * P::K, u);
+    return sum.value;
+  }
+
+  // Messages to scratch; and the outputs that need no mixing.
   template <bool uniform>
   static GUT_FAST_INLINE void message(const Places& row, const With& with, std::int64_t c) {
     V u[P::K], message[P::M];
@@ -130,9 +137,7 @@ struct Equations {
     load(row, c, u);
     for (int m = 0; m < P::M; ++m) {
       const auto at = m * row.stride + c;
-      Sum<P, V> sum;
-      sum.add(with, P::A + m * P::K, u);
-      message[m] = sum.value;
+      message[m] = message_of(with, m, u);
       Lane::store(row.own + at, message[m]);
       if constexpr (uniform) add_to_total(row, message[m] - Lane::load(row.first + at), at);
     }
@@ -258,6 +263,89 @@ GUT_FAST_INLINE void walk(const LoopArgs& args, Ahead ahead, Columns columns, Th
   }
 }
 
+// Split form: messages into rows that are sent, of type Wire; changes nothing else.
+template <typename Of, typename Wire>
+struct SendLoop {
+  static GUT_FAST_INLINE void run(const LoopArgs& args) {
+    using P = typename Of::Pattern;
+    const typename Of::Places row(args.sent, args.stride);
+    const auto with = Of::with(args.sent);
+    for (std::int64_t c = 0; c < args.sent.count; c += Of::Lane::count) {
+      typename Of::V u[P::K];
+      Of::load(row, c, u);
+      for (int m = 0; m < P::M; ++m) {
+        Of::Lane::store(static_cast<Wire*>(args.outgoing[m]) + c, Of::message_of(with, m, u));
+      }
+    }
+  }
+};
+
+template <typename Of>
+struct WidenLoop {
+  static GUT_FAST_INLINE void run(const LoopArgs& args) {
+    for (int m = 0; m < Of::Pattern::M; ++m) {
+      for (std::int64_t c = 0; c < args.sent.count; c += Of::Lane::count) {
+        Of::Lane::store(static_cast<typename Of::T*>(args.outgoing[m]) + c,
+                        Of::Lane::load(static_cast<const BFloat16*>(args.own[m]) + c));
+      }
+    }
+  }
+};
+
+// Split form: drifts from the messages as they were sent; in the outputs they are computed anew, as they may have been
+// rounded. A block of vectors at a time, as in mix_block.
+template <typename Of>
+struct CombineLoop {
+  using P = typename Of::Pattern;
+  using T = typename Of::T;
+  using V = typename Of::V;
+  using Lane = typename Of::Lane;
+  static constexpr int kLanes = Lane::count;
+
+  static GUT_FAST_INLINE void run(const LoopArgs& args) {
+    const typename Of::Places row(args.mixed, args.stride);
+    const auto with = Of::with(args.mixed);
+    std::int64_t c = 0;
+    const auto count = args.mixed.count;
+    for (; c + kBlockVectors * kLanes <= count; c += kBlockVectors * kLanes) block<kBlockVectors>(args, row, with, c);
+    for (; c < count; c += kLanes) block<1>(args, row, with, c);
+  }
+
+  template <int n>
+  static GUT_FAST_INLINE void block(const LoopArgs& args, const typename Of::Places& row, const typename Of::With& with,
+                                    std::int64_t c) {
+    V drift[P::M][n];
+    for (int m = 0; m < P::M; ++m) drifts<n>(args, m, c, drift[m]);
+    for (int v = 0; v < n; ++v) {
+      V u[P::K], message[P::M], own_drift[P::M];
+      Of::load(row, c + v * kLanes, u);
+      for (int m = 0; m < P::M; ++m) {
+        message[m] = Of::message_of(with, m, u);
+        own_drift[m] = drift[m][v];
+      }
+      Of::template outputs<true>(row, with, c + v * kLanes, u, message, message);
+      Of::template outputs<false>(row, with, c + v * kLanes, u, message, own_drift);
+    }
+  }
+
+  template <int n>
+  static GUT_FAST_INLINE void drifts(const LoopArgs& args, int m, std::int64_t c, V (&drift)[n]) {
+    V own[n];
+    for (int v = 0; v < n; ++v) {
+      own[v] = Lane::load(static_cast<const T*>(args.own[m]) + c + v * kLanes);
+      drift[v] = Lane::broadcast(T(0));
+    }
+    for (std::int64_t j = 0; j < args.degree; ++j) {
+      const T* of_neighbor = static_cast<const T*>(args.incoming[j * P::M + m]) + c;
+      const V weight = Lane::broadcast(static_cast<const T*>(args.weight)[j]);
+      for (int v = 0; v < n; ++v) {
+        const V term = weight * (Lane::load(of_neighbor + v * kLanes) - own[v]);
+        drift[v] = j == 0 ? term : drift[v] + term;  // as in Neighbors::drifts
+      }
+    }
+  }
+};
+
 struct Nothing {
   GUT_FAST_INLINE void operator()(std::int64_t, std::int64_t) const {}
 };
@@ -333,6 +421,17 @@ struct ChainLoop {
   }
 };
 
+// The loops of the split form.
+template <typename Of, typename Tier>
+constexpr void add_split(Loops& loops) {
+  loops.send[0] = Tier::template run<SendLoop<Of, typename Of::T>, const LoopArgs&>;
+  loops.combine = Tier::template run<CombineLoop<Of>, const LoopArgs&>;
+  if constexpr (sizeof(typename Of::T) == sizeof(float)) {
+    loops.send[1] = Tier::template run<SendLoop<Of, BFloat16>, const LoopArgs&>;
+    loops.widen = Tier::template run<WidenLoop<Of>, const LoopArgs&>;
+  }
+}
+
 // What a pattern has loops for: any rule runs, those of the table fast. Double precision has no degrees of its own.
 template <typename P, typename Stored, typename Tier>
 constexpr Loops wide_loops() {
@@ -342,7 +441,11 @@ constexpr Loops wide_loops() {
               {nullptr, Tier::template run<MessageLoop<Of, false>, const LoopArgs&>},
               {nullptr, Tier::template run<MixLoop<Of, kAnyDegree>, const LoopArgs&>},
               {nullptr, Tier::template run<BothLoop<Of, kAnyDegree>, const LoopArgs&>},
+              nullptr,
+              {},
+              nullptr,
               nullptr};
+  add_split<Of, Tier>(loops);
   if constexpr (!P::dense) {
     loops.message[kUniform] = Tier::template run<MessageLoop<Of, true>, const LoopArgs&>;
     loops.mix[kUniform] = Tier::template run<MixLoop<Of, kUniform>, const LoopArgs&>;
@@ -365,7 +468,11 @@ constexpr Loops one_by_one() {
               {nullptr, Baseline::run<MessageLoop<Of, false>, const LoopArgs&>},
               {nullptr, Baseline::run<MixLoop<Of, kAnyDegree>, const LoopArgs&>},
               {},
+              nullptr,
+              {},
+              nullptr,
               nullptr};
+  add_split<Of, Baseline>(loops);
   if constexpr (!P::dense) {
     loops.message[kUniform] = Baseline::run<MessageLoop<Of, true>, const LoopArgs&>;
     loops.mix[kUniform] = Baseline::run<MixLoop<Of, kUniform>, const LoopArgs&>;

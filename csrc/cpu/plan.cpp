@@ -6,9 +6,8 @@
 #include <string>
 
 namespace gut_fast::cpu {
-namespace {
 
-void check(const Mixing& mixing) {
+void check_mixing(const Mixing& mixing, std::int64_t num_rows) {
   const auto n = mixing.num_agents;
   if (mixing.row_start[0] != 0) throw std::invalid_argument("row_start[0] must be 0");
   for (std::int64_t i = 0; i < n; ++i) {
@@ -19,12 +18,14 @@ void check(const Mixing& mixing) {
   for (std::int64_t i = 0; i < n; ++i) {
     for (auto e = mixing.row_start[i]; e < mixing.row_start[i + 1]; ++e) {
       const auto j = mixing.neighbor[e];
-      if (j >= 0 && j < n && j != i) continue;
+      if (j >= 0 && j < num_rows && j != i) continue;
       throw std::invalid_argument("row " + std::to_string(i) + " names agent " + std::to_string(j) +
-                                  ", which is not another one of the " + std::to_string(n));
+                                  ", which is not another one of the " + std::to_string(num_rows));
     }
   }
 }
+
+namespace {
 
 // When messages come in this order: mixes in the order in which they become possible, with the smallest lag.
 void order_mixes(const Mixing& mixing, Schedule& schedule) {
@@ -191,7 +192,7 @@ struct Known {
 std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing) {
   thread_local std::shared_ptr<const Known> last;  // no lock, which a fork could leave taken in the child
   if (!last || !last->is(mixing)) {
-    check(mixing);
+    check_mixing(mixing, mixing.num_agents);
     last = std::make_shared<const Known>(mixing);
   }
   return {last, &last->schedule};

@@ -37,6 +37,10 @@ std::shared_ptr<const Schedule> schedule_of(const Mixing& mixing);
 // least 128, 512, 1,024 and 4,096 columns.
 std::int64_t tile_columns(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t block);
 
+// Throws std::invalid_argument if the CSR arrays are not those of the rows of `num_agents` agents whose neighbours are
+// among `num_rows`.
+void check_mixing(const Mixing& mixing, std::int64_t num_rows);
+
 struct Chunk {
   const Segment* segment;
   std::int64_t begin, end;  // columns

@@ -53,13 +53,7 @@ class Sweep {
     row.agent = order[index % mixing_.num_agents];
     row.count = std::min(end_ - column, plan_.tile);
     row.parity = tile & 1;
-    const auto offset = row.agent * segment_.columns + column;
-    row.z = parameters(offset);
-    for (int k = 0; k < plan_.args->num_states; ++k) row.state[k] = state(k, offset);
-    const double* scale = plan_.args->gradient_scale;
-    const bool has_gradient = reads_gradients() && !(scale && scale[row.agent] == 0.0);
-    row.gradient = has_gradient ? gradients(offset) : plan_.zeros;
-    row.coefficients = static_cast<const char*>(plan_.coefficients) + row.agent * plan_.per_agent;
+    set_inputs(row, plan_, segment_, column);
     row.own = scratch(schedule_.slot[row.parity][row.agent]);
     row.first = scratch(schedule_.slot[row.parity][schedule_.message_order[0]]);
     row.total = scratch(schedule_.num_slots + 2 * row.parity);
@@ -150,6 +144,20 @@ class Sweep {
 };
 
 }  // namespace
+
+void set_inputs(Row& row, const Plan& plan, const Segment& segment, std::int64_t column) {
+  const StepArgs& args = *plan.args;
+  const auto parameter_item = item_size(args.dtype), state_item = item_size(args.state_dtype);
+  const auto offset = row.agent * segment.columns + column;
+  row.z = static_cast<char*>(segment.parameters) + offset * parameter_item;
+  for (int k = 0; k < args.num_states; ++k) {
+    row.state[k] = static_cast<char*>(args.state[k]) + (segment.state_offset + offset) * state_item;
+  }
+  const bool has_gradient = plan.reads_gradient && segment.gradients != nullptr &&
+                            !(args.gradient_scale && args.gradient_scale[row.agent] == 0.0);
+  row.gradient = has_gradient ? static_cast<const char*>(segment.gradients) + offset * parameter_item : plan.zeros;
+  row.coefficients = static_cast<const char*>(plan.coefficients) + row.agent * plan.per_agent;
+}
 
 void sweep(const Plan& plan, const Segment& segment, std::int64_t begin, std::int64_t end, void* scratch) {
   const auto whole = begin + (end - begin) / plan.wide.lanes * plan.wide.lanes;

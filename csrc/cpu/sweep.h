@@ -40,6 +40,9 @@ struct Plan {
   std::int64_t stride;       // of scratch rows, in numbers
 };
 
+// Where agent `row.agent` has its `row.count` columns from `column` on, and its coefficients.
+void set_inputs(Row& row, const Plan& plan, const Segment& segment, std::int64_t column);
+
 // Columns [begin, end) of a segment, with this scratch space.
 void sweep(const Plan& plan, const Segment& segment, std::int64_t begin, std::int64_t end, void* scratch);
 

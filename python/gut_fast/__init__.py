@@ -4,7 +4,7 @@ Global Update Tracking (Aketi, Hashemi, Roy, NeurIPS 2023) and the methods it is
 coefficients (`gut_fast.rules`) for one fused kernel.
 """
 
-from gut_fast import analysis, data, models, reference, rules, topology
+from gut_fast import analysis, data, distributed, models, reference, rules, topology
 from gut_fast.gossip import Gossip, clip_grad_norm_per_agent_
 from gut_fast.optim import (
     D2,
@@ -48,6 +48,7 @@ __all__ = [
     "clip_grad_norm_per_agent_",
     "consensus_error",
     "data",
+    "distributed",
     "models",
     "reference",
     "rules",

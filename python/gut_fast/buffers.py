@@ -69,7 +69,7 @@ class FlatState:
     Args:
         parameters: tensors (N, *shape) of one dtype and device.
         names: of the states; each has the shape of its parameter and is zero at the start.
-        num_agents: N.
+        num_agents: N; None for a single agent whose parameters have no leading dimension.
         dtype: of the state; None is that of the parameters.
 
     Attributes:
@@ -80,17 +80,17 @@ class FlatState:
         self,
         parameters: Sequence[Tensor],
         names: Sequence[str],
-        num_agents: int,
+        num_agents: int | None,
         dtype: torch.dtype | None = None,
     ) -> None:
         num_elements = sum(parameter.numel() for parameter in parameters)
         first = parameters[0] if parameters else torch.empty(0, device="cpu")
         self.buffers = [allocate(num_elements, dtype or first.dtype, first.device) for _ in names]
-        shapes = [parameter.shape[1:] for parameter in parameters]
+        shapes = [parameter.shape[0 if num_agents is None else 1 :] for parameter in parameters]
         self._views = [
-            (parameter, name, view)
+            (parameter, name, view[0] if num_agents is None else view)
             for name, buffer in zip(names, self.buffers, strict=True)
-            for parameter, view in zip(parameters, segment_views(buffer, num_agents, shapes), strict=True)
+            for parameter, view in zip(parameters, segment_views(buffer, num_agents or 1, shapes), strict=True)
         ]
 
     @torch.no_grad()

@@ -42,7 +42,8 @@ class Gossip(GossipOptimizer):
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
             by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon) would mix
             agents outside the topology and are refused.
-        rule, topology, backend, state_dtype, **hyperparameters: as for `GossipOptimizer`.
+        rule, topology, backend, state_dtype, **hyperparameters: as for `GossipOptimizer`, as are process_group and
+            what goes with it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
@@ -65,6 +66,8 @@ class Gossip(GossipOptimizer):
             raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
         if hyperparameters.pop("capturable", False):
             raise ValueError("Gossip: no capturable=True; a CUDA graph would keep the learning rate of its capture")
+        if hyperparameters.get("overlap"):
+            raise ValueError("Gossip: no overlap=True; what is sent is known only after the inner optimizer's step")
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
         groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]

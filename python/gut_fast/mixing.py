@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
@@ -143,6 +144,12 @@ class MixingMatrix:
         """``I + γ (W − I)``."""
         return MixingMatrix(self.csr._replace(weight=gamma * self.csr.weight), self.group)
 
+    def without(self, agents: Collection[int]) -> MixingMatrix:
+        """Of the other agents, renumbered in order: the same pairs, both ways, with Metropolis–Hastings weights."""
+        graph = self.graph().to_undirected()
+        graph.remove_nodes_from(agents)
+        return from_graph(nx.convert_node_labels_to_integers(graph), "metropolis")
+
     def with_weights(self, weights: str) -> MixingMatrix:
         """The same graph with weights of its own. Raises ValueError if it is directed."""
         graph = self.graph()
@@ -201,6 +208,10 @@ class RandomMatching:
     def lazy(self, gamma: float) -> RandomMatching:
         """``I + γ (W − I)`` at every step."""
         return RandomMatching(self.num_agents, self.seed, gamma * self.gamma)
+
+    def without(self, agents: Collection[int]) -> RandomMatching:
+        """Matchings of the other agents, drawn anew."""
+        return RandomMatching(self.num_agents - len(agents), self.seed, self.gamma)
 
     def with_weights(self, weights: str) -> RandomMatching:
         """Metropolis–Hastings and uniform weights are both 1/2 on a pair."""

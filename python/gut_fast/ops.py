@@ -140,7 +140,7 @@ def _gossip_step_impl(*arguments: Any) -> None:
 
 
 @torch.no_grad()
-def message(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") -> None:
+def message(step: GossipStep, rows: Sequence[Tensor | None], backend: str = "auto") -> None:
     """The first half of a step whose agents are on several ranks: what each agent sends.
 
     Writes S_1 … S_M of agent i one after the other into ``rows[i]``, each the agent's whole model, segment after
@@ -148,7 +148,8 @@ def message(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") -> 
 
     Args:
         step: of the N agents that are here.
-        rows: N contiguous tensors [M ΣD], of the parameters' dtype or that of arithmetic (float32 for half-width ones).
+        rows: N contiguous tensors [M ΣD], of the parameters' dtype or that of arithmetic (float32 for half-width ones),
+            or of bfloat16 beside parameters of float32; None for an agent that sends nothing to another rank.
         backend: as in `gossip_step_`.
 
     Raises:
@@ -156,22 +157,23 @@ def message(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") -> 
     """
     module = _checked_backend(step, backend, "message")
     _check_rows(step, rows, step.num_agents)
-    module.message(step, list(rows))
-    torch.autograd.graph.increment_version(list(rows))
+    if any(row is not None for row in rows):
+        module.message(step, list(rows))
+    torch.autograd.graph.increment_version([row for row in rows if row is not None])
 
 
 @torch.no_grad()
-def combine_(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") -> None:
+def combine_(step: GossipStep, rows: Sequence[Tensor | None], backend: str = "auto") -> None:
     """The second half, in place: mixes what was sent, and computes parameters and state anew.
 
-    The drift is ``D(i) = Σ_j w_ij (rows[j] − rows[i])``: of the rows as they were sent, so that their rounding does not
-    move the mean over agents. S in the outputs is computed anew. After `message` into rows of the dtype of arithmetic
-    the result is that of `gossip_step_`, bit for bit; not so for a complete graph over several ranks, which the CUDA
-    kernel sums up in another way.
+    The drift is ``D(i) = Σ_j w_ij (X_j − X_i)``: of the rows as they were sent, so that their rounding does not move
+    the mean over agents; X is S where nothing was sent. S in the outputs is computed anew. After `message` into rows of
+    the dtype of arithmetic the result is that of `gossip_step_`, bit for bit; not so for a complete graph over several
+    ranks, which the CPU and CUDA kernels sum up in another way.
 
     Args:
         step: as for `message`; `neighbor` indexes into the rows.
-        rows: those of the N agents that are here, then received ones.
+        rows: those of the N agents that are here, None for those that sent nothing; then received ones.
         backend: as in `gossip_step_`.
 
     Raises:
@@ -183,17 +185,23 @@ def combine_(step: GossipStep, rows: Sequence[Tensor], backend: str = "auto") ->
     torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
 
-def _check_rows(step: GossipStep, rows: Sequence[Tensor], num_rows: int) -> None:
+def _check_rows(step: GossipStep, rows: Sequence[Tensor | None], num_rows: int) -> None:
     first = step.parameters[0]
+    dtypes = {first.dtype, arithmetic(first.dtype), *([torch.bfloat16] if first.dtype == torch.float32 else [])}
+    row_dtype = next((row.dtype for row in rows if row is not None), first.dtype)
     length = step.num_messages * sum(parameter.numel() for parameter in step.parameters) // step.num_agents
     if len(rows) != num_rows or num_rows < step.num_agents:
         raise ValueError(f"{len(rows)} rows of messages, expected {step.num_agents}: one for each agent that is here")
     for index, row in enumerate(rows):
+        if row is None:
+            if index >= step.num_agents:
+                raise ValueError(f"row {index} is None, but it is of an agent that is not here")
+            continue
         if row.shape != (length,) or not row.is_contiguous():
             shape, strides = tuple(row.shape), row.stride()
             raise ValueError(f"row {index} has shape {shape}, strides {strides}; expected {length} contiguous numbers")
-        if row.dtype not in (first.dtype, arithmetic(first.dtype)) or row.dtype != rows[0].dtype:
-            raise TypeError(f"row {index} is {row.dtype}, row 0 {rows[0].dtype}, the parameters are {first.dtype}")
+        if row.dtype not in dtypes or row.dtype != row_dtype:
+            raise TypeError(f"row {index} is {row.dtype}, the first {row_dtype}, the parameters are {first.dtype}")
         if row.device != first.device:
             raise TypeError(f"row {index} is on {row.device}, the parameters are on {first.device}")
 

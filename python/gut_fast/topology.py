@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import random
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +143,31 @@ class Topology:
         for step in range(len(self.cycle)):
             warn_if_asymmetric(topology._mixing_at(step), name, stacklevel=2)
         return topology
+
+    def without(self, agents: Iterable[int]) -> Topology:
+        """The topology of the agents that are left, renumbered in order, doubly stochastic at every step.
+
+        Pairs that talked still do, both ways, with Metropolis–Hastings weights: weights of another kind, lazy ones too,
+        are replaced. Random matchings are drawn anew among those left.
+
+        Raises:
+            TypeError, ValueError: there is no such agent, or nobody is left.
+
+        Warns:
+            UserWarning: the graph falls apart; the message lists the components.
+        """
+        gone = sorted({as_integer(agent, f"{self.name}.without: agent", minimum=0) for agent in agents})
+        if gone and gone[-1] >= self.num_agents:
+            raise ValueError(f"{self.name} has no agent {gone[-1]}; its agents are 0 … {self.num_agents - 1}")
+        if len(gone) == self.num_agents:
+            raise ValueError(f"{self.name}.without: nobody is left of {self.num_agents} agents")
+        graph = self.graph.to_undirected()
+        graph.remove_nodes_from(gone)
+        components = sorted(map(sorted, nx.connected_components(graph)))
+        if len(components) > 1:
+            parts = ", ".join(f"{len(part)} with agent {part[0]}" for part in components)
+            warnings.warn(f"{self.name} without {gone} falls apart: {parts}", UserWarning, stacklevel=2)
+        return Topology(f"{self.name}.without({gone})", tuple(mixing.without(gone) for mixing in self.cycle))
 
     @property
     def eigenvalues(self) -> Tensor:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from gut_fast.backends.step import GossipStep, Instances
+from gut_fast.backends.step import GossipStep, Instances, arithmetic
 
-__all__ = ["are_plain", "direct_step", "gossip_step", "tier", "unavailable", "why_missing"]
+__all__ = ["are_plain", "combine", "direct_step", "gossip_step", "message", "tier", "unavailable", "why_missing"]
 
 PAIRS = (
     (torch.float32, torch.float32),
@@ -59,17 +61,39 @@ def tier() -> str | None:
 
 def gossip_step(step: GossipStep) -> None:
     """One step in place, on `torch.get_num_threads()` threads."""
-    num_agents = step.num_agents
-    dtype, state_dtype = (getattr(_core.DType, str(each).removeprefix("torch.")) for each in step.dtypes)
-    # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
-    gradients = [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
-    _core.gossip_step(
-        dtype,
-        state_dtype,
-        num_agents,
+    gradients = _contiguous_gradients(step)
+    _core.gossip_step(*_addresses(step, gradients), torch.get_num_threads())
+
+
+def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+    """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
+    _half(_core.message, step, rows)
+
+
+def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+    """Mixes the rows and updates in place, the second half of the split form."""
+    _half(_core.combine, step, rows)
+
+
+def _half(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+    gradients = _contiguous_gradients(step)
+    dtype = next((row.dtype for row in rows if row is not None), arithmetic(step.parameters[0].dtype))
+    addresses = [0 if row is None else row.data_ptr() for row in rows]
+    half(*_addresses(step, gradients), _dtype(dtype), addresses, torch.get_num_threads())
+
+
+def _contiguous_gradients(step: GossipStep) -> list[Tensor | None]:
+    """None of these is a copy unless a gradient is not contiguous; the list keeps such copies alive during the call."""
+    return [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
+
+
+def _addresses(step: GossipStep, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    return (
+        *map(_dtype, step.dtypes),
+        step.num_agents,
         [parameter.data_ptr() for parameter in step.parameters],
         [0 if gradient is None else gradient.data_ptr() for gradient in gradients],
-        [parameter.numel() // num_agents for parameter in step.parameters],
+        [parameter.numel() // step.num_agents for parameter in step.parameters],
         [buffer.data_ptr() for buffer in step.state],
         step.coefficients.data_ptr(),
         step.num_messages,
@@ -77,8 +101,11 @@ def gossip_step(step: GossipStep) -> None:
         step.neighbor.data_ptr(),
         step.weight.data_ptr(),
         0 if step.grad_scale is None else step.grad_scale.data_ptr(),
-        torch.get_num_threads(),
     )
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(_core.DType, str(dtype).removeprefix("torch."))
 
 
 def direct_step(step: GossipStep) -> Callable[[], None] | None:

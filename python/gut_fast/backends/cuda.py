@@ -7,11 +7,12 @@ reads the coefficients anew at every replay if they lie on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import HALVES, GossipStep, Instances, arithmetic
+from gut_fast.backends.step import HALVES, GossipStep, Instances, arithmetic, message_each, rows_of_all
 
 __all__ = ["combine", "gossip_step", "message", "unavailable", "why_missing"]
 
@@ -65,14 +66,14 @@ def gossip_step(step: GossipStep) -> None:
         half(compiled, _compiled(rows.dtype), step.num_agents, [], table.data_ptr())
 
 
-def message(step: GossipStep, rows: Sequence[Tensor]) -> None:
+def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    _split(_cuda.message, step, rows[: step.num_agents])
+    message_each(step, rows, partial(_split, _cuda.message))
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor]) -> None:
+def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
-    _split(_cuda.combine, step, rows)
+    _split(_cuda.combine, step, rows_of_all(step, rows, partial(_split, _cuda.message)))
 
 
 def _split(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["GossipStep", "Instances", "arithmetic"]
+__all__ = ["GossipStep", "Instances", "arithmetic", "message_each", "rows_of_all"]
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -77,3 +78,36 @@ class GossipStep(NamedTuple):
         """Of parameters and gradients, and of the state; without state twice the same."""
         dtype = self.parameters[0].dtype
         return dtype, self.state[0].dtype if self.state else dtype
+
+    def new_rows(self, dtype: torch.dtype) -> list[Tensor]:
+        """Uninitialised rows of messages [M ΣD], one for each agent here."""
+        numbers = self.num_messages * sum(parameter.numel() for parameter in self.parameters)
+        return list(self.parameters[0].new_empty(self.num_agents, numbers // self.num_agents, dtype=dtype))
+
+
+Message = Callable[[GossipStep, Sequence[Tensor]], None]
+
+
+def message_each(step: GossipStep, rows: Sequence[Tensor | None], message: Message) -> None:
+    """`message` into the rows that are not None, for a kernel that writes one for every agent, not rounded further."""
+    first = step.parameters[0].dtype
+    if all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
+        message(step, [row for row in rows if row is not None])
+        return
+    computed = step.new_rows(arithmetic(first))
+    message(step, computed)
+    for row, own in zip(rows, computed, strict=True):
+        if row is not None:
+            row.copy_(own)
+
+
+def rows_of_all(step: GossipStep, rows: Sequence[Tensor | None], message: Message) -> list[Tensor]:
+    """The rows, for a kernel that reads one of every agent, in the dtype of parameters or arithmetic."""
+    first = step.parameters[0].dtype
+    if all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
+        return [row for row in rows if row is not None]
+    computed: list[Tensor] = []
+    if any(row is None for row in rows):
+        computed = step.new_rows(arithmetic(first))
+        message(step, computed)
+    return [computed[i] if row is None else row.to(arithmetic(first)) for i, row in enumerate(rows)]

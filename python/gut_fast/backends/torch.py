@@ -36,27 +36,28 @@ def gossip_step(step: GossipStep) -> None:
         segment.store(coefficients, messages, drifts)
 
 
-def message(step: GossipStep, rows: Sequence[Tensor]) -> None:
+def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
     coefficients = _Coefficients.of(step)
     for segment in _segments(step):
         for m, row in enumerate(coefficients.A):
             message = _combine(row, segment.inputs)
             for sent, own in zip(rows, message, strict=False):
-                segment.of(sent, m, step.num_messages).copy_(own)
+                if sent is not None:
+                    segment.of(sent, m, step.num_messages).copy_(own)
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor]) -> None:
+def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
     _check_edges(step, len(rows))
     coefficients = _Coefficients.of(step)
     for segment in _segments(step):
         dtype = segment.inputs[0].dtype
         messages = [_combine(row, segment.inputs) for row in coefficients.A]
-        drifts = [
-            _drift(torch.stack([segment.of(row, m, step.num_messages).to(dtype) for row in rows]), step)
-            for m in range(step.num_messages)
-        ]
+        drifts = []
+        for m, own in enumerate(messages):
+            sent = [own[i] if row is None else segment.of(row, m, step.num_messages) for i, row in enumerate(rows)]
+            drifts.append(_drift(torch.stack([row.to(dtype) for row in sent]), step))
         segment.store(coefficients, messages, drifts)
 
 

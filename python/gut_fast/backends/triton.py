@@ -16,13 +16,13 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import HALVES, GossipStep, arithmetic
+from gut_fast.backends.step import HALVES, GossipStep, arithmetic, message_each, rows_of_all
 
 __all__ = ["Launch", "combine", "gossip_step", "launch", "message", "unavailable", "why_missing"]
 
@@ -78,14 +78,14 @@ def gossip_step(step: GossipStep) -> None:
     _run(step, None, sends=True, mixes=True)
 
 
-def message(step: GossipStep, rows: Sequence[Tensor]) -> None:
+def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    _run(step, rows, sends=True, mixes=False)
+    message_each(step, rows, partial(_run, sends=True, mixes=False))
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor]) -> None:
+def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
-    _run(step, rows, sends=False, mixes=True)
+    _run(step, rows_of_all(step, rows, partial(_run, sends=True, mixes=False)), sends=False, mixes=True)
 
 
 class Chip(NamedTuple):

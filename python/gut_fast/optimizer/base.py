@@ -6,29 +6,30 @@ Every parameter is stacked: shape (N, *shape), row i is agent i's. The gradient 
 
 from __future__ import annotations
 
-import operator
-import sys
+import contextlib
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from itertools import repeat
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gut_fast import analysis, ops
-from gut_fast.backends import GossipStep, arithmetic
+from gut_fast.backends import GossipStep
 from gut_fast.buffers import FlatState
-from gut_fast.rules import RULES, UpdateRule, get_rule
+from gut_fast.distributed import BUCKET_BYTES, DEFAULT_TIMEOUT, SCALED, Group, RankOptions, Ranks
+from gut_fast.optimizer.checks import check_range, checked_grad_scale, frames_to_the_caller, listed
+from gut_fast.optimizer.flat import FlatOptimizer
+from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import CSR, Topology
 
 __all__ = ["GossipOptimizer"]
 
 
-class GossipOptimizer(Optimizer):
+class GossipOptimizer(FlatOptimizer):
     """Any update rule, by name or an `UpdateRule` of your own; the other classes are this one with a rule set.
 
     Args:
@@ -45,6 +46,18 @@ class GossipOptimizer(Optimizer):
         capturable: steps can be captured in a CUDA graph, with the backends ``"cuda"`` and ``"triton"`` on a static
             topology. The coefficients live on the device; after a change of the learning rate or a hyper-parameter
             call `update_coefficients`, then replay. Capture anew after `load_state_dict`.
+        process_group: this process is one of its ranks and holds one agent, number ``rank``; parameters have no leading
+            dimension. Make it with ``torch.distributed.init_process_group``; see "Across machines" in the README.
+        agents_per_rank: this process holds k agents, numbers ``rank · k …``, and parameters are (k, *shape).
+        overlap: messages leave during backward, as soon as a bucket's gradients are there. What is not the last
+            backward pass of a step goes into `no_sync`. If gradients are touched between backward and step (clipping,
+            AMP) messages leave in `step` as without it; attribute `overlap` says which.
+        wire_dtype: of messages; None is the parameters'. Beside parameters of float32 it may be bfloat16, with the
+            rounding error fed back; beside half-width ones float32, which gives the stacked numbers bit for bit.
+        bucket_bytes: about how much travels at once.
+        timeout: seconds any wait for another rank may take.
+        on_peer_failure: ``"raise"``, or ``"continue"``: the ranks that are left drop the lost ones from the topology,
+            weigh it anew (`Topology.without`), zero the state of rules that track, and go on. Only with gloo.
         **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start.
@@ -52,6 +65,7 @@ class GossipOptimizer(Optimizer):
     Raises:
         TypeError, ValueError: a bad hyper-parameter or parameter; nothing has been changed.
         RuntimeError: the backend asked for is not available for these parameters.
+        MismatchError, PeerError: the ranks do not have the same settings, or one did not come (`gut_fast.distributed`).
 
     Warns:
         UserWarning: the hyper-parameters are unstable on the topology; the message gives the limit and what to do.
@@ -69,32 +83,41 @@ class GossipOptimizer(Optimizer):
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
+        process_group: dist.ProcessGroup | Group | None = None,
+        agents_per_rank: int | None = None,
+        overlap: bool = False,
+        wire_dtype: torch.dtype | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_peer_failure: Literal["raise", "continue"] = "raise",
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
         if capturable and not topology.is_static:
             raise ValueError(f"capturable=True needs a topology that does not vary with time, got {topology}")
+        if capturable and process_group is not None:
+            raise ValueError("capturable=True: steps of several ranks cannot be captured in a CUDA graph")
         self.rule = get_rule(rule)
         self.topology = topology
         self.backend = backend
         self.state_dtype = state_dtype
         self.capturable = capturable
-        self._eager_steps = 0
-        # torch.compile and CUDA graphs lose a number's change, so their steps are counted in a tensor.
-        self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._static_mixing: dict[torch.device, CSR] = {}
-        self._flat_states: list[FlatState] = []  # one per group
-        self._followed: tuple[list[Tensor], dict[str, list[Tensor]]] = [], {}
-        self._cached_coefficients: list[tuple[dict[str, Any], Tensor]] = []
+        self._static_mixing = {}
+        self._cached_coefficients = []
+        self._begin_without_state()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        hyperparameters = analysis.with_auto_mu(self.rule, hyperparameters, topology)
-        super().__init__(params, {**defaults, **self.rule.check(hyperparameters)})
-
-    @property
-    def num_steps(self) -> int:
-        """Steps taken; a time-varying topology mixes with ``topology.matrix(num_steps)`` next."""
-        return self._eager_steps + int(self._traced_steps)
+        hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
+        options = RankOptions(agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure)
+        self._ranks: Ranks | None = None
+        if process_group is None:
+            options.check_alone(self._name)
+        else:
+            self._ranks = Ranks(process_group, topology, self.rule, backend, options)
+        self._is_made = False
+        super().__init__(params, {**defaults, **hyperparameters})
+        self._is_made = True
+        self._meet()
 
     def update_coefficients(self) -> None:
         """Brings the coefficients up to date with the hyper-parameters, and the state with what was put there.
@@ -111,50 +134,48 @@ class GossipOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
-        params, tensors = self._listed(param_group)
+        params, tensors = listed(param_group, self.rule, self._name)
         group = analysis.with_auto_mu(self.rule, {**self.defaults, **param_group}, self.topology)
         self.rule.coefficients(**self._hyperparameters(group))
-        ops.check_parameters(tensors, self.topology.num_agents, f"{self._name}: ")
+        ops.check_parameters([*map(self._stacked, tensors)], self._num_here, f"{self._name}: ")
         for tensor in tensors[:1]:
             dtype, state_dtype = tensor.dtype, self.state_dtype or tensor.dtype
             ops.check_dtypes(dtype, state_dtype, f"{self._name}: ")
             num_states, num_messages = len(self.rule.states), self.rule.num_messages
-            ops.select_backend(self.backend, tensor.device.type, dtype, num_states, num_messages, state_dtype)
+            function = "gossip_step" if self._ranks is None else "combine"
+            ops.select_backend(self.backend, tensor.device.type, dtype, num_states, num_messages, state_dtype, function)
+            if self._ranks is not None:
+                self._ranks.check_wire(dtype)
         flat_state = self._new_flat_state(tensors)
         self._warn_if_unstable(group)
         super().add_param_group({**group, "params": params})
         flat_state.adopt(self.state)
         self._flat_states.append(flat_state)
-        for device in {tensor.device for tensor in tensors} if self.topology.is_static else ():
+        is_static = self.topology.is_static and self._ranks is None
+        for device in {tensor.device for tensor in tensors} if is_static else ():
             self._static_mixing[device] = self.topology.csr(0, device)
             if self.capturable:
                 self._traced_steps = self._traced_steps.to(device)
         self._cached_coefficients.append(({}, torch.empty(0, device="cpu")))
+        self._meet()
+
+    def _meet(self) -> None:
+        """Compares the settings with those of the other ranks, once all groups are there."""
+        if self._ranks is not None and self._is_made:
+            step = self._ranks.begin(self.rule, self.param_groups, self._step_of_group, lambda: self.num_steps)
+            self._eager_steps = self._eager_steps if step is None else step
+
+    @property
+    def _num_here(self) -> int:
+        """How many agents live in this process."""
+        return self.topology.num_agents if self._ranks is None else self._ranks.agents_here
+
+    def _stacked(self, tensor: Tensor) -> Tensor:
+        return tensor if self._ranks is None else self._ranks.stacked(tensor)
 
     def _new_flat_state(self, parameters: Sequence[Tensor]) -> FlatState:
-        return FlatState(parameters, self.rule.states, self.topology.num_agents, self.state_dtype)
-
-    def _listed(self, param_group: dict[str, Any]) -> tuple[list[Any], list[Tensor]]:
-        """The group's parameters, possibly named, as a list, and the tensors in it."""
-        if not isinstance(param_group, dict) or "params" not in param_group:
-            raise TypeError(
-                f"{self._name}: a parameter group is a dict with 'params', got {type(param_group).__name__}"
-            )
-        others = set().union(*(rule.hyperparameters for rule in RULES.values())) - set(self.rule.hyperparameters)
-        if unknown := sorted(others & set(param_group)):
-            raise ValueError(f"{self._name}: rule {self.rule.name!r} has no hyper-parameter {', '.join(unknown)}")
-        params = param_group["params"]
-        if isinstance(params, set):
-            raise TypeError(f"{self._name}: parameters must have an order, got a set; pass a list")
-        params = [params] if isinstance(params, Tensor) else list(params)
-        tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in params]
-        if not all(isinstance(tensor, Tensor) for tensor in tensors):
-            raise TypeError(f"{self._name}: parameters must be tensors, got {[type(t).__name__ for t in tensors]}")
-        if len(set(tensors)) < len(tensors):
-            raise ValueError(f"{self._name}: a parameter stands more than once in the group")
-        if any(tensor.is_inference() for tensor in tensors):
-            raise ValueError(f"{self._name}: a parameter was made in inference mode and cannot be trained; clone it")
-        return params, tensors
+        num_agents = self._num_here if self._ranks is None or self._ranks.is_stacked else None
+        return FlatState(parameters, self.rule.states, num_agents, self.state_dtype)
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -164,11 +185,13 @@ class GossipOptimizer(Optimizer):
         Args:
             closure: evaluates the loss again and returns it, as in `torch.optim`.
             grad_scale: [N], a factor on each agent's gradient; zero lets the agent mix without a gradient of its own.
+                With a process_group [k], of the agents here.
 
         A gradient of None counts as zero. NaN and Inf in gradients are carried, as in `torch.optim`.
 
         Raises:
             TypeError, ValueError: a bad learning rate, hyper-parameter or gradient; nothing has been changed.
+            PeerError: a rank died or did not send in time; nothing has been changed, and no more steps can be taken.
         """
         step = self._watched_step if self._is_watched() else self._step
         return step(closure, grad_scale=grad_scale)
@@ -192,9 +215,12 @@ class GossipOptimizer(Optimizer):
         is_captured = self._is_captured()
         coefficients = [self._coefficients(index) for index in range(len(self.param_groups))]
         if grad_scale is not None:
-            grad_scale = self._checked_grad_scale(grad_scale)
+            grad_scale = checked_grad_scale(grad_scale, self._num_here, self._name)
         if not torch.compiler.is_compiling():
             self._follow_state()
+        if self._ranks is not None:
+            self._step_across(self._ranks, coefficients, grad_scale)
+            return loss
         steps = [
             self._group_step(index, coefficients[index], gradients, grad_scale)
             for index, gradients in enumerate(self._gradients())
@@ -213,6 +239,66 @@ class GossipOptimizer(Optimizer):
                 self._eager_steps += 1
         return loss
 
+    def _step_across(self, ranks: Ranks, coefficients: Sequence[Tensor], grad_scale: Tensor | None) -> None:
+        """One step of the agents here, with those of other ranks."""
+        if torch.compiler.is_compiling():
+            raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
+        scale = self._amp_scale(grad_scale)
+        steps = [
+            self._group_step(index, coefficients[index], gradients, scale) if gradients else None
+            for index, gradients in enumerate(self._gradients())
+        ]
+        for step in filter(None, steps):
+            ops.check(step)
+        ranks.run(steps, self.num_steps, None if scale is None else SCALED)
+        self._eager_steps += 1
+        if self.topology is not ranks.exchange.topology:
+            self.topology = ranks.exchange.topology
+            for group in self.param_groups:
+                self._warn_if_unstable(group)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether GradScaler leaves the scale, and what to do about infinities, to `step`.
+
+        Across ranks it must: a step that one rank skips is one its neighbours wait for.
+        """
+        return self._ranks is not None
+
+    def _amp_scale(self, grad_scale: Tensor | None) -> Tensor | None:
+        """`grad_scale`, with what GradScaler has left in `grad_scale` and `found_inf`."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is None:
+            return grad_scale
+        factor = 0.0 if found_inf else 1.0 if scale is None else 1.0 / float(scale)
+        factors = torch.full((self._num_here,), factor, dtype=torch.float64, device="cpu")
+        return factors if grad_scale is None else grad_scale.cpu() * factors
+
+    def _step_of_group(self, index: int) -> GossipStep:
+        """With the gradients that are there."""
+        gradients = [parameter.grad for parameter in self.param_groups[index]["params"]]
+        return self._group_step(index, self._coefficients(index), gradients, None)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Around all backward passes of a step but the last: with ``overlap=True`` no message leaves in it."""
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.no_sync()
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks that are there, or None if this process holds all agents."""
+        return None if self._ranks is None else self._ranks.exchange.group
+
+    @property
+    def overlap(self) -> str:
+        """Whether messages leave during backward: "on", or "off" and why."""
+        ranks = self._ranks
+        return "off" if ranks is None or ranks.overlap is None else str(ranks.overlap)
+
+    @property
+    def bytes_sent(self) -> dict[tuple[int, int], int]:
+        """Bytes of messages sent so far, by (agent, rank), as numbered at the start."""
+        return {} if self._ranks is None else dict(self._ranks.exchange.bytes_sent)
+
     _watched_step = Optimizer.profile_hook_step(_step)
     """With the hooks and the profiler's range of torch."""
 
@@ -230,26 +316,6 @@ class GossipOptimizer(Optimizer):
             raise RuntimeError(f"{self._name}: call update_coefficients() before the capture")
         return True
 
-    def _follow_state(self) -> None:
-        """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
-        if not self._is_followed():
-            for flat_state in self._flat_states:
-                flat_state.adopt(self.state)
-            views = {name: [own[name] for own in self.state.values() if name in own] for name in self.rule.states}
-            self._followed = list(self.state), views
-
-    def _is_followed(self) -> bool:
-        """Whether the state holds what it held then: asked at every step, so it compares identities and no more."""
-        keys, views = self._followed
-        return (
-            len(keys) == len(self.state)
-            and all(map(operator.is_, keys, self.state))
-            and all(
-                all(map(operator.is_, own_views, map(dict.get, self.state.values(), repeat(name))))
-                for name, own_views in views.items()
-            )
-        )
-
     def _gradients(self) -> list[list[Tensor | None]]:
         """The gradients of each group; None stands for zero."""
         return [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
@@ -258,6 +324,9 @@ class GossipOptimizer(Optimizer):
         self, index: int, coefficients: Tensor, gradients: list[Tensor | None], grad_scale: Tensor | None
     ) -> GossipStep:
         parameters, state = list(self.param_groups[index]["params"]), self._flat_states[index].buffers
+        if self._ranks is not None:
+            parameters = [*map(self._stacked, parameters)]
+            gradients = [gradient if gradient is None else self._stacked(gradient) for gradient in gradients]
         device = parameters[0].device
         step = GossipStep(
             parameters,
@@ -277,6 +346,8 @@ class GossipOptimizer(Optimizer):
         return step
 
     def _mixing(self, device: torch.device) -> CSR:
+        if self._ranks is not None:
+            return self._ranks.mixing(self.num_steps, device)
         if device in self._static_mixing:
             return self._static_mixing[device]
         if self.topology.is_static:
@@ -291,7 +362,7 @@ class GossipOptimizer(Optimizer):
         known, coefficients = self._cached_coefficients[index]
         if hyperparameters != known:
             flat = self.rule.coefficients(**hyperparameters).flat()
-            self._check_range(flat, hyperparameters["lr"], self.param_groups[index]["params"])
+            check_range(flat, hyperparameters["lr"], self.param_groups[index]["params"], self._name)
             fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
             if not self.capturable:
                 coefficients = fresh
@@ -301,23 +372,6 @@ class GossipOptimizer(Optimizer):
                 coefficients = fresh.to(next((each.device for each in self.param_groups[index]["params"]), "cpu"))
             self._cached_coefficients[index] = (hyperparameters, coefficients)
         return coefficients
-
-    def _check_range(self, coefficients: list[float], lr: float, parameters: Sequence[Tensor]) -> None:
-        for parameter in parameters[:1]:
-            dtype = arithmetic(parameter.dtype)
-            largest, most = max(map(abs, coefficients)), torch.finfo(dtype).max
-            if largest > most:
-                raise ValueError(
-                    f"{self._name}: lr={lr} makes a coefficient of {largest:.3g}, more than {dtype} holds "
-                    f"({most:.3g}); use a larger lr, or 0"
-                )
-
-    def _checked_grad_scale(self, grad_scale: Tensor) -> Tensor:
-        n = self.topology.num_agents
-        if not isinstance(grad_scale, Tensor) or grad_scale.shape != (n,) or grad_scale.is_complex():
-            given = f"{grad_scale.dtype} {[*grad_scale.shape]}" if isinstance(grad_scale, Tensor) else type(grad_scale)
-            raise ValueError(f"{self._name}: grad_scale must be a real tensor [{n}], got {given}")
-        return grad_scale.to(torch.float64).contiguous()
 
     @property
     def _name(self) -> str:
@@ -340,108 +394,30 @@ class GossipOptimizer(Optimizer):
         return values
 
     def _warn_if_unstable(self, group: dict[str, Any]) -> None:
+        if self._ranks is not None and self._ranks.exchange.group.rank:
+            return  # one rank says it for all
         advice = analysis.advice(self.rule, self._hyperparameters(group), self.topology)
         if advice is not None:
-            warnings.warn(f"{self._name}: {advice}", UserWarning, stacklevel=_frames_to_the_caller())
+            warnings.warn(f"{self._name}: {advice}", UserWarning, stacklevel=frames_to_the_caller())
 
     def state_dict(self) -> dict[str, Any]:
-        """As in `torch.optim`, with the rule's name and the number of steps taken beside it."""
-        return {**super().state_dict(), "rule": self.rule.name, "step": self.num_steps}
+        """As in `torch.optim`, with the rule's name and the number of steps taken beside it.
 
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; a run that goes on from it equals the uninterrupted one bit for bit.
-
-        State saved in another dtype is converted.
-
-        Raises:
-            ValueError: it is of another rule, other parameters or agents; nothing has been changed.
-            RuntimeError: it has no step count and the topology varies with time.
+        With a process_group that of the agents here, and what rounding has left of messages.
         """
-        self._check_state_dict(state_dict)
-        loaded: dict[str, Any] = {}
-        # Torch casts state to the parameters' dtype; `loaded` keeps what it was, after the user's own hooks.
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
-                for name, view in self.state[parameter].items():
-                    view.copy_(loaded["state"][index][name])
-        self._eager_steps = state_dict.get("step", 0)
-        self._traced_steps.zero_()
+        residuals = {} if self._ranks is None else {"residuals": self._ranks.state_dict()}
+        return {**super().state_dict(), **residuals}
 
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-            raise ValueError(
-                f"{self._name}: the state is not that of an optimizer: it needs 'state' and 'param_groups'"
-            )
-        if state_dict.get("rule", self.rule.name) != self.rule.name:
-            raise ValueError(f"{self._name}: the state is of rule {state_dict['rule']!r}, expected {self.rule.name!r}")
-        if "step" not in state_dict and not self.topology.is_static:
-            raise RuntimeError(
-                f"{self._name}: the state has no step count, and {self.topology} varies with time: set "
-                "state_dict['step'] to the number of steps taken"
-            )
-        step = state_dict.get("step", 0)
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            raise ValueError(f"{self._name}: the state's step count must be an integer >= 0, got {step!r}")
-        saved, groups = state_dict["param_groups"], self.param_groups
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
-            raise ValueError(f"{self._name}: the state's parameter groups have other sizes than this optimizer's")
-        for saved_group, group in zip(saved, groups, strict=True):
-            if missing := sorted(self.defaults.keys() - saved_group.keys() - {"differentiable"}):
-                raise ValueError(f"{self._name}: a parameter group of the state has no {', '.join(missing)}")
-            self.rule.coefficients(**self._hyperparameters(saved_group))
-            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
-                self._check_saved_state(index, state_dict["state"].get(index, {}), parameter)
-
-    def _check_saved_state(self, index: int, entries: Any, parameter: Tensor) -> None:
-        def describe(tensor: Any) -> str:
-            is_right = isinstance(tensor, Tensor) and tensor.is_floating_point()
-            return str(tuple(tensor.shape)) if is_right else f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')}"
-
-        found = {name: describe(tensor) for name, tensor in entries.items()} if isinstance(entries, dict) else entries
-        expected = dict.fromkeys(self.rule.states, describe(parameter))
-        if found != expected:
-            raise ValueError(f"{self._name}: state of parameter {index} is {found}, expected {expected}")
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state_dict)
+        if self._ranks is not None:
+            self._ranks.load_state_dict(state_dict.get("residuals", []))
 
     def __getstate__(self) -> dict[str, Any]:
-        names = (
-            "rule",
-            "topology",
-            "backend",
-            "state_dtype",
-            "capturable",
-            "_eager_steps",
-            "_traced_steps",
-            "_static_mixing",
-        )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}}
-
-    @torch.no_grad()
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called when unpickling and when loading; either way the state's tensors move into flat buffers."""
-        super().__setstate__(state)
-        # A shallow copy shares these with its original.
-        self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.state.items()})
-        self._traced_steps = self._traced_steps.clone()
-        self._cached_coefficients = [({}, torch.empty(0, device="cpu")) for _ in self.param_groups]
-        self._flat_states = [self._new_flat_state(group["params"]) for group in self.param_groups]
-        self._followed = [], {}
-        for flat_state in self._flat_states:
-            flat_state.adopt(self.state)
+        if self._ranks is not None:
+            raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
+        return {**super().__getstate__(), "_ranks": None, "_is_made": True}
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
         return f"{head}(\nrule: {self.rule.name}, topology: {self.topology}, backend: {self.backend}{groups}"
-
-
-def _frames_to_the_caller() -> int:
-    """The `stacklevel` of the first frame outside gut_fast and torch, so that a warning points at the user's line."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("gut_fast", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -1,0 +1,21 @@
+"""Agents on several ranks: the same optimizers over `torch.distributed`, what they exchange, and what may go wrong."""
+
+from gut_fast.distributed.errors import MismatchError, PeerError
+from gut_fast.distributed.exchange import Exchange
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
+from gut_fast.distributed.membership import rejoin
+from gut_fast.distributed.overlap import SCALED
+from gut_fast.distributed.ranks import BUCKET_BYTES, RankOptions, Ranks
+
+__all__ = [
+    "BUCKET_BYTES",
+    "DEFAULT_TIMEOUT",
+    "SCALED",
+    "Exchange",
+    "Group",
+    "MismatchError",
+    "PeerError",
+    "RankOptions",
+    "Ranks",
+    "rejoin",
+]

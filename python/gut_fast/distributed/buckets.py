@@ -1,0 +1,103 @@
+"""Buckets: runs of parameters whose messages travel together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gut_fast import ops
+from gut_fast.backends import GossipStep, arithmetic
+from gut_fast.buffers import allocate
+
+__all__ = ["Bucket", "plan_buckets"]
+
+
+@dataclass
+class Bucket:
+    """Parameters ``start … stop − 1`` of a group, and the rows their messages travel in.
+
+    Attributes:
+        number: tells buckets apart on all ranks.
+        group: index of the parameter group.
+        column, columns: where its numbers begin in one agent's model of the group, and how many they are.
+        sent: a row for each agent here, [M · columns]; None for those nobody on another rank hears.
+        received: rows of agents elsewhere.
+        residual: what rounding left of the last messages, one float row for each agent here; empty without feedback.
+    """
+
+    number: int
+    group: int
+    start: int
+    stop: int
+    column: int
+    columns: int
+    sent: list[Tensor | None] = field(default_factory=list)
+    received: list[Tensor] = field(default_factory=list)
+    residual: list[Tensor] = field(default_factory=list)
+
+    def part(self, step: GossipStep) -> GossipStep:
+        """The step of these parameters alone. State lies segment after segment, so theirs is one run of it."""
+        k = step.num_agents
+        return step._replace(
+            parameters=step.parameters[self.start : self.stop],
+            state=[buffer[k * self.column : k * (self.column + self.columns)] for buffer in step.state],
+            gradients=step.gradients[self.start : self.stop],
+        )
+
+    def make_rows(self, step: GossipStep, senders: Sequence[int], num_received: int, dtype: torch.dtype) -> None:
+        """Rows for these senders and so many received messages; those that are there already are kept."""
+        length, device = step.num_messages * self.columns, step.parameters[0].device
+        kept = [row for row in self.sent if row is not None]
+        rows = [kept.pop() if kept else allocate(length, dtype, device) for _ in senders]
+        self.sent = [None] * step.num_agents
+        for agent, row in zip(senders, rows, strict=True):
+            self.sent[agent] = row
+        while len(self.received) < num_received:
+            self.received.append(allocate(length, dtype, device))
+
+    def write_messages(self, step: GossipStep, backend: str, has_feedback: bool) -> None:
+        """The messages of the agents here into the rows that are sent."""
+        part = self.part(step)
+        if has_feedback:
+            self._write_rounded(part, backend)
+        else:
+            ops.message(part, self.sent, backend)
+
+    @torch.no_grad()
+    def _write_rounded(self, part: GossipStep, backend: str) -> None:
+        """Rounds message + residual, and keeps what is lost: the error of all messages so far stays one rounding."""
+        first = part.parameters[0]
+        length, kind = part.num_messages * self.columns, arithmetic(first.dtype)
+        if not self.residual:
+            self.residual = [allocate(length, kind, first.device) for _ in range(part.num_agents)]
+        exact = [None if row is None else first.new_empty(length, dtype=kind) for row in self.sent]
+        ops.message(part, exact, backend)
+        for row, message, residual in zip(self.sent, exact, self.residual, strict=True):
+            if row is not None and message is not None:
+                message += residual
+                row.copy_(message)
+                torch.sub(message, row, out=residual)
+
+
+def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int], limit: int) -> list[Bucket]:
+    """Buckets of about `limit` bytes, in the order in which gradients come: the last parameters first.
+
+    Args:
+        sizes: for each group, how many numbers one agent has of each parameter.
+        bytes_per_number: for each group, how many bytes of messages one number makes.
+        limit: bytes; a bucket ends with the parameter that reaches it.
+    """
+    buckets: list[Bucket] = []
+    for group in reversed(range(len(sizes))):
+        stop = len(sizes[group])
+        while stop > 0:
+            start, columns = stop, 0
+            while start > 0 and (start == stop or columns * bytes_per_number[group] < limit):
+                start -= 1
+                columns += sizes[group][start]
+            buckets.append(Bucket(len(buckets), group, start, stop, sum(sizes[group][:start]), columns))
+            stop = start
+    return buckets

@@ -1,0 +1,191 @@
+"""An optimizer's part in a run on several ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gut_fast.backends import GossipStep, arithmetic
+from gut_fast.distributed.agreement import check_agreement, check_welcome, fingerprint
+from gut_fast.distributed.exchange import Exchange
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
+from gut_fast.distributed.overlap import Overlap
+from gut_fast.mixing import CSR, as_integer, as_number
+from gut_fast.rules import UpdateRule
+from gut_fast.topology import Topology
+
+__all__ = ["BUCKET_BYTES", "RankOptions", "Ranks"]
+
+BUCKET_BYTES = 25 << 20
+LONGEST = 1e6
+
+
+class RankOptions(NamedTuple):
+    """How a process takes part in a run on several ranks: see `gut_fast.GossipOptimizer`."""
+
+    agents_per_rank: int | None = None
+    overlap: bool = False
+    wire_dtype: torch.dtype | None = None
+    bucket_bytes: int = BUCKET_BYTES
+    timeout: float = DEFAULT_TIMEOUT
+    on_peer_failure: Literal["raise", "continue"] = "raise"
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError for what is no such option."""
+        if self.agents_per_rank is not None:
+            as_integer(self.agents_per_rank, "agents_per_rank", minimum=1)
+        as_integer(self.bucket_bytes, "bucket_bytes", minimum=1)
+        if not 0 < as_number(self.timeout, "timeout") < LONGEST:
+            raise ValueError(f"timeout must be a number of seconds between 0 and {LONGEST:g}, got {self.timeout!r}")
+        if self.on_peer_failure not in ("raise", "continue"):
+            raise ValueError(f"on_peer_failure must be 'raise' or 'continue', got {self.on_peer_failure!r}")
+        wire = self.wire_dtype
+        if wire is not None and not (isinstance(wire, torch.dtype) and wire.is_floating_point):
+            raise TypeError(f"wire_dtype must be a floating-point torch.dtype, got {wire!r}")
+
+    def check_alone(self, name: str) -> None:
+        """Raises ValueError if anything is set, though there are no ranks."""
+        defaults = RankOptions()._asdict()
+        if given := [f"{key}=" for key, value in self._asdict().items() if value != defaults[key]]:
+            raise ValueError(f"{name}: {', '.join(given)} needs process_group=; this optimizer holds all agents itself")
+
+
+class Ranks:
+    """The agents of this process, and their exchange with those of other ranks.
+
+    Args:
+        process_group: a `torch.distributed` process group, or a `Group`.
+
+    Attributes:
+        agents_here: k.
+        is_stacked: whether parameters have the leading dimension k.
+
+    Raises:
+        TypeError, ValueError: a bad argument, or the topology has not k agents for each rank.
+        PeerError: not all ranks came.
+    """
+
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | Group,
+        topology: Topology,
+        rule: UpdateRule,
+        backend: str,
+        options: RankOptions,
+    ) -> None:
+        options.check()
+        self.agents_here, self.is_stacked = options.agents_per_rank or 1, options.agents_per_rank is not None
+        size = Group.size_of(process_group)
+        if size * self.agents_here != topology.num_agents:
+            raise ValueError(
+                f"{topology} has {topology.num_agents} agents, but {size} ranks with {self.agents_here} each have "
+                f"{size * self.agents_here}; give a topology of that many, or agents_per_rank="
+            )
+        group = Group.of(process_group, options.timeout)
+        if options.on_peer_failure == "continue" and not group.is_own:
+            raise ValueError('on_peer_failure="continue" needs a gloo process group; others cannot lose a rank')
+        self.exchange = Exchange(
+            group,
+            topology,
+            agents_per_rank=self.agents_here,
+            backend=backend,
+            wire_dtype=options.wire_dtype,
+            bucket_bytes=options.bucket_bytes,
+            on_peer_failure=options.on_peer_failure,
+            resets_state=any(map(any, rule.coefficients(1.0).E[1:])),
+        )
+        self.overlap: Overlap | None = None
+        self._wants_overlap = options.overlap
+        self._num_agreements = 0
+
+    def stacked(self, tensor: Tensor) -> Tensor:
+        """A view (k, *shape) of a parameter or gradient."""
+        return tensor if self.is_stacked else tensor.detach()[None]
+
+    def check_wire(self, dtype: torch.dtype) -> None:
+        """Raises TypeError unless messages about parameters of `dtype` can have the wire's."""
+        wire = self.exchange.wire_dtype or dtype
+        allowed = dict.fromkeys([dtype, arithmetic(dtype), *([torch.bfloat16] if dtype == torch.float32 else [])])
+        if wire not in allowed:
+            choice = " or ".join(map(str, allowed))
+            raise TypeError(f"wire_dtype is {wire}; messages about parameters of {dtype} can be {choice}")
+
+    def mixing(self, number: int, device: torch.device) -> CSR:
+        """The rows of W of the agents here, at step `number`."""
+        return self.exchange.mixing(number, device)
+
+    def begin(
+        self,
+        rule: UpdateRule,
+        groups: Sequence[Mapping[str, Any]],
+        make_step: Callable[[int], GossipStep],
+        number: Callable[[], int],
+    ) -> int | None:
+        """Makes sure that all ranks have the same settings, and plans the buckets; again after a group is added.
+
+        Returns:
+            The number of the next step, if this rank joins others that are under way; it has taken over parameters.
+
+        Raises:
+            MismatchError, PeerError: see `check_agreement`.
+        """
+        exchange, welcome = self.exchange, self.exchange.group.welcome
+        exchange.settings = self._settings(rule, groups)
+        if welcome is None:
+            self._num_agreements += 1
+            check_agreement(exchange.group, f"settings {self._num_agreements}", exchange.settings)
+        else:
+            check_welcome(exchange.group, welcome, exchange.settings)
+        steps = [make_step(index) if group["params"] else None for index, group in enumerate(groups)]
+        exchange.plan(steps)
+        if welcome is not None:
+            exchange.join(steps, welcome.sponsor)
+        if self.overlap is not None:
+            self.overlap.turn_off()
+        if self._wants_overlap:
+            self.overlap = Overlap(exchange, [group["params"] for group in groups], make_step, number)
+        return None if welcome is None else welcome.step
+
+    def _settings(self, rule: UpdateRule, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        exchange = self.exchange
+        names = ("lr", "weight_decay", "maximize", *rule.hyperparameters)
+        return {
+            "versions": f"gut_fast {version('gut_fast')}, torch {torch.__version__}",
+            "rule": rule.name,
+            "hyper-parameters": [f"group {k}: { ({n: group[n] for n in names}) }" for k, group in enumerate(groups)],
+            "parameters": [
+                f"group {k}, parameter {p}: {tuple(tensor.shape)} {tensor.dtype}"
+                for k, group in enumerate(groups)
+                for p, tensor in enumerate(group["params"])
+            ],
+            "agents_per_rank": self.agents_here,
+            "wire_dtype": str(exchange.wire_dtype),
+            "bucket_bytes": exchange.bucket_bytes,
+            "on_peer_failure": exchange.on_peer_failure,
+            **fingerprint(exchange.whole),
+        }
+
+    def run(self, steps: Sequence[GossipStep | None], number: int, reason: str | None) -> None:
+        """Step `number`; `reason` says why messages that have left are not those of this step, if they are not."""
+        if self.overlap is not None:
+            self.overlap.close_step([None if step is None else step.coefficients for step in steps], reason)
+        self.exchange.run(steps, number)
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Within it no message leaves."""
+        return contextlib.nullcontext() if self.overlap is None else self.overlap.paused()
+
+    def state_dict(self) -> list[list[Tensor]]:
+        """What rounding has left of messages, for each bucket."""
+        return [[row.clone() for row in bucket.residual] for bucket in self.exchange.buckets]
+
+    def load_state_dict(self, residuals: Sequence[Sequence[Tensor]]) -> None:
+        """Raises ValueError if it is of other buckets."""
+        for bucket, rows in zip(self.exchange.buckets, residuals, strict=True):
+            bucket.residual = [row.clone() for row in rows]

@@ -1,0 +1,121 @@
+"""Ranks that die, stop or dawdle: an error that names them where they are waited for, or training that goes on."""
+
+import signal
+import time
+
+import networkx as nx
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import gut_fast as gf
+import ranks
+from gut_fast.distributed import PeerError
+from gut_fast.lockstep import seeded
+
+SIZE = 5
+
+
+def train(rank, size, steps, phase, victim, at, rule="gut", timeout=3.0, policy="raise", numbers=1000):
+    """Steps on quadratics; the victim says in which phase of step `at` it is, and waits there for what comes."""
+    parameter = nn.Parameter(torch.zeros(numbers))
+    goal = torch.full((numbers,), float(rank))
+    optimizer = gf.GossipOptimizer(
+        [parameter], rule, lr=0.1, topology=gf.topology.ring(size), process_group=dist.group.WORLD,
+        timeout=timeout, on_peer_failure=policy,
+    )  # fmt: skip
+    exchange = optimizer._ranks.exchange
+
+    def fall(_=None):
+        ranks.store.set("fallen", "")
+        time.sleep(30)
+
+    if rank == victim and phase == "between messages and mixing":
+        begin = exchange.begin
+        exchange.begin = lambda *a: (begin(*a), fall() if a[2] == at else None)
+    before = parameter.detach().clone()
+    try:
+        for step in range(steps):
+            parameter.grad = parameter.detach() - goal
+            if rank == victim and step == at and phase == "before the step":
+                fall()
+            before = parameter.detach().clone()
+            optimizer.step()
+            if rank == victim and step == at and phase == "after the step":
+                fall()
+    except PeerError as error:
+        assert torch.equal(parameter, before)
+        with pytest.raises(PeerError):
+            optimizer.step()
+        return error, optimizer.num_steps, time.monotonic()
+    return parameter.detach(), optimizer.num_steps, repr(optimizer.topology)
+
+
+PHASES = ["before the step", "between messages and mixing", "after the step"]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["kill", "stop"])
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_lost_rank_is_named_by_all_who_wait_for_it(phase, how):
+    victim = 2
+    with ranks.Crew(SIZE, train, 20, phase, victim, 4) as crew:
+        crew.wait_for("fallen")
+        crew.send(victim, how)
+        errors = {rank: crew.outcomes([rank])[0][0] for rank in range(SIZE) if rank != victim}
+    for rank in (1, 3):
+        error = errors[rank]
+        assert isinstance(error, PeerError)
+        assert (error.rank, error.edge) in ((victim, (victim, rank)), (4 - rank, (4 - rank, rank)))
+    assert sum(error.rank == victim for error in errors.values()) >= 1
+    for error in errors.values():
+        assert str(error).startswith(f"step {error.step}: agent {error.edge[0]}'s message to agent {error.edge[1]}")
+        assert f"rank {error.rank}" in str(error)
+
+
+TOPOLOGIES = {"ring": gf.topology.ring, "matching": lambda n: gf.topology.random_matching(n, 1)}
+
+
+def survive(rank, size, steps, rule, graph, seed):
+    """Steps of random length on quadratics; at the end all that is left of the group and the parameters."""
+    torch.manual_seed(seed * 100 + rank)
+    parameter = nn.Parameter(torch.zeros(50))
+    goal = seeded(size, 50, seed=9, dtype=torch.float32)[rank]
+    optimizer = gf.GossipOptimizer(
+        [parameter], rule, lr=0.05, topology=TOPOLOGIES[graph](size), process_group=dist.group.WORLD,
+        timeout=20.0, on_peer_failure="continue",
+    )  # fmt: skip
+    for step in range(steps):
+        time.sleep(0.004 * float(torch.rand(())))
+        parameter.grad = parameter.detach() - goal
+        optimizer.step()
+        if rank == 0:
+            ranks.store.set("step", str(step))
+    members = optimizer.group.members
+    total = parameter.detach().clone()
+    optimizer.group.all_reduce(total)
+    return members, optimizer.num_steps, total / len(members), parameter.detach()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_others_go_on(seed):
+    random, size = torch.Generator().manual_seed(seed), 7
+    victims = (1 + torch.randperm(size - 1, generator=random)[: 1 + seed % 2]).tolist()
+    rule, graph = ["gut", "gradient_tracking", "dsgd"][seed % 3], ["ring", "matching"][seed // 3]
+    with ranks.Crew(size, survive, 300, rule, graph, seed) as crew:
+        crew.wait_for("step")
+        for victim in victims:
+            time.sleep(float(torch.rand((), generator=random)))
+            crew.kill(victim)
+        left = [rank for rank in range(size) if rank not in victims]
+        outcomes = crew.outcomes(left)
+    goals = seeded(size, 50, seed=9, dtype=torch.float32)
+    pairs = TOPOLOGIES[graph](size).graph.subgraph(left)
+    for rank, outcome in zip(left, outcomes, strict=True):
+        assert not isinstance(outcome, Exception), outcome
+        members, steps, mean, mine = outcome
+        assert list(members) == left
+        assert steps == 300
+        assert (mean - goals[left].mean(0)).abs().max() < 0.02
+        within_reach = sorted(nx.node_connected_component(pairs, rank))
+        assert (mine - goals[within_reach].mean(0)).abs().max() < 0.6  # of goals that lie about 2 apart
