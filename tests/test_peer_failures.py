@@ -11,7 +11,7 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
-from gut_fast.distributed import PeerError
+from gut_fast.distributed import Group, MismatchError, PeerError, rejoin
 from gut_fast.lockstep import seeded
 
 SIZE = 5
@@ -119,3 +119,78 @@ def test_the_others_go_on(seed):
         assert (mean - goals[left].mean(0)).abs().max() < 0.02
         within_reach = sorted(nx.node_connected_component(pairs, rank))
         assert (mine - goals[within_reach].mean(0)).abs().max() < 0.6  # of goals that lie about 2 apart
+
+
+def optimizer_of(group, size, rule="gradient_tracking", numbers=50):
+    parameter = nn.Parameter(torch.zeros(numbers))
+    optimizer = gf.GossipOptimizer(
+        [parameter], rule, lr=0.1, topology=gf.topology.ring(size), process_group=group, on_peer_failure="continue"
+    )
+    return parameter, optimizer
+
+
+def come_and_go(rank, size, steps, victim, comes_back):
+    """Ranks in a group of their own; the victim leaves at step 20 and may come back."""
+    goal = seeded(size, 50, seed=9, dtype=torch.float32)[rank]
+    parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=20.0), size)
+    while optimizer.num_steps < steps:
+        if rank == victim and optimizer.num_steps == 20:
+            optimizer.group.close()
+            del parameter, optimizer
+            if not comes_back:
+                return None
+            time.sleep(0.5)
+            group = rejoin(ranks.store, rank, size, timeout=20.0)
+            parameter, optimizer = optimizer_of(group, size)
+            first = optimizer.num_steps, parameter.detach().clone()
+        time.sleep(0.003)
+        parameter.grad = parameter.detach() - goal
+        optimizer.step()
+    return optimizer.group.members, parameter.detach(), first if rank == victim else None, str(optimizer.topology)
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_rank_comes_back(comes_back):
+    size, victim = 5, 3
+    outcomes = ranks.run(size, come_and_go, 500, victim, comes_back)
+    there = [rank for rank in range(size) if comes_back or rank != victim]
+    goal = seeded(size, 50, seed=9, dtype=torch.float32)[there].mean(0)
+    for rank in there:
+        members, mine, first, graph = outcomes[rank]
+        assert list(members) == there
+        assert graph == ("ring(5)" if comes_back else "ring(5).without([3])")
+        assert (mine - goal).abs().max() < 0.01
+        if rank == victim:
+            step, start = first
+            assert step >= 20
+            assert step % 10 == 0
+            assert start.abs().max() > 0.01  # a neighbour's parameters, not its own zeros
+
+
+def unwanted(rank, size, odd):
+    """Rank 1 of 2 never was there; it comes with other settings, or where nobody looks."""
+    if rank == 0:
+        group = Group(ranks.store, 0, [0], timeout=5.0, everyone=2)
+        parameter, optimizer = optimizer_of(group, size)
+        if odd == "nobody looks":
+            return None
+        while optimizer.num_steps < 400 and optimizer.group.epoch < 2:
+            time.sleep(0.005)
+            parameter.grad = parameter.detach() - 1
+            optimizer.step()
+        return optimizer.group.members, optimizer.num_steps
+    group = rejoin(ranks.store, rank, size, timeout=1.0 if odd == "nobody looks" else 5.0)
+    return optimizer_of(group, size, rule="gut")
+
+
+def test_who_may_not_join_is_told_and_the_others_go_on():
+    with ranks.Crew(2, unwanted, "settings") as crew:
+        (members, steps), error = crew.outcomes()
+    assert isinstance(error, MismatchError)
+    assert "rule: gradient_tracking on ranks [0]; gut on ranks [1]" in str(error)
+    assert list(members) == [0]
+    assert steps > 0
+    with ranks.Crew(2, unwanted, "nobody looks") as crew:
+        error = crew.outcomes()[1]
+    assert isinstance(error, PeerError)
+    assert "rank 1 was not let in within 1 s" in str(error)

@@ -26,6 +26,7 @@ class Bucket:
         sent: a row for each agent here, [M · columns]; None for those nobody on another rank hears.
         received: rows of agents elsewhere.
         residual: what rounding left of the last messages, one float row for each agent here; empty without feedback.
+        staging: for rows on a GPU that travel through the host, pinned copies by address of the row.
     """
 
     number: int
@@ -37,6 +38,17 @@ class Bucket:
     sent: list[Tensor | None] = field(default_factory=list)
     received: list[Tensor] = field(default_factory=list)
     residual: list[Tensor] = field(default_factory=list)
+    staging: dict[int, Tensor] = field(default_factory=dict)
+
+    def staged(self, row: Tensor) -> Tensor:
+        """The row's copy on the host, its contents not copied yet."""
+        if row.data_ptr() not in self.staging:
+            self.staging[row.data_ptr()] = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+        return self.staging[row.data_ptr()]
+
+    def clear(self) -> None:
+        """Leaves all rows behind: some may still be under way."""
+        self.sent, self.received, self.residual, self.staging = [], [], [], {}
 
     def part(self, step: GossipStep) -> GossipStep:
         """The step of these parameters alone. State lies segment after segment, so theirs is one run of it."""

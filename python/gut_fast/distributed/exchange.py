@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
 from gut_fast import ops
 from gut_fast.backends import GossipStep
@@ -106,21 +107,40 @@ class Exchange:
         route, dtype = self.route(number), self._wire(step)
         bucket.make_rows(step, route.senders, len(route.receives), dtype)
         bucket.write_messages(step, self.backend, self._has_feedback(step))
+        outgoing, incoming = self._travelling(bucket, bucket.sent), self._travelling(bucket, bucket.received)
         sends = []
         for agent, rank, _ in route.sends:
-            row = bucket.sent[agent - route.first_agent]
+            row = outgoing[agent - route.first_agent]
             assert row is not None
             sends.append(Transfer(row, rank, bucket.number))
             self.bytes_sent[self._agent(agent), self.group.members[rank]] += row.nbytes
         receives = [
             Transfer(row, rank, bucket.number)
-            for row, (_, rank, _) in zip(bucket.received, route.receives, strict=False)
+            for row, (_, rank, _) in zip(incoming, route.receives, strict=False)
+            if row is not None
         ]
         self._flights[bucket.number] = Flight(bucket, *self.group.start(sends, receives))
 
     def mixes(self, number: int) -> bool:
         """Whether step `number` is mixed: after others have left, a rank that is behind takes steps of its own."""
         return number >= self._alone_until and self._failure is None
+
+    def _travelling(self, bucket: Bucket, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The rows, or where gloo cannot reach them, on a GPU, copies in pinned memory."""
+        if not self.group.is_own or not any(row is not None and row.is_cuda for row in rows):
+            return list(rows)
+        staged = [None if row is None else bucket.staged(row) for row in rows]
+        if rows is bucket.sent:
+            for row, copy in zip(rows, staged, strict=True):
+                if row is not None and copy is not None:
+                    copy.copy_(row, non_blocking=True)
+            torch.cuda.current_stream(next(row.device for row in rows if row is not None)).synchronize()
+        return staged
+
+    def _unload(self, bucket: Bucket) -> None:
+        for row in bucket.received:
+            if row.data_ptr() in bucket.staging:
+                row.copy_(bucket.staging[row.data_ptr()], non_blocking=True)
 
     def has_begun(self, bucket: Bucket) -> bool:
         """Whether the bucket's messages of this step have left."""
@@ -151,6 +171,7 @@ class Exchange:
         for bucket in self.buckets:
             step = steps[bucket.group]
             assert step is not None
+            self._unload(bucket)
             rows = [*bucket.sent, *bucket.received[: len(self.route(number).receives)]]
             ops.combine_(bucket.part(step), rows, self.backend)
         self._finish_sends(number)
@@ -237,7 +258,7 @@ class Exchange:
         self._routes.clear()
         self._flights.clear()
         for bucket in self.buckets:
-            bucket.sent, bucket.received, bucket.residual = [], [], []
+            bucket.clear()
 
     def _topology_of_members(self) -> Topology:
         k, missing = self.agents_per_rank, self.group.missing
