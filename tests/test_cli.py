@@ -1,9 +1,13 @@
 import csv
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
+import time
+from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -133,6 +137,8 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
         (["train", "--partition", "iid", "--alpha", "1"], "'iid' has no option 'alpha'"),
         (["train", "--alpha", "0"], "alpha=0.0 must be positive"),
         (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--launch", "3"], "--launch 3: 16 agents cannot be shared out evenly over 3 processes"),
+        (["train", "--launch", "0"], "Invalid value for '--launch'"),
         (["train", "--batch-size", "0"], "batch_size must be at least 1"),
         (["train", "--eval-every", "0"], "eval_every must be at least 1"),
         (["train", "--milestones", "half"], "'half' is not a number"),
@@ -356,6 +362,72 @@ def test_interrupted_training_says_how_to_go_on_and_does(gut_fast_command, tmp_p
         assert history_of(tmp_path / "parts", seed) == history_of(tmp_path / "whole", seed)
         first, second = (torch.load(tmp_path / name / f"seed-{seed}" / "checkpoint.pt") for name in ("whole", "parts"))
         assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+LAUNCHED = ("train", "--topology", "ring:4", "--eval-every", "20", "--engine", "loop", "--threads", "1")
+
+
+@pytest.fixture
+def launching_command(capfd):
+    """As `gut_fast_command`, with what the processes print that it starts."""
+
+    def run(*arguments):
+        code = cli.main(arguments)
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    forkserver._forkserver._stop()  # one that was started earlier prints elsewhere
+    yield run
+    forkserver._forkserver._stop()
+
+
+def once_there(file, act):
+    """Does it as soon as the file is there, or never."""
+
+    def wait():
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if file.exists():
+                act()
+                break
+            time.sleep(0.01)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def test_launched_processes_end_where_one_does_and_go_on_after_ctrl_c(launching_command, tmp_path):
+    launching_command(*LAUNCHED, "--steps", "300", "--out", "whole")
+    history = tmp_path / "parts" / "seed-0" / "history.jsonl"
+    once_there(history, lambda: os.kill(os.getpid(), signal.SIGINT))
+    code, out, _ = launching_command(*LAUNCHED, "--steps", "300", "--out", "parts", "--launch", "2")
+    assert code == 130
+    assert "stopped in seed 0 after step " in out
+    assert "go on with: gut-fast train --out parts --resume --launch 2" in out
+    assert 0 < len(history.read_text().splitlines()) < 15
+    code, _, err = launching_command("train", "--out", "parts", "--resume")
+    assert code == 2
+    assert "was written with --launch 2; go on with --launch 2" in err
+    code, out, _ = launching_command("train", "--out", "parts", "--resume", "--threads", "1", "--launch", "2")
+    assert code == 0
+    assert "from step 0" not in out
+    assert history_of(tmp_path / "parts", 0) == history_of(tmp_path / "whole", 0)
+    for name in ("summary.csv", "seed-0/history.csv"):
+        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+
+
+def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path):
+    started = []
+
+    def kill():
+        started.extend(multiprocessing.active_children())
+        next(process for process in started if process.name == "rank 1").kill()
+
+    once_there(tmp_path / "run" / "seed-0" / "history.jsonl", kill)
+    code, _, err = launching_command(*LAUNCHED, "--steps", "100000", "--out", "run", "--launch", "2")
+    assert code == 2
+    assert "gut-fast: error: rank 1 was killed by SIGKILL, or ran out of memory; the other ranks have been ended" in err
+    assert len(started) == 2
+    assert not any(process.is_alive() for process in started)
 
 
 def test_a_folder_is_not_overwritten_and_resume_takes_no_other_settings(gut_fast_command, tmp_path):

@@ -643,6 +643,92 @@ def test_idle_agents_keep_what_they_have():
     assert topology.with_weights("uniform").cycle == topology.cycle
 
 
+# Agents that leave
+
+
+@every_topology
+def test_those_who_are_left_keep_their_pairs_and_the_average(topology):
+    n = topology.num_agents
+    if n == 1:
+        return
+    gone = sorted({0, n // 2} if n > 2 else {1})
+    left = [agent for agent in range(n) if agent not in gone]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # some fall apart
+        rest = topology.without(gone)
+    assert rest.name == f"{topology.name}.without({gone})"
+    assert (rest.num_agents, rest.period) == (len(left), topology.period)
+    for step in range(topology.period or 3):
+        W, before = rest.matrix(step), topology.matrix(step)[left][:, left]
+        ones = torch.ones(len(left), dtype=torch.float64)
+        assert_equal(W, W.T)
+        assert_equal(W.sum(1), ones)
+        assert (W >= 0).all()
+        if topology.period is not None:
+            talked = (before != 0) | (before.T != 0)
+            off_diagonal = ~torch.eye(len(left), dtype=torch.bool)
+            assert torch.equal(W[off_diagonal] != 0, talked[off_diagonal])
+
+
+def test_metropolis_weights_of_those_who_are_left():
+    with pytest.warns(UserWarning, match="falls into") as caught:
+        rest = tp.ring(16).without([7, 3, 3])
+    assert repr(rest) == "ring(16).without([3, 7])"
+    (warning,) = caught
+    assert str(warning.message) == (
+        "ring(16) without [3, 7] falls into 2 components, of sizes 11 with agent 0, 3 with agent 4"
+    )
+    expected = nx.path_graph([8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2])
+    expected.add_edges_from([(4, 5), (5, 6)])
+    left = [agent for agent in range(16) if agent not in (3, 7)]
+    number = {agent: place for place, agent in enumerate(left)}
+    assert nx.utils.graphs_equal(rest.graph, nx.relabel_nodes(nx.Graph(sorted(expected.edges)), number))
+    for i, j in rest.graph.edges:
+        assert rest.matrix()[i, j] == 1 / (1 + max(rest.graph.degree[i], rest.graph.degree[j]))
+
+
+def test_gamma_survives_and_other_weights_do_not():
+    assert tp.complete(5).lazy(0.5).without([4]).cycle == tp.complete(4).lazy(0.5).cycle
+    assert tp.complete(5).lazy(0.5).lazy(0.5).without([4]).without([0]).cycle == tp.complete(3).lazy(0.25).cycle
+    assert pickle.loads(pickle.dumps(tp.complete(5).lazy(0.5))).without([4]).cycle == tp.complete(4).lazy(0.5).cycle
+    assert tp.random_matching(5, seed=1).lazy(0.5).without([4]).cycle == tp.random_matching(4, 1).lazy(0.5).cycle
+    W = [[0.1, 0.4, 0.5], [0.4, 0.2, 0.4], [0.5, 0.4, 0.1]]
+    assert tp.from_matrix(W).without([1]).cycle == tp.ring(2).cycle
+
+
+def test_one_way_pairs_become_two_way():
+    rest = tp.one_peer_exponential(8).without([5])
+    assert not rest.graph.is_directed()
+    assert rest.neighbors(0, step=0) == [1, 6]  # agents 1 and 7 of before
+    assert rest.neighbors(4, step=0) == [3]
+    assert rest.period == 3
+
+
+def test_matchings_are_drawn_among_those_who_are_left():
+    rest = tp.random_matching(7, seed=2).without([0, 6, 1])
+    assert all(len(rest.neighbors(agent, step)) == 1 for agent in range(4) for step in range(10))
+    assert tp.random_matching(3, seed=2).without([0, 2]).matrix(5).tolist() == [[1.0]]
+
+
+def test_many_components_are_listed_in_part():
+    with pytest.warns(UserWarning, match=r"star\(30\) without \[0\] falls into 29 components, of sizes 1 .* 8, …$"):
+        tp.star(30).without([0])
+
+
+@pytest.mark.parametrize(
+    ("agents", "error", "message"),
+    [
+        ([5], ValueError, r"ring\(5\) has no agent 5; its agents are 0 … 4"),
+        ([-1], ValueError, r"ring\(5\)\.without: agent must be at least 0, got -1"),
+        ([1.5], TypeError, r"agent must be an integer, got 1\.5"),
+        (range(5), ValueError, r"nobody is left of 5 agents"),
+    ],
+)
+def test_only_agents_that_are_there_can_leave(agents, error, message):
+    with pytest.raises(error, match=message):
+        tp.ring(5).without(agents)
+
+
 # Bad input
 
 
@@ -802,47 +888,3 @@ def test_agents_and_steps_are_in_range(topology):
             ask(-1)
         with pytest.raises(TypeError, match=r"step must be an integer, got 0\.5"):
             ask(0.5)
-
-
-@pytest.mark.filterwarnings("ignore:.* falls apart")
-def test_without_keeps_the_others_and_stays_doubly_stochastic():
-    for graph in (tp.ring(8), tp.torus(3, 4), tp.one_peer_exponential(8), tp.star(6).lazy(0.5)):
-        left = graph.without([1, 3, 3])
-        assert left.num_agents == graph.num_agents - 2
-        assert str(left) == f"{graph}.without([1, 3])"
-        kept = [agent for agent in range(graph.num_agents) if agent not in (1, 3)]
-        for step in range(4):
-            W = left.matrix(step)
-            assert torch.allclose(W, W.T)
-            assert torch.allclose(W.sum(0), torch.ones(len(W), dtype=W.dtype))
-            before = graph.matrix(step)[kept][:, kept]
-            assert torch.equal(
-                (W - torch.diag(W.diagonal())) > 0, ((before + before.T) > 0) & ~torch.eye(len(W)).bool()
-            )
-
-
-def test_matchings_are_drawn_anew_among_those_left():
-    left = tp.random_matching(7, seed=1).without([0, 6])
-    for step in range(5):
-        W = left.matrix(step)
-        assert sorted(W.diagonal().tolist()) == [0.5] * 4 + [1.0]
-        assert torch.equal(W, W.T)
-
-
-def test_without_says_when_the_graph_falls_apart():
-    with pytest.warns(UserWarning, match=r"ring\(7\) without \[0, 3\] falls apart: 2 with agent 1, 3 with agent 4"):
-        tp.ring(7).without([0, 3])
-
-
-@pytest.mark.parametrize(
-    ("agents", "error", "message"),
-    [
-        ([7], ValueError, r"ring\(7\) has no agent 7; its agents are 0 … 6"),
-        ([1.5], TypeError, "agent must be an integer"),
-        (range(7), ValueError, "nobody is left of 7 agents"),
-    ],
-    ids=str,
-)
-def test_without_refuses(agents, error, message):
-    with pytest.raises(error, match=message):
-        tp.ring(7).without(agents)

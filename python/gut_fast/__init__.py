@@ -5,6 +5,7 @@ coefficients (`gut_fast.rules`) for one fused kernel.
 """
 
 from gut_fast import analysis, data, distributed, models, reference, rules, topology
+from gut_fast.distributed import consolidate
 from gut_fast.gossip import Gossip, clip_grad_norm_per_agent_
 from gut_fast.optim import (
     D2,
@@ -47,6 +48,7 @@ __all__ = [
     "analysis",
     "clip_grad_norm_per_agent_",
     "consensus_error",
+    "consolidate",
     "data",
     "distributed",
     "models",

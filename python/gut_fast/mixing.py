@@ -29,6 +29,7 @@ __all__ = [
     "check_connected",
     "from_dense",
     "from_graph",
+    "listed",
     "numbered",
     "one_peer",
     "warn_if_asymmetric",
@@ -65,10 +66,12 @@ class MixingMatrix:
         group: sizes (n_1, …, n_k), Πn = N, if W is symmetric and invariant under the shifts of the periodic grid
             n_1 × … × n_k that the agents form in row-major order, as on rings, tori and hypercubes. Its eigenvalues
             are then the Fourier transform of its first row: exact, and fast at any size.
+        gamma: γ, if it was made by `lazy`.
     """
 
     csr: CSR
     group: tuple[int, ...] | None = None
+    gamma: float = 1.0
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MixingMatrix):
@@ -79,7 +82,7 @@ class MixingMatrix:
         return hash((self.num_agents, len(self.csr.neighbor)))
 
     def __reduce__(self) -> tuple[type[MixingMatrix], tuple[Any, ...]]:
-        return MixingMatrix, (self.csr, self.group)
+        return MixingMatrix, (self.csr, self.group, self.gamma)
 
     @property
     def num_agents(self) -> int:
@@ -142,13 +145,13 @@ class MixingMatrix:
 
     def lazy(self, gamma: float) -> MixingMatrix:
         """``I + γ (W − I)``."""
-        return MixingMatrix(self.csr._replace(weight=gamma * self.csr.weight), self.group)
+        return MixingMatrix(self.csr._replace(weight=gamma * self.csr.weight), self.group, gamma * self.gamma)
 
     def without(self, agents: Collection[int]) -> MixingMatrix:
-        """Of the other agents, renumbered in order: the same pairs, both ways, with Metropolis–Hastings weights."""
+        """Of the other agents, renumbered in order: the same pairs, both ways, Metropolis–Hastings weights, as lazy."""
         graph = self.graph().to_undirected()
         graph.remove_nodes_from(agents)
-        return from_graph(nx.convert_node_labels_to_integers(graph), "metropolis")
+        return from_graph(nx.convert_node_labels_to_integers(graph), "metropolis").lazy(self.gamma)
 
     def with_weights(self, weights: str) -> MixingMatrix:
         """The same graph with weights of its own. Raises ValueError if it is directed."""
@@ -350,14 +353,17 @@ def check_connected(graph: nx.Graph, name: str, advice: str = "") -> None:
     directed = graph.is_directed()
     find_components: Any = nx.strongly_connected_components if directed else nx.connected_components
     components = list(find_components(graph))
-    if len(components) == 1:
-        return
+    if len(components) > 1:
+        raise ValueError(
+            f"{name} is not {'strongly ' if directed else ''}connected, so its agents cannot agree; it falls into "
+            f"{listed(components)}{advice and '; '}{advice}"
+        )
+
+
+def listed(components: Collection[Collection[int]]) -> str:
+    """How many components there are, and the first of them."""
     parts = [f"{len(component)} with agent {min(component)}" for component in sorted(components, key=min)]
-    listed = ", ".join(parts[:8]) + (", …" if len(parts) > 8 else "")
-    raise ValueError(
-        f"{name} is not {'strongly ' if directed else ''}connected, so its agents cannot agree; it falls into "
-        f"{len(parts)} components, of sizes {listed}{advice and '; '}{advice}"
-    )
+    return f"{len(parts)} components, of sizes {', '.join(parts[:8])}{', …' if len(parts) > 8 else ''}"
 
 
 def warn_if_asymmetric(mixing: MixingMatrix, name: str, stacklevel: int) -> None:

@@ -28,6 +28,7 @@ from gut_fast.mixing import (
     check_connected,
     from_dense,
     from_graph,
+    listed,
     numbered,
     one_peer,
     warn_if_asymmetric,
@@ -147,14 +148,14 @@ class Topology:
     def without(self, agents: Iterable[int]) -> Topology:
         """The topology of the agents that are left, renumbered in order, doubly stochastic at every step.
 
-        Pairs that talked still do, both ways, with Metropolis–Hastings weights: weights of another kind, lazy ones too,
-        are replaced. Random matchings are drawn anew among those left.
+        Pairs that talked still do, both ways. Weights are Metropolis–Hastings ones, whatever they were; the γ of `lazy`
+        is kept. Random matchings are drawn anew among those left.
 
         Raises:
             TypeError, ValueError: there is no such agent, or nobody is left.
 
         Warns:
-            UserWarning: the graph falls apart; the message lists the components.
+            UserWarning: the graph falls apart; the message lists the components, by the agents' numbers here.
         """
         gone = sorted({as_integer(agent, f"{self.name}.without: agent", minimum=0) for agent in agents})
         if gone and gone[-1] >= self.num_agents:
@@ -163,10 +164,9 @@ class Topology:
             raise ValueError(f"{self.name}.without: nobody is left of {self.num_agents} agents")
         graph = self.graph.to_undirected()
         graph.remove_nodes_from(gone)
-        components = sorted(map(sorted, nx.connected_components(graph)))
+        components = list(nx.connected_components(graph))
         if len(components) > 1:
-            parts = ", ".join(f"{len(part)} with agent {part[0]}" for part in components)
-            warnings.warn(f"{self.name} without {gone} falls apart: {parts}", UserWarning, stacklevel=2)
+            warnings.warn(f"{self.name} without {gone} falls into {listed(components)}", UserWarning, stacklevel=2)
         return Topology(f"{self.name}.without({gone})", tuple(mixing.without(gone) for mixing in self.cycle))
 
     @property

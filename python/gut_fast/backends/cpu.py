@@ -61,8 +61,7 @@ def tier() -> str | None:
 
 def gossip_step(step: GossipStep) -> None:
     """One step in place, on `torch.get_num_threads()` threads."""
-    gradients = _contiguous_gradients(step)
-    _core.gossip_step(*_addresses(step, gradients), torch.get_num_threads())
+    _call(_core.gossip_step, step)
 
 
 def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
@@ -76,19 +75,15 @@ def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
 
 
 def _half(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor | None]) -> None:
-    gradients = _contiguous_gradients(step)
     dtype = next((row.dtype for row in rows if row is not None), arithmetic(step.parameters[0].dtype))
     addresses = [0 if row is None else row.data_ptr() for row in rows]
-    half(*_addresses(step, gradients), _dtype(dtype), addresses, torch.get_num_threads())
+    _call(half, step, _dtype(dtype), addresses)
 
 
-def _contiguous_gradients(step: GossipStep) -> list[Tensor | None]:
-    """None of these is a copy unless a gradient is not contiguous; the list keeps such copies alive during the call."""
-    return [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
-
-
-def _addresses(step: GossipStep, gradients: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    return (
+def _call(function: Callable[..., None], step: GossipStep, *more: Any) -> None:
+    # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
+    gradients = [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
+    function(
         *map(_dtype, step.dtypes),
         step.num_agents,
         [parameter.data_ptr() for parameter in step.parameters],
@@ -101,6 +96,8 @@ def _addresses(step: GossipStep, gradients: Sequence[Tensor | None]) -> tuple[An
         step.neighbor.data_ptr(),
         step.weight.data_ptr(),
         0 if step.grad_scale is None else step.grad_scale.data_ptr(),
+        *more,
+        torch.get_num_threads(),
     )
 
 

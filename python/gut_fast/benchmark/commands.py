@@ -1,4 +1,4 @@
-"""The commands of ``gut-fast bench``: step, scaling and train."""
+"""The commands of ``gut-fast bench``: step, scaling, train and across."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from gut_fast import rules
 from gut_fast.backends import BACKENDS
 from gut_fast.benchmark import pictures, report, results, scaling
+from gut_fast.benchmark.across_command import across
 from gut_fast.benchmark.cases import CASES, DTYPES, GROUPS, SHAPES, STEP_SIZE, Case
 from gut_fast.benchmark.comparison import WrongResultError
 from gut_fast.benchmark.device import DEVICES, Device, find_device
@@ -40,6 +41,7 @@ def _bench() -> None:
 
 
 app.command()(train)
+app.command()(across)
 
 
 @app.command()

@@ -1,5 +1,7 @@
 """Agents on several ranks: the same optimizers over `torch.distributed`, what they exchange, and what may go wrong."""
 
+from gut_fast.distributed.checkpoints import Checkpoints
+from gut_fast.distributed.consolidation import consolidate
 from gut_fast.distributed.errors import MismatchError, PeerError
 from gut_fast.distributed.exchange import Exchange
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
@@ -11,11 +13,13 @@ __all__ = [
     "BUCKET_BYTES",
     "DEFAULT_TIMEOUT",
     "SCALED",
+    "Checkpoints",
     "Exchange",
     "Group",
     "MismatchError",
     "PeerError",
     "RankOptions",
     "Ranks",
+    "consolidate",
     "rejoin",
 ]

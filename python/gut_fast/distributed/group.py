@@ -238,7 +238,7 @@ class _Gloo:
         return self._group.allreduce([tensor])
 
     def reduce(self, tensor: Tensor, to: int) -> Any:
-        return self._group.reduce([tensor], to)
+        return self._group.reduce(tensor, to)
 
     def close(self) -> None:
         self._group = None

@@ -1,19 +1,23 @@
 """A folder that holds an experiment over several seeds, and from which it can be continued.
 
-Each seed has ``seed-<n>/`` with ``config.json``, ``checkpoint.pt``, ``history.csv`` and ``history.jsonl``.
+Each seed has ``seed-<n>/`` with ``config.json``, ``checkpoint.pt``, ``history.csv`` and ``history.jsonl``. Where n
+processes have trained together, a folder ``checkpoint-of-<n>`` stands for ``checkpoint.pt``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from gut_fast.experiments.runner import Experiment, Run, make_simulator, train
-from gut_fast.simulation import Simulator, write_csv, write_json_lines
-from gut_fast.simulation.files import remove_leftovers
+import torch.distributed as dist
 
-__all__ = ["check_writable", "create", "load_simulator", "read", "train_in"]
+from gut_fast.experiments.runner import Experiment, Run, make_simulator, train
+from gut_fast.files import remove_leftovers
+from gut_fast.simulation import Simulator, write_csv, write_json_lines
+
+__all__ = ["check_launch", "check_writable", "create", "load_simulator", "read", "train_in"]
 
 
 RESULTS = ("summary.csv", "curves.png")
@@ -67,31 +71,44 @@ def read(folder: Path) -> list[Experiment]:
     return sorted((Experiment.load(file) for file in files), key=lambda experiment: experiment.seed)
 
 
-def load_simulator(folder: Path, experiment: Experiment) -> Simulator:
+def check_launch(folder: Path, experiments: Sequence[Experiment], size: int | None) -> None:
+    """Raises ValueError if a checkpoint in the folder is of another number of processes than `size`."""
+    for experiment in experiments:
+        place = _seed_folder(folder, experiment)
+        if others := sorted(set(place.glob("checkpoint*")) - {_checkpoint(place, size)}):
+            its_size = others[0].name.partition("-of-")[2]
+            advice = f"with --launch {its_size}" if its_size else "without --launch"
+            raise ValueError(f"{others[0]} was written {advice}; go on {advice}")
+
+
+def load_simulator(folder: Path, experiment: Experiment, process_group: dist.ProcessGroup | None = None) -> Simulator:
     """The experiment's simulator, at the step of its checkpoint if there is one. Raises as `make_simulator` does, and
     as `Simulator.load_checkpoint`.
     """
-    simulator = make_simulator(experiment)
-    checkpoint = _seed_folder(folder, experiment) / "checkpoint.pt"
-    if checkpoint.exists():
-        simulator.load_checkpoint(checkpoint)
+    simulator = make_simulator(experiment, process_group)
+    with contextlib.suppress(FileNotFoundError):  # it has not yet begun
+        simulator.load_checkpoint(_checkpoint(_seed_folder(folder, experiment), _size(process_group)))
     return simulator
 
 
-def train_in(folder: Path, experiment: Experiment, simulator: Simulator) -> Run:
+def train_in(
+    folder: Path, experiment: Experiment, simulator: Simulator, process_group: dist.ProcessGroup | None = None
+) -> Run:
     """Trains to the last step; checkpoint and history are in the folder however it ends, by Ctrl-C for example.
 
     Both are written at every evaluation too, so that a process that was killed loses little, and what such a process
-    has left half written is removed first: only one at a time may train in a folder.
+    has left half written is removed first: only one at a time may train in a folder. Of the ranks of a process group
+    the first one writes the history.
     """
-    place = _seed_folder(folder, experiment)
-    checkpoint, table, lines = (place / name for name in ("checkpoint.pt", "history.csv", "history.jsonl"))
-    for file in (checkpoint, table, lines):
+    place, is_first = _seed_folder(folder, experiment), process_group is None or dist.get_rank(process_group) == 0
+    checkpoint, table, lines = _checkpoint(place, _size(process_group)), place / "history.csv", place / "history.jsonl"
+    for file in (checkpoint, table, lines) if is_first else ():
         remove_leftovers(file)
 
     def write_history() -> None:
-        write_csv(simulator.history, table)
-        write_json_lines(simulator.history, lines)
+        if is_first:
+            write_csv(simulator.history, table)
+            write_json_lines(simulator.history, lines)
 
     try:
         return train(
@@ -103,6 +120,14 @@ def train_in(folder: Path, experiment: Experiment, simulator: Simulator) -> Run:
         )
     finally:
         write_history()
+
+
+def _size(process_group: dist.ProcessGroup | None) -> int | None:
+    return None if process_group is None else dist.get_world_size(process_group)
+
+
+def _checkpoint(place: Path, size: int | None) -> Path:
+    return place / ("checkpoint.pt" if size is None else f"checkpoint-of-{size}")
 
 
 def _seed_folder(folder: Path, experiment: Experiment) -> Path:

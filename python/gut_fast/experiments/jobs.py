@@ -29,8 +29,8 @@ from gut_fast.experiments import machine
 from gut_fast.experiments.records import RUNS, Record, record_file, write_record
 from gut_fast.experiments.runner import Run, make_simulator, train
 from gut_fast.experiments.sweep import Task
+from gut_fast.files import remove_leftovers, replacing
 from gut_fast.simulation import Simulator
-from gut_fast.simulation.files import remove_leftovers, replacing
 
 __all__ = ["Failure", "Watcher", "check_no_others", "run_tasks", "sole_user", "unfinished"]
 

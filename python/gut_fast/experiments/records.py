@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gut_fast.experiments.runner import Experiment, Run
+from gut_fast.files import replacing
 from gut_fast.rules import RULES
-from gut_fast.simulation.files import replacing
 from gut_fast.simulation.history import json_line
 
 __all__ = ["RUNS", "Record", "read_record", "read_records", "record_file", "write_record"]

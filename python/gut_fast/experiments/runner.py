@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from gut_fast import analysis, data, models
@@ -24,6 +25,7 @@ from gut_fast.rules import get_rule
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.plan import Plan
 from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
+from gut_fast.simulation.sharing import agents_here
 
 __all__ = ["Experiment", "Run", "load_data", "make_simulator", "samples_per_class", "train"]
 
@@ -145,8 +147,8 @@ class Run:
         return self.history[-1]
 
 
-def make_simulator(experiment: Experiment) -> Simulator:
-    """The simulator that the experiment describes, at step 0.
+def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | None = None) -> Simulator:
+    """The simulator that the experiment describes, at step 0; with a process group that of the agents of this rank.
 
     Raises:
         TypeError, ValueError: a bad value.
@@ -156,6 +158,10 @@ def make_simulator(experiment: Experiment) -> Simulator:
     device = _device(experiment.device)
     state_dtype, autocast = (_dtype(name, getattr(experiment, name)) for name in ("state_dtype", "autocast"))
     dataset = load_data(experiment)
+    where: dict[str, Any] = {}
+    if process_group is not None:
+        here = len(agents_here(topology.num_agents, process_group))
+        where = {"process_group": process_group, "agents_per_rank": here}
 
     def optimizer(parameters: list[nn.Parameter]) -> GossipOptimizer:
         return GossipOptimizer(
@@ -166,6 +172,7 @@ def make_simulator(experiment: Experiment) -> Simulator:
             weight_decay=experiment.weight_decay,
             backend=experiment.backend,
             state_dtype=state_dtype,
+            **where,
             **experiment.hyperparameters,
         )
 
@@ -181,6 +188,7 @@ def make_simulator(experiment: Experiment) -> Simulator:
         augment=dataset.augmentation if experiment.augment else None,
         autocast=autocast,
         channels_last=experiment.channels_last,
+        process_group=process_group,
     )
 
 

@@ -48,6 +48,7 @@ class Batches:
         batch_size: B.
         seed: of the orders.
         augment: changes the inputs of each batch, with random numbers that are a function of (seed, agent, step) too.
+        agents: numbers of those that batches are made for; None is all.
 
     Raises:
         TypeError, ValueError: a bad batch size or seed, a part that is empty, not 1-D, not integer or out of range, or
@@ -62,6 +63,7 @@ class Batches:
         batch_size: int,
         seed: int = 0,
         augment: Augmentation | None = None,
+        agents: range | None = None,
     ) -> None:
         for name, value, minimum in (("batch_size", batch_size, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -75,6 +77,7 @@ class Batches:
                 f"batch_size={batch_size} is more than {MAX_EPOCHS_PER_BATCH} times the samples of any agent; "
                 f"the largest part has {largest}"
             )
+        self.agents = range(len(self.parts)) if agents is None else agents
         self.batch_size = batch_size
         self.seed = seed
         self.augment = augment
@@ -86,7 +89,7 @@ class Batches:
         plan: Plan = partial(Batches._plan, itself)
         if isinstance(inputs, ImageFiles):
             self._device = torch.device("cpu")
-            self._read: Read = _ReadAhead(inputs, plan, len(self.parts), augment)
+            self._read: Read = _ReadAhead(inputs, plan, len(self.agents), augment)
         else:
             self._device = inputs.device
             self._read = partial(_gather, inputs, plan)
@@ -108,10 +111,9 @@ class Batches:
         start = step - step % STEPS_PER_BLOCK
         if start != self._block_start:
             positions = (start * self.batch_size, (start + STEPS_PER_BLOCK) * self.batch_size)
-            agents = range(len(self.parts))
-            self._indices = self._block([self._stream(agent, *positions) for agent in agents])
+            self._indices = self._block([self._stream(agent, *positions) for agent in self.agents])
             if self.augment is not None:
-                self._draws = self._block([self._draw(self.augment, agent, start) for agent in agents])
+                self._draws = self._block([self._draw(self.augment, agent, start) for agent in self.agents])
             self._block_start = start
         return self._indices[step - start], None if self.augment is None else self._draws[step - start]
 

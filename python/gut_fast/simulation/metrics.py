@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from gut_fast.data import Dataset
 from gut_fast.simulation.engines import Loss
+from gut_fast.simulation.sharing import Everyone
 from gut_fast.simulation.stacked import StackedModule
 
 __all__ = ["BytesSent", "consensus_error", "evaluate", "read"]
@@ -36,15 +37,15 @@ def consensus_error(params: Iterable[Tensor]) -> float:
     if len(sizes) != 1 or sizes & {None, 0}:
         shapes = [tuple(parameter.shape) for parameter in stacked]
         raise ValueError(f"consensus_error takes stacked parameters, all of shape (N, ...); got shapes {shapes}")
-    return float(_consensus_error(stacked))
+    return float(_distances(stacked, [parameter.mean(0, dtype=torch.float64) for parameter in stacked]).mean())
 
 
-def _consensus_error(stacked: Sequence[Tensor]) -> Tensor:
-    total = torch.zeros((), dtype=torch.float64, device=stacked[0].device)
-    for parameter in stacked:
-        values = parameter.detach().to(torch.float64)
-        total += (values - values.mean(0)).square().sum()
-    return total / len(stacked[0])
+def _distances(stacked: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+    """``||z_i − mean||²`` of each agent, float64 [N]."""
+    total = torch.zeros(len(stacked[0]), dtype=torch.float64, device=stacked[0].device)
+    for rows, mean in zip(stacked, means, strict=True):
+        total += (rows.to(torch.float64) - mean).square().view(len(rows), mean.numel()).sum(1)
+    return total
 
 
 def read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
@@ -60,6 +61,7 @@ def evaluate(
     autocast: torch.dtype | None = None,
     *,
     vectorized: bool,
+    everyone: Everyone | None = None,
 ) -> dict[str, Tensor]:
     """Test loss and accuracy of the averaged model, accuracy of the mean agent and quartiles, consensus error.
 
@@ -67,19 +69,24 @@ def evaluate(
     scalars on the device of the model; `read` makes numbers of them. Test samples are read once.
 
     Args:
-        stacked: the agents.
+        stacked: the agents that are here.
         data: its test samples are used, on the device of the model.
         loss: mean loss of a batch.
         autocast: dtype of `torch.autocast` around the forward passes, or None.
         vectorized: evaluate all agents at once through `torch.func.vmap`.
+        everyone: of whom the numbers are; None if all agents are here.
     """
+    if everyone is None:
+        everyone = Everyone(range(stacked.num_agents), stacked.num_agents, stacked.device)
     module = copy.deepcopy(stacked.module).eval()
 
     def predict(state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         outputs, _ = stacked.call(module, state, inputs, autocast)
         return outputs  # type: ignore[no-any-return]
 
-    mean_state, agent_hits = stacked.mean_state(), _of_each_agent(stacked, predict, vectorized)
+    state, agent_hits = stacked.state_dict(), _of_each_agent(stacked, predict, vectorized)
+    means = everyone.means(state)
+    mean_state = {name: mean.to(state[name].dtype) for name, mean in means.items()}
     sums = []
     for inputs, labels in zip(
         data.test_inputs.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True
@@ -90,12 +97,15 @@ def evaluate(
     test_loss, test_accuracy, agent_accuracy = (
         torch.stack(column).sum(0) / len(data.test_labels) for column in zip(*sums, strict=True)
     )
+    names = [name for name, _ in stacked.named_parameters()]
+    distances = _distances([state[name] for name in names], [means[name] for name in names])
+    agent_accuracy, distances = everyone.rows(torch.stack([agent_accuracy, distances], 1)).unbind(1)
     return {
         "test_loss": test_loss,
         "test_accuracy": test_accuracy,
         "mean_agent_accuracy": agent_accuracy.mean(),
         **_spread(agent_accuracy),
-        "consensus_error": _consensus_error(stacked.parameters()),
+        "consensus_error": distances.mean(),
     }
 
 
@@ -130,19 +140,20 @@ class BytesSent:
     """Bytes that each agent has sent to others, counted from the mixing matrices of the optimizer's topology.
 
     Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a step, (messages of the rule) × (bytes of one
-    agent's parameters) to each. An optimizer without topology sends nothing.
+    agent's parameters) to each. An optimizer without topology sends nothing. On several ranks it is the same: what the
+    algorithm sends, whichever way it goes; ``optimizer.bytes_sent`` counts what has left this process.
 
     Attributes:
         total: int64 [N].
     """
 
-    def __init__(self, optimizer: Optimizer, num_agents: int) -> None:
+    def __init__(self, optimizer: Optimizer, num_agents: int, agents_here: int) -> None:
         self.total = torch.zeros(num_agents, dtype=torch.int64, device="cpu")
         self._topology: Any = getattr(optimizer, "topology", None)
         self._static_receivers: Tensor | None = None
         if self._topology is not None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters) // num_agents
+            model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters) // agents_here
             self._bytes_per_receiver = model_bytes * optimizer.rule.num_messages  # type: ignore[attr-defined]
             if self._topology.is_static:
                 self._static_receivers = self._receivers(0)

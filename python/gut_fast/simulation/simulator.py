@@ -1,22 +1,24 @@
-"""Training all agents in one process."""
+"""Training all agents, in one process or shared out over several."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from gut_fast.data import Augmentation, Dataset, ImageFiles, Inputs
+from gut_fast.data import Augmentation, Dataset, ImageFiles
+from gut_fast.distributed import Group
 from gut_fast.simulation import randomness
+from gut_fast.simulation.arguments import check_ranks, checked_optimizer, like_model
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.checkpoint import (
     check_configuration,
@@ -31,6 +33,7 @@ from gut_fast.simulation.metrics import BytesSent, evaluate, read
 from gut_fast.simulation.plan import Plan
 from gut_fast.simulation.precision import check_autocast
 from gut_fast.simulation.progress import Display, Progress, display
+from gut_fast.simulation.sharing import Everyone, agents_here
 from gut_fast.simulation.stacked import StackedModule, stack
 from gut_fast.topology import Topology
 
@@ -41,7 +44,7 @@ class Simulator:
     """N agents, each with its own samples, trained together.
 
     Args:
-        module: the model, from which all agents start, or a `StackedModule` of N agents.
+        module: the model, from which all agents start, or a `StackedModule` of all N agents.
         topology: who mixes with whom.
         optimizer: makes the optimizer of the stacked parameters, for example
             ``lambda params: gf.GUT(params, lr=0.1, mu=0.9, topology=topology)``.
@@ -67,15 +70,20 @@ class Simulator:
             on GPUs with autocast, agent by agent; with ``vmap`` convolutions return to the usual layout. Parameters
             stay as they are; convolutions convert them as they go. Images of one channel are both layouts at once, and
             change nothing.
+        process_group: the agents are shared out: this process holds k = N / size of them, numbers rank · k and up, and
+            `optimizer` must give the same ``process_group=`` and ``agents_per_rank=k`` to its optimizer. Make the
+            simulator with the same arguments on all ranks. They get the history of a single process, bit for bit on a
+            CPU with engine ``"loop"`` and one thread; only dropout and the like draw other numbers.
 
     Attributes:
-        stacked: the agents' models.
+        stacked: the models of the agents here.
         optimizer: what `optimizer` returned.
         step: steps done.
         history: one dict per evaluation; `evaluate` names its entries.
 
     Raises:
-        TypeError, ValueError: a bad argument, or topology, parts and optimizer are not for the same agents.
+        TypeError, ValueError: a bad argument, or topology, parts and optimizer are not for the same agents or ranks.
+        MismatchError, PeerError: as the optimizer.
     """
 
     def __init__(
@@ -93,31 +101,37 @@ class Simulator:
         augment: Augmentation | None = None,
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
+        process_group: dist.ProcessGroup | Group | None = None,
     ) -> None:
         num_agents = topology.num_agents
-        stacked = module if isinstance(module, StackedModule) else stack(module, num_agents)
-        if stacked.num_agents != num_agents or len(parts) != num_agents:
+        num_models = module.num_agents if isinstance(module, StackedModule) else num_agents
+        if num_models != num_agents or len(parts) != num_agents:
             raise ValueError(
-                f"{topology} has {num_agents} agents, the model {stacked.num_agents} and the data {len(parts)} parts; "
+                f"{topology} has {num_agents} agents, the model {num_models} and the data {len(parts)} parts; "
                 "they must be equal"
             )
+        agents = agents_here(num_agents, process_group)
+        stacked = module.part(agents) if isinstance(module, StackedModule) else stack(module, len(agents))
         check_autocast(autocast, stacked.values.dtype)
         self.stacked = stacked
         self.topology = topology
-        self.data = _like_model(data, stacked, channels_last)
-        self.batches = Batches(self.data.train_inputs, self.data.train_labels, parts, batch_size, seed, augment)
-        self.optimizer = _checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
+        self.data = like_model(data, stacked, channels_last)
+        self.batches = Batches(self.data.train_inputs, self.data.train_labels, parts, batch_size, seed, augment, agents)
+        self.optimizer = checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
+        self._everyone = Everyone(agents, num_agents, stacked.device, self.optimizer)
+        check_ranks(self._everyone.group, process_group)
         self.step = 0
         self.history: list[dict[str, Any]] = []
         self._loss = loss
         self._autocast, self._channels_last = autocast, channels_last
         self._engine = make_engine(engine, stacked, loss, autocast)
-        self._bytes_sent = BytesSent(self.optimizer, num_agents)
+        self._bytes_sent = BytesSent(self.optimizer, num_agents, len(agents))
         self._initial_options = _options(self.optimizer)
         self._last_lr = float(self._initial_options[0]["lr"])
-        self._loss_sum = torch.zeros(num_agents, dtype=torch.float64, device=stacked.device)
+        self._loss_sum = torch.zeros(len(agents), dtype=torch.float64, device=stacked.device)
         self._loss_steps = 0
-        self._random_state = randomness.initial_state(randomness.derive_seed("random", seed), stacked.device)
+        own_seed = randomness.derive_seed("random", seed, *([agents.start] if agents.start else []))
+        self._random_state = randomness.initial_state(own_seed, stacked.device)
         self._scheduler: LRScheduler | None = None
         self._scheduler_state: dict[str, Any] | None = None
         self._is_between_steps = True
@@ -151,13 +165,17 @@ class Simulator:
         uninterrupted run bit for bit. On Ctrl-C the step is finished, the checkpoint written and KeyboardInterrupt
         raised; a second Ctrl-C raises it at once. A loss that is NaN stops nothing; the history shows it.
 
+        With a process_group all ranks call this, with the same arguments. The first one shows the progress; Ctrl-C in
+        any of them stops all at the next tenth step.
+
         Args:
             steps: total number of steps, those done before included.
             milestones: steps after which the learning rate is multiplied by `decay`; fractions of `steps` if below 1.
             decay: that factor.
             schedule: instead of milestones, makes a torch scheduler of the optimizer, which is stepped at every step.
             eval_every: steps between evaluations; there is always one after the last step.
-            checkpoint: file to write at the end, on Ctrl-C and every `checkpoint_every` steps.
+            checkpoint: file to write at the end, on Ctrl-C and every `checkpoint_every` steps; with a process_group a
+                folder, for `gut_fast.distributed.Checkpoints`.
             checkpoint_every: steps between checkpoints.
             on_checkpoint: called after each of these, and after the one at the end.
             progress: show the numbers of the run on stderr, or what to call with the step instead, now and then.
@@ -171,7 +189,7 @@ class Simulator:
         with (
             randomness.own_random_state(self.stacked.device),
             deferred_interrupt() as interrupt,
-            display(steps, self.step, progress) as shown,
+            display(steps, self.step, progress if self._everyone.is_first else False) as shown,
         ):
             randomness.set_state(self._random_state, self.stacked.device)
             self._start_schedule(schedule)
@@ -192,13 +210,17 @@ class Simulator:
         diverged_agents (how many had a loss of NaN or infinity in these steps); test_loss and test_accuracy (of the
         averaged model); mean_agent_accuracy, and the agents' quartiles from worst_agent_accuracy over
         lower_quartile_, median_ and upper_quartile_ to best_agent_accuracy; consensus_error; mean_bytes_sent,
-        max_bytes_sent (per agent, since the start). Accuracies are fractions.
+        max_bytes_sent (per agent, since the start). Accuracies are fractions. With a process_group all ranks call
+        this, and all get the numbers of all agents.
         """
         vectorized = self.engine.endswith("vmap")
+        loss_sums = self._everyone.rows(self._loss_sum)
         metrics = {
-            "loss_sum": self._loss_sum.mean(),
-            "diverged_agents": (~self._loss_sum.isfinite()).sum(dtype=torch.float64),
-            **evaluate(self.stacked, self.data, self._loss, self._autocast, vectorized=vectorized),
+            "loss_sum": loss_sums.mean(),
+            "diverged_agents": (~loss_sums.isfinite()).sum(dtype=torch.float64),
+            **evaluate(
+                self.stacked, self.data, self._loss, self._autocast, vectorized=vectorized, everyone=self._everyone
+            ),
         }
         numbers, bytes_sent = read(metrics), self._bytes_sent.total.tolist()
         loss_sum, diverged_agents = numbers.pop("loss_sum"), numbers.pop("diverged_agents")
@@ -213,7 +235,10 @@ class Simulator:
         }
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Writes everything that `load_checkpoint` needs to go on; an existing file is replaced in one go."""
+        """Writes everything that `load_checkpoint` needs to go on; an existing file is replaced in one go.
+
+        With a process_group all ranks call this, and `path` is a folder.
+        """
         content = {
             "configuration": self._configuration,
             "step": self.step,
@@ -228,17 +253,19 @@ class Simulator:
             "loss_sum": self._loss_sum,
             "loss_steps": self._loss_steps,
         }
-        write_checkpoint(content, path)
+        write_checkpoint(content, path, self._everyone.group)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Goes on where the run that wrote `path` was; this simulator must have been made in the same way.
+
+        With a process_group all ranks call this, `path` is a folder, and they go on from the newest step that all have.
 
         Raises:
             OSError: the file cannot be read.
             RuntimeError: it is truncated, corrupt or not a checkpoint.
             ValueError: it is of another configuration; the message says what differs. Nothing has been changed.
         """
-        content = read_checkpoint(path)
+        content = read_checkpoint(path, self._everyone.group)
         check_configuration(content["configuration"], self._configuration, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.stacked.load_state_dict(content["model"])
@@ -260,7 +287,7 @@ class Simulator:
                 self._add_to_history(self.evaluate())
             if shown.is_due() or self.step >= plan.steps:
                 shown.show(self.step, self._headline())
-            if interrupt.requested:
+            if self._everyone.wants_to_stop(interrupt.requested, self.step):
                 raise KeyboardInterrupt
             if plan.checkpoint is not None and plan.saves_after(self.step):
                 self._save(plan.checkpoint)
@@ -325,7 +352,7 @@ class Simulator:
     def _headline(self) -> str:
         parts = [f"lr {self._last_lr:g}"]
         if self._loss_steps:
-            parts.append(f"loss {self._mean_loss(float(self._loss_sum.mean())):.4f}")
+            parts.append(f"loss {self._mean_loss(float(self._loss_sum.mean())):.4f}")  # of the agents here
         if self.history:
             row = self.history[-1]
             parts.append(f"accuracy {row['test_accuracy']:.1%} (worst agent {row['worst_agent_accuracy']:.1%})")
@@ -339,7 +366,8 @@ class Simulator:
         inputs = self.data.train_inputs
         samples = inputs.fingerprint() if isinstance(inputs, ImageFiles) else inputs
         return {
-            "number of agents": self.stacked.num_agents,
+            "number of agents": self.topology.num_agents,
+            "agents here": None if self._everyone.group is None else str(self.batches.agents),
             "topology": self.topology.name,
             "digest of the mixing weights": mixing_digest(self.topology),
             "optimizer": type(self.optimizer).__name__,
@@ -367,34 +395,3 @@ class Simulator:
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-
-
-def _checked_optimizer(optimizer: Any, stacked: StackedModule, topology: Topology) -> Optimizer:
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    own = {id(parameter) for parameter in stacked.parameters()}
-    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError("the optimizer has other parameters than the stacked ones that it was given")
-    mixes_with = getattr(optimizer, "topology", topology)
-    if mixes_with != topology:
-        raise ValueError(f"the optimizer mixes over {mixes_with}, but the simulator's topology is {topology}")
-    return optimizer
-
-
-def _like_model(data: Dataset, stacked: StackedModule, channels_last: bool) -> Dataset:
-    """The data on the model's device, floating-point inputs in its dtype, images in channels-last memory if asked."""
-    if channels_last and data.train_inputs.ndim != 4:
-        shape = tuple(data.train_inputs.shape)
-        raise ValueError(f"channels_last=True is for images [samples, C, H, W], the inputs have shape {shape}")
-
-    def move(inputs: Inputs) -> Inputs:
-        moved = inputs.to(stacked.values if inputs.is_floating_point() else stacked.device)
-        return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved.contiguous()
-
-    return replace(
-        data,
-        train_inputs=move(data.train_inputs),
-        train_labels=data.train_labels.to(stacked.device),
-        test_inputs=move(data.test_inputs),
-        test_labels=data.test_labels.to(stacked.device),
-    )

@@ -20,7 +20,7 @@ from gut_fast.buffers import allocate, segment_views
 from gut_fast.simulation.precision import at_least_float32, forward_precision
 from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 
-__all__ = ["StackedModule", "stack"]
+__all__ = ["StackedModule", "means", "stack"]
 
 
 def stack(module: nn.Module, num_agents: int, *, init: str = "same", seed: int | None = None) -> StackedModule:
@@ -131,10 +131,16 @@ class StackedModule:
 
     def mean_state(self) -> dict[str, Tensor]:
         """What `average` puts into its module, by name; means are accumulated in float64."""
-        return {
-            name: stacked.mean(0, dtype=torch.float64).to(stacked.dtype) if stacked.is_floating_point() else stacked[0]
-            for name, stacked in self.state_dict().items()
-        }
+        state = self.state_dict()
+        return {name: mean.to(state[name].dtype) for name, mean in means(state).items()}
+
+    def part(self, agents: range) -> StackedModule:
+        """Some of the agents, with memory of their own; all of them are this module itself."""
+        if len(agents) == self.num_agents:
+            return self
+        part = StackedModule(self.module, len(agents))
+        part.load_state_dict({name: rows[agents.start : agents.stop] for name, rows in self.state_dict().items()})
+        return part
 
     def zero_grad(self) -> None:
         """Zeroes all gradients, in place, and makes each stacked parameter's ``.grad`` its view of the flat buffer."""
@@ -209,6 +215,14 @@ class StackedModule:
 
     def __reduce__(self) -> tuple[Callable[..., StackedModule], tuple[Any, ...]]:
         return _restore, (self.module, self.num_agents, self.values.clone(), self._buffers)
+
+
+def means(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of each stacked tensor the agents' mean, float64, or agent 0's value if it is not of floating point."""
+    return {
+        name: rows.mean(0, dtype=torch.float64) if rows.is_floating_point() else rows[0]
+        for name, rows in stacked.items()
+    }
 
 
 def _stacked_buffers(module: nn.Module, num_agents: int) -> tuple[list[Tensor], dict[str, Tensor]]:

@@ -16,9 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from gut_fast.backends import AUTOMATIC, BACKENDS
 from gut_fast.experiments import machine
 from gut_fast.experiments.terminal import BadArgumentError, as_bad_argument, console_of_text, writing
+from gut_fast.files import replacing
 from gut_fast.lockstep import PRECISIONS
 from gut_fast.rules import RULES
-from gut_fast.simulation.files import replacing
 from gut_fast.verification import comparison, players, report
 from gut_fast.verification.cases import THREADS
 

@@ -25,9 +25,9 @@ from gut_fast.experiments.sweep_progress import shown_on, title
 from gut_fast.experiments.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.experiments.tuning import Choice, choose, make_tuning, tried_rows, tuned_content
 from gut_fast.experiments.yaml_files import about_file, read_yaml, write_yaml
+from gut_fast.files import replacing
 from gut_fast.rules import get_rule
 from gut_fast.simulation import write_csv
-from gut_fast.simulation.files import replacing
 
 __all__ = ["FILE", "sweep", "tune"]
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 
 from gut_fast import data, models, ops, rules
@@ -18,6 +19,7 @@ from gut_fast.experiments import folder as experiment_folder
 from gut_fast.experiments import machine, plots, summary
 from gut_fast.experiments.commands.options import DataFolder, Download, prepare_data
 from gut_fast.experiments.commands.topology import GAMMA_HELP, SPECS
+from gut_fast.experiments.launch import launch as launch_ranks
 from gut_fast.experiments.presets import PRESETS, preset_settings
 from gut_fast.experiments.runner import Experiment, Run, make_simulator, samples_per_class
 from gut_fast.experiments.settings import ENTRIES, MAX_SEEDS, make_experiment
@@ -93,6 +95,9 @@ def train(
         bool, _computing("--channels-last", help="Memory format of images.")
     ] = DEFAULT.channels_last,
     threads: Annotated[int | None, _computing(min=1, help="1 is best for small models. Default: as PyTorch.")] = None,
+    launch: Annotated[
+        int | None, _computing(min=1, help="Share the agents out over so many processes on this machine.")
+    ] = None,
     eval_every: Annotated[
         int | None, _output(help=f"Steps between evaluations. Default: {NUM_EVALUATIONS} in all.")
     ] = None,
@@ -115,9 +120,23 @@ def train(
             experiment = _experiment(_given(context))
             prepare_data([experiment.data], folder, download)
             experiments = [replace(experiment, seed=seed) for seed in _seeds(seeds)]
-            make_simulator(experiments[0])
+            _check_can_be_shared_out(make_simulator(experiments[0]), launch)
             experiment_folder.create(out, experiments)
-    _train_all(out, experiments)
+        experiment_folder.check_launch(out, experiments, launch)
+    try:
+        if launch is None:
+            _train_all(out, experiments)
+        else:
+            with as_bad_argument():
+                launch_ranks(launch, threads or max(torch.get_num_threads() // launch, 1), _train_all, out, experiments)
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+
+
+def _check_can_be_shared_out(simulator: Simulator, launch: int | None) -> None:
+    num_agents = simulator.topology.num_agents
+    if launch is not None and num_agents % launch:
+        raise ValueError(f"--launch {launch}: {num_agents} agents cannot be shared out evenly over {launch} processes")
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -130,7 +149,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 
 def _check_nothing_else_given(context: typer.Context) -> None:
-    given = _given(context).keys() - {"out", "resume", "threads", "folder"}
+    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch"}
     if given:
         options = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in given)
         raise ValueError(f"--resume goes on with the settings in the folder; leave out {', '.join(options)}")
@@ -186,26 +205,34 @@ def _number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
-def _train_all(out: Path, experiments: Sequence[Experiment]) -> None:
-    """Trains seed after seed in the folder, then shows the results."""
+def _train_all(out: Path, experiments: Sequence[Experiment], process_group: dist.ProcessGroup | None = None) -> None:
+    """Trains seed after seed in the folder, then shows the results; of several ranks the first one speaks."""
     runs = []
+    is_first = process_group is None or dist.get_rank(process_group) == 0
+    say = typer.echo if is_first else _say_nothing
     for experiment in experiments:
         with as_bad_argument():
-            simulator = experiment_folder.load_simulator(out, experiment)
-        typer.echo(
+            simulator = experiment_folder.load_simulator(out, experiment, process_group)
+        say(
             f"seed {experiment.seed}: {experiment.rule} on {simulator.topology.name}, "
             f"backend {_backend_in_use(simulator)}, from step {simulator.step}"
         )
         try:
             with writing():
-                runs.append(experiment_folder.train_in(out, experiment, simulator))
+                runs.append(experiment_folder.train_in(out, experiment, simulator, process_group))
         except KeyboardInterrupt:
-            typer.echo(
+            launched = "" if process_group is None else f" --launch {process_group.size()}"
+            say(
                 f"\nstopped in seed {experiment.seed} after step {simulator.step}; "
-                f"go on with: gut-fast train --out {out} --resume"
+                f"go on with: gut-fast train --out {out} --resume{launched}"
             )
-            raise typer.Exit(130) from None
-    _show_results(out, runs)
+            raise
+    if is_first:
+        _show_results(out, runs)
+
+
+def _say_nothing(text: str) -> None:
+    """As the ranks do that are not the first."""
 
 
 def _backend_in_use(simulator: Simulator) -> str:
@@ -218,6 +245,7 @@ def _backend_in_use(simulator: Simulator) -> str:
         len(rule.states),
         rule.num_messages,
         optimizer.state_dtype,
+        "gossip_step" if optimizer.group is None else "combine",
     )
     return next(name for name, backend in BACKENDS.items() if backend is selected)
 

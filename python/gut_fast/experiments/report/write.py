@@ -17,7 +17,7 @@ from gut_fast.experiments.report.statistics import METRICS
 from gut_fast.experiments.report.study import Study, num_messages
 from gut_fast.experiments.report.tables import Table, markdown_table
 from gut_fast.experiments.report.words import in_markdown, listed, without_folders
-from gut_fast.simulation.files import replacing
+from gut_fast.files import replacing
 
 __all__ = ["Source", "write_report"]
 

@@ -1,0 +1,72 @@
+"""Eight agents on a ring learn to read digits, each from samples of its own.
+
+python examples/distributed.py                          all agents in this process
+torchrun --nproc-per-node 4 examples/distributed.py     two agents in each of four processes, the same numbers
+
+Stopped, or killed, the same command goes on from the newest step that all processes have saved.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+
+import gut_fast as gf
+
+NUM_AGENTS, BATCH, EVERY = 8, 16, 50
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--steps", type=int, default=300)
+parser.add_argument("--folder", default="outputs/distributed", help="for checkpoints; it may be one for each host")
+options = parser.parse_args()
+torch.set_num_threads(1)
+
+rank, ranks, where = 0, 1, {}
+if dist.is_torchelastic_launched():
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    where = {"process_group": dist.group.WORLD, "agents_per_rank": NUM_AGENTS // ranks}
+
+data = gf.data.digits()
+parts = gf.data.partition.dirichlet(data.train_labels, NUM_AGENTS, alpha=0.1, seed=0)
+torch.manual_seed(0)
+model = gf.models.mlp(64, [32], 10)
+agents = gf.stack(model, NUM_AGENTS // ranks)  # those of this process: every parameter has shape (k, ...)
+optimizer = gf.GUT(agents.parameters(), lr=0.4, mu=0.9, topology=gf.topology.ring(NUM_AGENTS), **where)
+
+start, checkpoints = 0, gf.distributed.Checkpoints(f"{options.folder}/{ranks}", optimizer)
+if saved := checkpoints.load():
+    start, state = saved
+    agents.load_state_dict(state["agents"])
+    optimizer.load_state_dict(state["optimizer"])
+
+seconds = {"gradients": 0.0, "mixing": 0.0, "evaluation": 0.0}
+for step in range(start, options.steps):
+    began = time.perf_counter()
+    optimizer.zero_grad()
+    for i in range(agents.num_agents):
+        number = rank * agents.num_agents + i
+        generator = torch.Generator().manual_seed(step * NUM_AGENTS + number)
+        batch = parts[number][torch.randint(len(parts[number]), (BATCH,), generator=generator)]
+        cross_entropy(agents.agent(i)(data.train_inputs[batch]), data.train_labels[batch]).backward()
+    computed = time.perf_counter()
+    optimizer.step()  # sends to the neighbours, receives, and mixes
+    mixed = time.perf_counter()
+    if (step + 1) % EVERY == 0 or step + 1 == options.steps:
+        model.load_state_dict(gf.consolidate(agents, optimizer))  # the mean over the agents of all processes
+        checkpoints.save(step + 1, {"agents": agents.state_dict(), "optimizer": optimizer.state_dict()})
+        with torch.no_grad():
+            output = model(data.test_inputs)
+        accuracy = (output.argmax(1) == data.test_labels).double().mean()
+        if rank == 0:
+            print(f"step {step + 1}: test loss {cross_entropy(output, data.test_labels):.6f}, accuracy {accuracy:.2%}")
+    times = (computed - began, mixed - computed, time.perf_counter() - mixed)
+    seconds = {name: total + more for (name, total), more in zip(seconds.items(), times, strict=True)}
+
+if rank == 0:
+    spent = ", ".join(f"{name} {total:.2f} s" for name, total in seconds.items())
+    print(f"process 0 of {ranks}: {spent}; {sum(optimizer.bytes_sent.values()) / 1e6:.2f} MB to other processes")
+if ranks > 1:
+    dist.destroy_process_group()

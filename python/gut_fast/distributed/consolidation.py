@@ -1,0 +1,133 @@
+"""The averaged model, out of the agents of all ranks."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gut_fast.distributed.errors import PeerError
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
+from gut_fast.mixing import as_integer
+
+__all__ = ["consolidate", "given_group"]
+
+
+def consolidate(module: Any, group: Any = None, *, to: int | None = None) -> dict[str, Any] | None:
+    """The mean over all agents of all ranks, as a plain state dict.
+
+    Floating-point parameters and buffers are averaged, in float64, with a single all-reduce; what else there is, such
+    as counters, is this rank's first agent's. Names, dtypes and devices are those of the module's ``state_dict()``;
+    tensors that it holds under several names are so here. Nothing is changed.
+
+    Args:
+        module: an nn.Module, one agent, or one made by `gut_fast.stack`. Ranks may hold different numbers of agents.
+        group: whose ranks are averaged: an optimizer, a `Group` or a `torch.distributed` process group; all of them
+            call this. None, or an optimizer of one process, averages what is here.
+        to: number of the only rank that gets the result; None is all.
+
+    Returns:
+        The state dict; None on ranks other than `to`.
+
+    Raises:
+        TypeError, ValueError: no such rank `to`, not a module, or it holds complex numbers; nothing has been sent.
+        PeerError: not all ranks came in time.
+    """
+    ranks = given_group(group)
+    members = _numbers(ranks)
+    if to is not None and as_integer(to, "to", minimum=0) not in members:
+        raise ValueError(f"consolidate: there is no rank {to}; ranks are {list(members)}")
+    rows = _rows(module)
+    summed = {id(each): each for each in rows.values() if isinstance(each, Tensor) and each.is_floating_point()}
+    flat = _flat_sum(list(summed.values()), _count(module), ranks)
+    if ranks is not None and len(members) > 1:
+        _reduce(flat, ranks, None if to is None else members.index(to))
+    if to is not None and ranks is not None and to != members[_place(ranks)]:
+        return None
+    means = (flat[:-1] / flat[-1]).split([each[0].numel() for each in summed.values()])
+    result = {
+        key: mean.reshape(each.shape[1:]).to(each.device, each.dtype, copy=True)
+        for (key, each), mean in zip(summed.items(), means, strict=True)
+    }
+    for each in rows.values():
+        if isinstance(each, Tensor):
+            result.setdefault(id(each), each[0].clone())
+    return {name: result[id(each)] if isinstance(each, Tensor) else each for name, each in rows.items()}
+
+
+def given_group(group: Any) -> Group | dist.ProcessGroup | None:
+    """The group that is meant: itself, or an optimizer's. Raises TypeError if it is neither."""
+    if group is None or isinstance(group, (Group, dist.ProcessGroup)):
+        return group
+    if not isinstance(group, torch.optim.Optimizer) and not hasattr(group, "group"):
+        raise TypeError(
+            "group must be an optimizer of gut_fast, a torch.distributed.ProcessGroup or None, "
+            f"got {type(group).__name__}"
+        )
+    found: Any = getattr(group, "group", None)
+    return given_group(found)
+
+
+def _numbers(group: Group | dist.ProcessGroup | None) -> tuple[int, ...]:
+    if isinstance(group, Group):
+        return group.members
+    return tuple(range(1 if group is None else group.size()))
+
+
+def _place(group: Group | dist.ProcessGroup) -> int:
+    return group.rank if isinstance(group, Group) else group.rank()
+
+
+def _count(module: Any) -> int:
+    return 1 if isinstance(module, nn.Module) else module.num_agents
+
+
+@torch.no_grad()
+def _rows(module: Any) -> dict[str, Any]:
+    """The state dict of one agent's module, but with tensors (k, *shape), a row for each agent; shared ones are one."""
+    if not isinstance(module, nn.Module) and not hasattr(module, "num_agents"):
+        raise TypeError(f"expected a torch.nn.Module or what gut_fast.stack returns, got {type(module).__name__}")
+    template = module if isinstance(module, nn.Module) else module.module
+    state = template.state_dict(keep_vars=True)
+    tensors = {id(tensor): tensor for tensor in state.values() if isinstance(tensor, Tensor)}
+    if isinstance(module, nn.Module):
+        rows = {key: tensor.detach()[None] for key, tensor in tensors.items()}
+    else:
+        names = {id(tensor): name for name, tensor in (*template.named_parameters(), *template.named_buffers())}
+        stacked = module.state_dict()
+        rows = {key: stacked[names[key]] for key in tensors}
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.is_complex():
+            raise TypeError(f"consolidate: {name} is {tensor.dtype}; complex numbers are not averaged")
+    return {name: rows[id(tensor)] if isinstance(tensor, Tensor) else tensor for name, tensor in state.items()}
+
+
+def _flat_sum(stacked: list[Tensor], count: int, group: Group | dist.ProcessGroup | None) -> Tensor:
+    """Sums over the agents here, one after the other, and how many these are: float64, where `group` can send it."""
+    is_gloo = group.is_own if isinstance(group, Group) else group is not None and dist.get_backend(group) == "gloo"
+    device = stacked[0].device if stacked and not is_gloo else torch.device("cpu")
+    sums = [each.sum(0, dtype=torch.float64).flatten().to(device) for each in stacked]
+    return torch.cat([*sums, torch.tensor([count], dtype=torch.float64, device=device)])
+
+
+def _reduce(flat: Tensor, group: Group | dist.ProcessGroup, to: int | None) -> None:
+    if isinstance(group, Group):
+        group.all_reduce(flat) if to is None else group.reduce(flat, to)
+        return
+    started = time.monotonic()
+    try:
+        if to is None:
+            work = dist.all_reduce(flat, group=group, async_op=True)
+        else:
+            work = dist.reduce(flat, dist.get_global_rank(group, to), group=group, async_op=True)
+        work.wait(timedelta(seconds=DEFAULT_TIMEOUT))
+    except RuntimeError as error:
+        raise PeerError(
+            f"consolidate: not all of {group.size()} ranks came within {time.monotonic() - started:.3g} s, or one is "
+            f"gone: {error}",
+            -1,
+        ) from error

@@ -1,0 +1,113 @@
+"""Agents shared out over the ranks of a process group, and numbers of all of them from those of each rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gut_fast.distributed import Group
+from gut_fast.simulation.stacked import means
+
+__all__ = ["Everyone", "agents_here"]
+
+ASK_EVERY = 10
+"""Steps between two moments in which ranks ask each other whether to stop."""
+
+
+def agents_here(num_agents: int, process_group: dist.ProcessGroup | Group | None) -> range:
+    """Numbers of the agents that live in this process: rank r of a group holds agents r · k … r · k + k − 1.
+
+    Raises:
+        TypeError: it is not a process group.
+        ValueError: the agents cannot be shared out evenly, or this process is not in the group.
+    """
+    if process_group is None:
+        return range(num_agents)
+    size = Group.size_of(process_group)
+    rank = process_group.rank if isinstance(process_group, Group) else dist.get_rank(process_group)
+    if rank < 0:
+        raise ValueError("process_group: this process is not one of its ranks")
+    if num_agents % size:
+        raise ValueError(
+            f"{num_agents} agents cannot be shared out evenly over {size} ranks; take a number of ranks that divides "
+            f"{num_agents}"
+        )
+    here = num_agents // size
+    return range(rank * here, rank * here + here)
+
+
+class Everyone:
+    """What all agents together have, computed from what those here have.
+
+    With a group every method is a meeting: all ranks call it, one after the other in the same order, and all get the
+    same result. What is added up are float64 sums of float32 numbers, which are hardly ever rounded, or numbers beside
+    zeros; so the results are those of one process.
+
+    Args:
+        agents: numbers of those that are here.
+        num_agents: N.
+        device: of the numbers.
+        optimizer: whose ``group`` are the ranks; None if all agents are here.
+    """
+
+    def __init__(
+        self, agents: range, num_agents: int, device: torch.device, optimizer: Optimizer | None = None
+    ) -> None:
+        self._agents, self._num_agents, self._device, self._optimizer = agents, num_agents, device, optimizer
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks, or None if all agents are here."""
+        group: Group | None = getattr(self._optimizer, "group", None)
+        return group
+
+    @property
+    def is_first(self) -> bool:
+        """Whether agent 0 is here, so that this process speaks for all."""
+        return self._agents.start == 0
+
+    def rows(self, own: Tensor) -> Tensor:
+        """Rows [N, ...] of all agents, from those [k, ...] of the agents here."""
+        if self.group is None:
+            return own
+        rows = own.new_zeros(self._num_agents, *own.shape[1:])
+        rows[self._agents.start : self._agents.stop] = own
+        return self._sum(rows)
+
+    def means(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Of each stacked tensor the agents' mean, float64, or agent 0's value if it is not of floating point."""
+        if self.group is None:
+            return means(stacked)
+        own = [
+            each.sum(0, dtype=torch.float64) if each.is_floating_point() else each[0].to(torch.float64) * self.is_first
+            for each in stacked.values()
+        ]
+        sums = self._sum(torch.cat([each.flatten() for each in own])).split([each.numel() for each in own])
+        return {
+            name: each.view(rows.shape[1:]).div(self._num_agents if rows.is_floating_point() else 1)
+            for (name, rows), each in zip(stacked.items(), sums, strict=True)
+        }
+
+    def wants_to_stop(self, is_asked_to: bool, step: int) -> bool:
+        """Whether a process has been asked to stop: all have to stop after the same step."""
+        if self.group is None:
+            return is_asked_to
+        return step % ASK_EVERY == 0 and bool(self._sum(torch.tensor([int(is_asked_to)], device=self._device)))
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """Over all ranks."""
+        group = self.group
+        assert group is not None
+        if group.missing:
+            raise RuntimeError(
+                f"ranks {group.missing} are gone, so there are no numbers of all agents; the simulator has no "
+                "use for on_peer_failure='continue', a training loop of your own has"
+            )
+        # Connections of our own are gloo's, for which it lies on the CPU.
+        summed = tensor.to("cpu", copy=True) if group.is_own else tensor.clone()
+        group.all_reduce(summed)
+        return summed.to(tensor.device)
