@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from gut_fast import _core, ops, topology
-from gut_fast.backends import BACKENDS, GossipStep
+from gut_fast.backends import BACKENDS, GossipStep, arithmetic, cpu
 from gut_fast.lockstep import seeded
 from gut_fast.rules import RULES
 
 COLUMNS = (5, 1, 130)
+LONG = (4097, 33_000, 5)  # several tiles, and enough for a second thread in an agent of its own
 SPLIT = [
     name
     for name, backend in BACKENDS.items()
@@ -19,12 +20,12 @@ SPLIT = [
 GRAPHS = [topology.ring(6), topology.star(7), topology.torus(3, 4), topology.erdos_renyi(9, 0.4, seed=1)]
 
 
-def whole_step(rule, graph, dtype=torch.float32, state_dtype=None):
+def whole_step(rule, graph, dtype=torch.float32, state_dtype=None, columns=COLUMNS):
     n, rule = graph.num_agents, RULES[rule]
     return GossipStep(
-        [seeded(n, d, seed=d, dtype=dtype) for d in COLUMNS],
-        [seeded(n * sum(COLUMNS), seed=k, dtype=state_dtype or dtype) for k in range(len(rule.states))],
-        [seeded(n, d, seed=d + 50, dtype=dtype) for d in COLUMNS],
+        [seeded(n, d, seed=d, dtype=dtype) for d in columns],
+        [seeded(n * sum(columns), seed=k, dtype=state_dtype or dtype) for k in range(len(rule.states))],
+        [seeded(n, d, seed=d + 50, dtype=dtype) for d in columns],
         torch.tensor(rule.coefficients(0.1, weight_decay=0.01).flat(), dtype=torch.float64),
         rule.num_messages,
         *graph.csr(),
@@ -46,17 +47,26 @@ def part_of(step, agents):
         row_start=starts,
         neighbor=torch.tensor([rows.index(name) for own in names for name in own], dtype=torch.int64),
         weight=torch.cat([step.weight[list(own)] for own in edges]),
-        grad_scale=step.grad_scale[agents],
+        grad_scale=None if step.grad_scale is None else step.grad_scale[agents],
     )
 
 
 def blocks(buffer, step):
     n = step.num_agents
-    return [block.view(n, -1) for block in buffer.split([n * d for d in COLUMNS])]
+    return [block.view(n, -1) for block in buffer.split([p.numel() for p in step.parameters])]
+
+
+def length_of(step):
+    """Numbers in a row of messages."""
+    return step.num_messages * sum(p[0].numel() for p in step.parameters)
+
+
+def copied(step):
+    return step._replace(parameters=[p.clone() for p in step.parameters], state=[s.clone() for s in step.state])
 
 
 def fused(step, backend):
-    step = step._replace(parameters=[p.clone() for p in step.parameters], state=[s.clone() for s in step.state])
+    step = copied(step)
     ops.gossip_step_(*step, backend)
     return step
 
@@ -64,9 +74,8 @@ def fused(step, backend):
 def split(step, ranks, backend, row_dtype=None, only_needed=False):
     """All ranks' messages, or only those that another rank needs, then all ranks' mixing; returns the parts."""
     parts = [part_of(step, agents) for agents in ranks]
-    length = step.num_messages * sum(COLUMNS)
     dtype = row_dtype or step.parameters[0].dtype
-    sent = torch.full((step.num_agents, length), torch.nan, dtype=dtype)
+    sent = torch.full((step.num_agents, length_of(step)), torch.nan, dtype=dtype)
     own = []
     for agents, (_, part) in zip(ranks, parts, strict=True):
         before = [tensor.clone() for tensor in (*part.parameters, *part.state)]
@@ -115,15 +124,76 @@ def tier():
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_instruction_tiers_and_threads_agree(rule, tier, threads):
+def test_instruction_tiers_agree(rule, tier):
     step, ranks = whole_step(rule, GRAPHS[1]), [[0, 2], [1], [3, 4, 5, 6]]
     whole = fused(step, "cpu")
     for name in _core.available_tiers():
         tier(name)
-        for number in (1, 2):
-            threads(number)
-            for only_needed in (False, True):
-                assert_same(whole, split(step, ranks, "cpu", only_needed=only_needed), ranks)
+        for only_needed in (False, True):
+            assert_same(whole, split(step, ranks, "cpu", only_needed=only_needed), ranks)
+
+
+@pytest.mark.parametrize("rule", ["gut", "gradient_tracking"])
+def test_tiles_and_threads_agree(rule, threads):
+    step, ranks = whole_step(rule, topology.ring(4), columns=LONG)._replace(grad_scale=None), [[0], [1, 2, 3]]
+    whole, rounded = fused(step, "cpu"), split(step, ranks, "cpu", torch.bfloat16)
+    for number in (1, 2, 3):
+        threads(number)
+        assert_same(whole, split(step, ranks, "cpu", only_needed=True), ranks)
+        for part, again in zip(rounded, split(step, ranks, "cpu", torch.bfloat16), strict=True):
+            assert all(map(torch.equal, (*part.parameters, *part.state), (*again.parameters, *again.state)))
+
+
+@pytest.mark.parametrize("dtypes", cpu.PAIRS, ids=str)
+def test_storages(dtypes, tier):
+    step, ranks = whole_step("qg_gutm", GRAPHS[0], *dtypes), [[0], [1, 2, 3], [4, 5]]
+    whole = fused(step, "cpu")
+    for name in _core.available_tiers():
+        tier(name)
+        for only_needed in (False, True):
+            assert_same(whole, split(step, ranks, "cpu", arithmetic(dtypes[0]), only_needed), ranks)
+
+
+@pytest.mark.parametrize(("states", "messages"), [(0, 1), (1, 2), (2, 1), (3, 2)])
+def test_a_rule_that_is_not_in_the_table(states, messages):
+    step = whole_step("gut", GRAPHS[1])
+    length = messages * (states + 2) + (states + 1) * (states + 2) + 2 * (states + 1) * messages
+    step = step._replace(
+        state=[seeded(7 * sum(COLUMNS), seed=k, dtype=torch.float32) for k in range(states)],
+        coefficients=seeded(length, seed=9, dtype=torch.float64),
+        num_messages=messages,
+    )
+    ranks = [[0, 2], [1], [3, 4, 5, 6]]
+    assert_same(fused(step, "cpu"), split(step, ranks, "cpu", only_needed=True), ranks)
+
+
+@pytest.mark.parametrize("rule", ["gut", "gradient_tracking"])
+@pytest.mark.parametrize("missing", [(), (1, 2)])
+@pytest.mark.parametrize("in_table", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_bfloat16_rows_are_mixed_as_the_same_numbers_in_float32(dtype, in_table, missing, rule, tier):
+    rows, part = part_of(whole_step(rule, GRAPHS[0], dtype, columns=(5, 5000)), [0, 1, 2, 3])
+    if not in_table:
+        part = part._replace(coefficients=seeded(len(part.coefficients), seed=9, dtype=torch.float64))
+    halves = [None if i in missing else seeded(length_of(part), seed=i).bfloat16() for i in range(len(rows))]
+    expected = copied(part)
+    ops.combine_(expected, [None if row is None else row.float() for row in halves], "cpu")
+    for name in _core.available_tiers():
+        tier(name)
+        step = copied(part)
+        ops.combine_(step, halves, "cpu")
+        assert all(map(torch.equal, (*expected.parameters, *expected.state), (*step.parameters, *step.state)))
+
+
+def test_bfloat16_messages_are_the_float32_ones_rounded(tier):
+    step = whole_step("gradient_tracking", GRAPHS[0])
+    exact = torch.empty(6, length_of(step))
+    ops.message(step, list(exact), "cpu")
+    for name in _core.available_tiers():
+        tier(name)
+        rounded = exact.new_full(exact.shape, torch.nan, dtype=torch.bfloat16)
+        ops.message(step, list(rounded), "cpu")
+        assert torch.equal(rounded, exact.bfloat16())
 
 
 @pytest.mark.parametrize("backend", [*SPLIT, "triton"])
@@ -135,7 +205,7 @@ def test_bfloat16_messages_of_float32_parameters_are_rounded_once(only_needed, b
     ops.message(step, rows, "torch")
     inner = {1, 2} if only_needed else set()
     seen = [row if i in inner else row.bfloat16().float() for i, row in enumerate(rows)]
-    expected = step._replace(parameters=[p.clone() for p in step.parameters], state=[s.clone() for s in step.state])
+    expected = copied(step)
     ops.combine_(expected, seen, "torch")
     for agents, part in zip(ranks, parts, strict=True):
         for p, q in zip(expected.parameters, part.parameters, strict=True):
@@ -143,23 +213,47 @@ def test_bfloat16_messages_of_float32_parameters_are_rounded_once(only_needed, b
     assert not torch.allclose(fused(step, backend).parameters[2][4], parts[1].parameters[2], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_compiled_halves_write_nothing_else(dtype):
-    step = whole_step("gradient_tracking", GRAPHS[0], dtype)
-    kind = torch.float32 if dtype == torch.bfloat16 else dtype
-    length = 2 * sum(COLUMNS)
-    whole = torch.full((6, length + 128), 7.5, dtype=kind)
-    rows = [row[64:-64] for row in whole]
-    ops.message(step, rows, "cpu")
-    ops.combine_(step, rows, "cpu")
-    assert (whole[:, :64] == 7.5).all()
-    assert (whole[:, -64:] == 7.5).all()
+def guarded(tensor, guards):
+    """A copy with 7.5 for a while before and after it, all of which is appended to `guards`."""
+    whole = tensor.new_full((tensor.numel() + 128,), 7.5)
+    guards += [whole[:64], whole[-64:]]
+    return whole[64:-64].view_as(tensor).copy_(tensor)
 
 
-def test_a_dropped_gradient_brings_no_nan():
+@pytest.mark.parametrize(
+    ("dtype", "wire"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float64),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_the_compiled_halves_write_nothing_else(dtype, wire):
+    step, guards = whole_step("gradient_tracking", GRAPHS[0], dtype), []
+    step = step._replace(
+        parameters=[guarded(p, guards) for p in step.parameters], state=[guarded(s, guards) for s in step.state]
+    )
+    rows = [guarded(torch.empty(length_of(step), dtype=wire), guards) for _ in range(6)]
+    gradients = [g.clone() for g in step.gradients]
+    for present in (rows, [None, None, *rows[2:]]):
+        ops.message(step, present, "cpu")
+        ops.combine_(step, present, "cpu")
+    assert all((guard == 7.5).all() for guard in guards)
+    assert all(map(torch.equal, gradients, step.gradients))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("only_needed", [False, True])
+def test_a_dropped_gradient_brings_nothing_in(only_needed, value):
     step = whole_step("gut", GRAPHS[0])
-    step.gradients[2][0] = torch.nan  # of agent 0, whose scale is zero
-    for part in split(step, [[0], [1, 2], [3, 4, 5]], "cpu"):
+    step.gradients[2][0] = value  # of agent 0, whose scale is zero
+    ranks = [[0], [1, 2], [3, 4, 5]]
+    parts = split(step, ranks, "cpu", only_needed=only_needed)
+    assert_same(fused(step, "cpu"), parts, ranks)
+    for part in parts:
         assert all(p.isfinite().all() for p in (*part.parameters, *part.state))
 
 
@@ -219,9 +313,18 @@ def test_bad_rows_change_nothing(case):
     assert not any(row.any() for row in rows)
 
 
+def test_rows_of_half_the_width_beside_float64():
+    step = whole_step("gut", GRAPHS[0], torch.float64)
+    with pytest.raises(TypeError, match=r"row 0 is torch.bfloat16, .* the parameters are torch.float64"):
+        ops.message(step, [torch.zeros(sum(COLUMNS), dtype=torch.bfloat16) for _ in range(6)])
+
+
 @pytest.mark.parametrize("backend", SPLIT)
-def test_an_edge_to_a_row_that_is_not_there(backend):
+@pytest.mark.parametrize("neighbor", [-1, 1, 6])  # of agent 1
+def test_an_edge_to_a_row_that_is_not_there(neighbor, backend):
     step = whole_step("gut", GRAPHS[0])
-    step.neighbor[3] = 6
-    with pytest.raises(ValueError, match="row 1 names agent 6, which is not another one of the 6"):
+    step.neighbor[3] = neighbor
+    before = copied(step)
+    with pytest.raises(ValueError, match=f"row 1 names agent {neighbor}, which is not another one of the 6"):
         ops.combine_(step, [torch.zeros(sum(COLUMNS)) for _ in range(6)], backend)
+    assert all(map(torch.equal, (*before.parameters, *before.state), (*step.parameters, *step.state)))

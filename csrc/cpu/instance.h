@@ -41,22 +41,23 @@ struct LoopArgs {
   const void* chain_weight;                // in a chain: of the neighbours of `sent`
   std::int64_t degree;                     // how many neighbours the mixed agent has
   std::int64_t num_agents;                 // N
-  void* const* outgoing;                   // split form: where the messages of `sent` go
-  const void* const* own;                  // the mixed agent's messages as they were sent
-  const void* const* incoming;             // its neighbours', M for each
+  void* const* place;                      // split form: where each row's messages are, M for each
+  const std::int64_t* neighbor;            // the mixed agent's, whose messages are there
+  const void* rounded[kMaxMessages];       // bfloat16 messages that came, to be widened
   const void* next[2 * (kMaxStates + 2)];  // where the rows begin whose messages come next
   int num_next;
 };
 
 using Loop = void (*)(const LoopArgs&);
 
-// By kind; where there is none for a degree, kAnyDegree serves, where there is no chain, two steps do.
+// By kind; where there is none for a degree, kAnyDegree serves, where there is no chain, two steps do. The loops of the
+// split form are for messages in the type that is computed in, and where that is float for bfloat16 ones.
 struct Loops {
   int lanes;  // columns come in multiples of it
   Loop message[2], mix[2], both[kNumKinds];
-  Loop chain;             // of two steps along a path of agents: see loops.h
-  Loop send[2], combine;  // split form; sends in the type that is computed in, or in bfloat16
-  Loop widen;             // bfloat16 messages that came, `own`, to `outgoing` in the type that is computed in
+  Loop chain;                // of two steps along a path of agents: see loops.h
+  Loop send[2], combine[2];  // split form; without combine[1] bfloat16 rows are widened and combine[0] serves
+  Loop widen;                // from `rounded` to the place of `sent`
 };
 
 struct Instance {

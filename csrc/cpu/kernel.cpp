@@ -74,19 +74,6 @@ Buffer allocate_lines(std::int64_t bytes) {
   return Buffer(memory);
 }
 
-struct Work {
-  Plan plan;
-  std::vector<Chunk> chunks;
-  char* scratch;
-  std::int64_t scratch_bytes;  // per participant
-
-  static void chunk(void* context, std::int64_t index, int participant) {
-    const Work& work = *static_cast<Work*>(context);
-    const Chunk& chunk = work.chunks[index];
-    sweep(work.plan, *chunk.segment, chunk.begin, chunk.end, work.scratch + participant * work.scratch_bytes);
-  }
-};
-
 template <typename T>
 Buffer typed_weights(const Mixing& mixing) {
   const auto count = mixing.row_start[mixing.num_agents];
@@ -124,78 +111,99 @@ Buffer typed_coefficients(const StepArgs& args) {
   return buffer;
 }
 
-template <typename T>
-void step(const StepArgs& args, int num_threads, const Loops& wide, const Loops& narrow) {
-  constexpr std::int64_t kItem = sizeof(T), kPage = 4096;
-  const auto schedule = schedule_of(args.mixing);
-  const auto tile = tile_columns(args, *schedule, kItem, kBlock);
-  const auto stride = tile + kLine / kItem;   // padded, so that rows do not alias in the cache
-  const auto rows = schedule->num_slots + 4;  // and the totals of two tiles
-  const auto scratch_bytes = round_up(rows * args.num_messages * stride * kItem, kPage);
-
-  const Buffer weight = typed_weights<T>(args.mixing), coefficients = typed_coefficients<T>(args);
-  const Buffer zeros = allocate_lines(tile * kItem);
-  std::memset(zeros.get(), 0, tile * kItem);
-  std::vector<Chunk> chunks = make_chunks(args, num_threads, tile, kBlock);
-  num_threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(chunks.size(), 1)));
-  const Buffer scratch = allocate_lines(num_threads * scratch_bytes);
-  const auto per_agent = args.gradient_scale ? num_coefficients(args) * kItem : 0;
-  Work work{{&args, schedule.get(), reads_gradient(args), wide, narrow, kItem, weight.get(), coefficients.get(),
-             per_agent, zeros.get(), tile, stride},
-            std::move(chunks),
-            static_cast<char*>(scratch.get()),
-            scratch_bytes};
-  parallel_chunks(num_threads, static_cast<std::int64_t>(work.chunks.size()), Work::chunk, &work);
-}
-
-// What the halves of a step share with it, and their rows.
-struct Halves {
-  Plan plan;
-  const Rows* rows;
-  std::vector<Chunk> chunks;
-  char* scratch;
-  std::int64_t scratch_bytes;  // per participant
-  bool sends;
-
-  static void chunk(void* context, std::int64_t index, int participant) {
-    const Halves& half = *static_cast<Halves*>(context);
-    const Chunk& chunk = half.chunks[index];
-    if (half.sends) {
-      send_columns(half.plan, *half.rows, *chunk.segment, chunk.begin, chunk.end);
-    } else {
-      combine_columns(half.plan, *half.rows, *chunk.segment, chunk.begin, chunk.end,
-                      half.scratch + participant * half.scratch_bytes);
-    }
-  }
+// The loops of a rule and a storage.
+struct Compiled {
+  Loops wide, narrow;
 };
 
-template <typename T>
-void half(const StepArgs& args, const Rows& rows, bool sends, int num_threads, const Loops& wide, const Loops& narrow) {
+Compiled compiled_loops(const StepArgs& args) {
+  const Instance& instance = select_instance(*current_tier().load(), args);
+  const int storage = storage_index(args.dtype, args.state_dtype, Storages{});
+  if (storage < 0) throw std::invalid_argument("no compiled instance for state of this type beside such parameters");
+  return {instance.loops[storage], narrow_loops(instance, storage)};
+}
+
+struct Layout {
+  const Schedule* schedule;
+  std::int64_t tile, stride, scratch_bytes;  // the last of each participant
+};
+
+// Between scratch rows, padded so that they do not alias in the cache.
+std::int64_t padded(std::int64_t tile, std::int64_t itemsize) { return tile + kLine / itemsize; }
+
+// Calls columns(plan, chunk, scratch) for all chunks of a step that is computed in type T.
+template <typename T, typename Columns>
+void run_chunks(const StepArgs& args, const Compiled& compiled, const Layout& layout, int num_threads,
+                const Columns& columns) {
   constexpr std::int64_t kItem = sizeof(T), kPage = 4096;
-  const auto tile = split_tile(args, rows, kItem);
-  const auto stride = tile + kLine / kItem;
-  const auto scratch_bytes = sends ? 0 : round_up(rows.count * args.num_messages * stride * kItem, kPage);
   const Buffer weight = typed_weights<T>(args.mixing), coefficients = typed_coefficients<T>(args);
-  const Buffer zeros = allocate_lines(tile * kItem);
-  std::memset(zeros.get(), 0, tile * kItem);
-  std::vector<Chunk> chunks = make_chunks(args, num_threads, tile, kBlock);
-  num_threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(chunks.size(), 1)));
+  const Buffer zeros = allocate_lines(layout.tile * kItem);
+  std::memset(zeros.get(), 0, layout.tile * kItem);
+  const auto chunks = make_chunks(args, num_threads, layout.tile, kBlock);
+  const auto num_chunks = static_cast<std::int64_t>(chunks.size());
+  num_threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(num_chunks, 1)));
+  const auto scratch_bytes = round_up(layout.scratch_bytes, kPage);
   const Buffer scratch = allocate_lines(num_threads * scratch_bytes);
   const auto per_agent = args.gradient_scale ? num_coefficients(args) * kItem : 0;
-  Halves halves{{&args, nullptr, reads_gradient(args), wide, narrow, kItem, weight.get(), coefficients.get(), per_agent,
-                 zeros.get(), tile, stride},
-                &rows,
-                std::move(chunks),
-                static_cast<char*>(scratch.get()),
-                scratch_bytes,
-                sends};
-  parallel_chunks(num_threads, static_cast<std::int64_t>(halves.chunks.size()), Halves::chunk, &halves);
+  const Plan plan{&args,           layout.schedule, reads_gradient(args), compiled.wide,
+                  compiled.narrow, kItem,           weight.get(),         coefficients.get(),
+                  per_agent,       zeros.get(),     layout.tile,          layout.stride};
+  auto body = [&](std::int64_t index, int participant) {
+    columns(plan, chunks[index], static_cast<char*>(scratch.get()) + participant * scratch_bytes);
+  };
+  const auto call = [](void* context, std::int64_t index, int participant) {
+    (*static_cast<decltype(body)*>(context))(index, participant);
+  };
+  parallel_chunks(num_threads, num_chunks, call, &body);
+}
+
+template <typename T>
+void run_step(const StepArgs& args, const Compiled& compiled, int num_threads) {
+  const auto schedule = schedule_of(args.mixing);
+  const auto tile = tile_columns(args, *schedule, sizeof(T), kBlock), stride = padded(tile, sizeof(T));
+  const auto rows = schedule->num_slots + 4;  // and the totals of two tiles
+  const auto scratch_bytes = static_cast<std::int64_t>(rows * args.num_messages * stride * sizeof(T));
+  run_chunks<T>(args, compiled, {schedule.get(), tile, stride, scratch_bytes}, num_threads,
+                [](const Plan& plan, const Chunk& chunk, void* scratch) {
+                  sweep(plan, *chunk.segment, chunk.begin, chunk.end, scratch);
+                });
+}
+
+// `columns` is one of the two of split.h.
+template <typename T, typename Columns>
+void run_half(const StepArgs& args, const Rows& rows, const Compiled& compiled, int num_threads, Columns columns) {
+  const auto tile = split_tile(args, rows, sizeof(T)), stride = padded(tile, sizeof(T));
+  const auto scratch_bytes = split_scratch_bytes(args, rows, stride, sizeof(T));
+  run_chunks<T>(args, compiled, {nullptr, tile, stride, scratch_bytes}, num_threads,
+                [&](const Plan& plan, const Chunk& chunk, void* scratch) {
+                  columns(plan, rows, *chunk.segment, chunk.begin, chunk.end, scratch);
+                });
 }
 
 std::int64_t num_elements(const StepArgs& args) {
   std::int64_t columns = 0;
   for (std::int64_t s = 0; s < args.num_segments; ++s) columns += args.segments[s].columns;
   return columns * args.mixing.num_agents;
+}
+
+int useful_threads(const StepArgs& args, int num_threads) {
+  constexpr std::int64_t kAlone = 1 << 15;  // below this many numbers waking a thread costs more than it brings
+  return num_elements(args) < kAlone ? 1 : std::max(num_threads, 1);
+}
+
+template <typename Columns>
+void half(const StepArgs& args, const Rows& rows, int num_threads, Columns columns) {
+  const Compiled compiled = compiled_loops(args);
+  const bool is_double = args.dtype == DType::float64;
+  if (rows.dtype != (is_double ? DType::float64 : DType::float32) && (is_double || rows.dtype != DType::bfloat16)) {
+    throw std::invalid_argument("no compiled instance for messages of this type beside such parameters");
+  }
+  num_threads = useful_threads(args, num_threads);
+  if (is_double) {
+    run_half<double>(args, rows, compiled, num_threads, columns);
+  } else {
+    run_half<float>(args, rows, compiled, num_threads, columns);
+  }
 }
 
 }  // namespace
@@ -219,40 +227,21 @@ void set_tier(const std::string& name) {
   throw std::invalid_argument(message);
 }
 
-constexpr std::int64_t kAlone = 1 << 15;  // below this many numbers waking a thread costs more than it brings
-
-void run_half(const StepArgs& args, const Rows& rows, bool sends, int num_threads) {
-  const Instance& instance = select_instance(*current_tier().load(), args);
-  const int storage = storage_index(args.dtype, args.state_dtype, Storages{});
-  if (storage < 0) throw std::invalid_argument("no compiled instance for state of this type beside such parameters");
-  const Loops &wide = instance.loops[storage], narrow = narrow_loops(instance, storage);
-  if (rows.dtype == DType::bfloat16 ? wide.widen == nullptr
-                                    : (rows.dtype == DType::float64) != (args.dtype == DType::float64)) {
-    throw std::invalid_argument("no compiled instance for messages of this type beside such parameters");
-  }
-  if (!sends) check_mixing(args.mixing, rows.count);
-  num_threads = num_elements(args) < kAlone ? 1 : std::max(num_threads, 1);
+void gossip_step(const StepArgs& args, int num_threads) {
+  const Compiled compiled = compiled_loops(args);
+  num_threads = useful_threads(args, num_threads);
   if (args.dtype == DType::float64) {
-    half<double>(args, rows, sends, num_threads, wide, narrow);
+    run_step<double>(args, compiled, num_threads);
   } else {
-    half<float>(args, rows, sends, num_threads, wide, narrow);
+    run_step<float>(args, compiled, num_threads);
   }
 }
 
-void message(const StepArgs& args, const Rows& rows, int num_threads) { run_half(args, rows, true, num_threads); }
+void message(const StepArgs& args, const Rows& rows, int num_threads) { half(args, rows, num_threads, send_columns); }
 
-void combine(const StepArgs& args, const Rows& rows, int num_threads) { run_half(args, rows, false, num_threads); }
-
-void gossip_step(const StepArgs& args, int num_threads) {
-  const Instance& instance = select_instance(*current_tier().load(), args);
-  const int storage = storage_index(args.dtype, args.state_dtype, Storages{});
-  if (storage < 0) throw std::invalid_argument("no compiled instance for state of this type beside such parameters");
-  num_threads = num_elements(args) < kAlone ? 1 : std::max(num_threads, 1);
-  if (args.dtype == DType::float64) {
-    step<double>(args, num_threads, instance.loops[storage], narrow_loops(instance, storage));
-  } else {
-    step<float>(args, num_threads, instance.loops[storage], narrow_loops(instance, storage));
-  }
+void combine(const StepArgs& args, const Rows& rows, int num_threads) {
+  check_mixing(args.mixing, rows.count);
+  half(args, rows, num_threads, combine_columns);
 }
 
 }  // namespace gut_fast::cpu

@@ -1,7 +1,6 @@
 #include "cpu/split.h"
 
 #include <algorithm>
-#include <vector>
 
 namespace gut_fast::cpu {
 namespace {
@@ -14,23 +13,25 @@ class Split {
         loops_(loops),
         rows_(rows),
         segment_(segment),
-        num_agents_(plan.args->mixing.num_agents),
+        mixing_(plan.args->mixing),
         num_messages_(plan.args->num_messages),
         is_rounded_(rows.dtype == DType::bfloat16),
+        is_mixed_rounded_(is_rounded_ && loops.combine[1] != nullptr &&
+                          std::find(rows.row, rows.row + rows.count, nullptr) == rows.row + rows.count),
         begin_(begin),
         end_(end),
-        scratch_(static_cast<char*>(scratch)) {
+        scratch_(static_cast<char*>(scratch)),
+        place_(reinterpret_cast<void**>(in_scratch(rows.count, 0))) {
     args_.stride = plan.stride;
-    args_.num_agents = num_agents_;
+    args_.place = place_;
   }
 
   void send() {
     for (auto column = begin_; column < end_; column += plan_.tile) {
-      for (std::int64_t agent = 0; agent < num_agents_; ++agent) {
+      for (std::int64_t agent = 0; agent < mixing_.num_agents; ++agent) {
         if (rows_.row[agent] == nullptr) continue;
+        for (int m = 0; m < num_messages_; ++m) place(agent, m) = in_row(agent, m, column);
         set_row(args_.sent, agent, column);
-        for (int m = 0; m < num_messages_; ++m) outgoing_[m] = in_row(agent, m, column);
-        args_.outgoing = outgoing_;
         loops_.send[is_rounded_](args_);
       }
     }
@@ -38,64 +39,55 @@ class Split {
 
   void combine() {
     for (auto column = begin_; column < end_; column += plan_.tile) {
-      for (std::int64_t agent = 0; agent < rows_.count; ++agent) fill_scratch(agent, column);
-      for (std::int64_t agent = 0; agent < num_agents_; ++agent) mix(agent, column);
+      for (std::int64_t agent = 0; agent < rows_.count; ++agent) collect(agent, column);
+      for (std::int64_t agent = 0; agent < mixing_.num_agents; ++agent) mix(agent, column);
     }
   }
 
  private:
-  // The messages of a tile that are not to be read where they lie.
-  void fill_scratch(std::int64_t agent, std::int64_t column) {
-    if (!is_in_scratch(agent)) return;
-    for (int m = 0; m < num_messages_; ++m) outgoing_[m] = in_scratch(agent, m);
-    args_.outgoing = outgoing_;
-    if (rows_.row[agent] == nullptr) {
+  // Finds the agent's messages of this tile: in its row, or in the scratch when they have been put there.
+  void collect(std::int64_t agent, std::int64_t column) {
+    const bool has_row = rows_.row[agent] != nullptr, is_read_there = has_row && is_rounded_ == is_mixed_rounded_;
+    for (int m = 0; m < num_messages_; ++m) {
+      place(agent, m) = is_read_there ? in_row(agent, m, column) : in_scratch(agent, m);
+    }
+    if (is_read_there) return;
+    if (has_row) {
+      args_.sent.agent = agent;
+      args_.sent.count = columns_from(column);
+      for (int m = 0; m < num_messages_; ++m) args_.rounded[m] = in_row(agent, m, column);
+      loops_.widen(args_);
+    } else {
       set_row(args_.sent, agent, column);
       loops_.send[0](args_);
-    } else {
-      args_.sent.count = std::min(end_ - column, plan_.tile);
-      for (int m = 0; m < num_messages_; ++m) own_[m] = in_row(agent, m, column);
-      args_.own = own_;
-      loops_.widen(args_);
     }
   }
 
   void mix(std::int64_t agent, std::int64_t column) {
-    const Mixing& mixing = plan_.args->mixing;
-    const auto first = mixing.row_start[agent], last = mixing.row_start[agent + 1];
+    const auto edge = mixing_.row_start[agent];
     set_row(args_.mixed, agent, column);
-    args_.degree = last - first;
-    args_.weight = static_cast<const char*>(plan_.weight) + first * plan_.item;
-    incoming_.resize(args_.degree * num_messages_);
-    for (int m = 0; m < num_messages_; ++m) {
-      own_[m] = as_sent(agent, m, column);
-      for (auto edge = first; edge < last; ++edge) {
-        incoming_[(edge - first) * num_messages_ + m] = as_sent(mixing.neighbor[edge], m, column);
-      }
-    }
-    args_.own = own_;
-    args_.incoming = incoming_.data();
-    loops_.combine(args_);
+    args_.degree = mixing_.row_start[agent + 1] - edge;
+    args_.neighbor = mixing_.neighbor + edge;
+    args_.weight = static_cast<const char*>(plan_.weight) + edge * plan_.item;
+    loops_.combine[is_mixed_rounded_](args_);
   }
 
   void set_row(Row& row, std::int64_t agent, std::int64_t column) const {
     row.agent = agent;
-    row.count = std::min(end_ - column, plan_.tile);
+    row.count = columns_from(column);
     set_inputs(row, plan_, segment_, column);
   }
 
-  bool is_in_scratch(std::int64_t agent) const { return is_rounded_ || rows_.row[agent] == nullptr; }
+  std::int64_t columns_from(std::int64_t column) const { return std::min(end_ - column, plan_.tile); }
 
-  void* as_sent(std::int64_t agent, int m, std::int64_t column) const {
-    return is_in_scratch(agent) ? in_scratch(agent, m) : in_row(agent, m, column);
-  }
+  void*& place(std::int64_t agent, int m) const { return place_[agent * num_messages_ + m]; }
 
-  void* in_scratch(std::int64_t agent, int m) const {
+  char* in_scratch(std::int64_t agent, int m) const {
     return scratch_ + (agent * num_messages_ + m) * plan_.stride * plan_.item;
   }
 
   void* in_row(std::int64_t agent, int m, std::int64_t column) const {
-    const auto of_segment = segment_.state_offset / num_agents_;
+    const auto of_segment = segment_.state_offset / mixing_.num_agents;  // where it begins in one agent's model
     const auto offset = m * rows_.length + of_segment + column;
     return static_cast<char*>(rows_.row[agent]) + offset * (is_rounded_ ? sizeof(BFloat16) : plan_.item);
   }
@@ -104,14 +96,13 @@ class Split {
   const Loops& loops_;
   const Rows& rows_;
   const Segment& segment_;
-  const std::int64_t num_agents_;
+  const Mixing& mixing_;
   const int num_messages_;
-  const bool is_rounded_;
+  const bool is_rounded_;        // the rows
+  const bool is_mixed_rounded_;  // and are mixed as they are, which wants all of them
   const std::int64_t begin_, end_;
   char* const scratch_;
-  void* outgoing_[kMaxMessages] = {};
-  const void* own_[kMaxMessages] = {};
-  std::vector<const void*> incoming_;
+  void** const place_;
   LoopArgs args_{};
 };
 
@@ -123,10 +114,15 @@ std::int64_t split_tile(const StepArgs& args, const Rows& rows, std::int64_t ite
   return std::clamp(kBudget / bytes_per_column / kBlock * kBlock, kLeast, kMost);
 }
 
-void send_columns(const Plan& plan, const Rows& rows, const Segment& segment, std::int64_t begin, std::int64_t end) {
+std::int64_t split_scratch_bytes(const StepArgs& args, const Rows& rows, std::int64_t stride, std::int64_t itemsize) {
+  return rows.count * args.num_messages * (stride * itemsize + static_cast<std::int64_t>(sizeof(void*)));
+}
+
+void send_columns(const Plan& plan, const Rows& rows, const Segment& segment, std::int64_t begin, std::int64_t end,
+                  void* scratch) {
   const auto whole = begin + (end - begin) / plan.wide.lanes * plan.wide.lanes;
-  if (begin < whole) Split(plan, plan.wide, rows, segment, begin, whole, nullptr).send();
-  if (whole < end) Split(plan, plan.narrow, rows, segment, whole, end, nullptr).send();
+  if (begin < whole) Split(plan, plan.wide, rows, segment, begin, whole, scratch).send();
+  if (whole < end) Split(plan, plan.narrow, rows, segment, whole, end, scratch).send();
 }
 
 void combine_columns(const Plan& plan, const Rows& rows, const Segment& segment, std::int64_t begin, std::int64_t end,
