@@ -730,7 +730,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     old = path.read_bytes()
 
     def save_half(content, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("no space left on device")
 
     monkeypatch.setattr(checkpoint_module.torch, "save", save_half)
