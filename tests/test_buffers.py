@@ -50,7 +50,7 @@ def test_segments_must_fill_the_buffer():
 
 def test_state_that_does_not_fit_is_refused_before_anything_changes():
     parameters = [torch.zeros(2, 3), torch.zeros(2, 4)]
-    flat = FlatState(parameters, ["r"], 2, torch.float32)
+    flat = FlatState(parameters, ["r"], torch.float32)
     state = {parameter: {} for parameter in parameters}
     flat.adopt(state)
     state[parameters[0]]["r"] = torch.ones(2, 3)

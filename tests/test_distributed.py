@@ -246,7 +246,7 @@ DIFFERENCES = {
     "rule": r"differ in their rule: gut on ranks \[0, 1, 3\]; d2 on ranks \[2\]",
     "lr": r"'lr': 0.1, .* on ranks \[0, 1, 3\]; .*'lr': 0.2, .* on ranks \[2\]",
     "shape": r"parameters: \['group 0, parameter 1: \(3, 2\) torch.float32'\] on ranks \[0, 1, 3\]; .*\(2, 3\)",
-    "bucket": r"bucket_bytes: 26214400 on ranks \[0, 1, 3\]; 7 on ranks \[2\]",
+    "bucket": r"bucket_bytes: automatic without overlap on ranks \[0, 1, 3\]; 7 on ranks \[2\]",
     "wire": r"wire_dtype: None on ranks \[0, 1, 3\]; torch.bfloat16 on ranks \[2\]",
 }
 
@@ -298,7 +298,7 @@ def refused(rank, size):
     refuse("size", ValueError, topology=ring(3))
     refuse("group", TypeError, process_group="world")
     refuse("k", TypeError, agents_per_rank=1.5)
-    refuse("shape", ValueError, agents_per_rank=1, p=nn.Parameter(torch.zeros(3, 4)))
+    refuse("shape", ValueError, topology=ring(3), agents_per_rank=3, p=nn.Parameter(torch.zeros(2, 4)))
     refuse("wire", TypeError, wire_dtype=torch.float16)
     refuse("wire int", TypeError, wire_dtype=torch.int8)
     refuse("timeout", ValueError, timeout=-1.0)

@@ -328,3 +328,82 @@ def test_an_edge_to_a_row_that_is_not_there(neighbor, backend):
     with pytest.raises(ValueError, match=f"row 1 names agent {neighbor}, which is not another one of the 6"):
         ops.combine_(step, [torch.zeros(sum(COLUMNS)) for _ in range(6)], backend)
     assert all(map(torch.equal, (*before.parameters, *before.state), (*step.parameters, *step.state)))
+
+
+@pytest.mark.parametrize("backend", [*SPLIT, "triton"])
+@pytest.mark.parametrize("only_needed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_rounding_takes_from_a_message_goes_into_the_next(dtype, only_needed, backend):
+    step = whole_step("gradient_tracking", GRAPHS[0], dtype)
+    exact, rows = torch.empty(6, length_of(step)), torch.empty(6, length_of(step), dtype=torch.bfloat16)
+    ops.message(step, list(exact), backend)
+    sent = [None if only_needed and i in (1, 4) else row for i, row in enumerate(rows)]
+    residuals = [None if row is None else torch.zeros(len(row)) for row in sent]
+    total = torch.zeros_like(exact, dtype=torch.float64)
+    for count in range(1, 21):
+        ops.message(step, sent, backend, residuals=residuals)
+        for i, (row, residual) in enumerate(zip(sent, residuals, strict=True)):
+            if row is not None:
+                total[i] += row.double()
+                assert torch.allclose(total[i] + residual, count * exact[i].double(), rtol=1e-5, atol=1e-5)
+                assert (residual.abs() <= 2.0**-8 * (exact[i].abs() + residual.abs())).all()
+
+
+def test_residuals_have_the_same_bits_on_every_tier_and_in_any_layout(tier):
+    whole = whole_step("gradient_tracking", GRAPHS[0], columns=LONG)
+    strided = whole._replace(gradients=[g.t().contiguous().t() for g in whole.gradients])
+    assert cpu.direct_step(strided) is None
+    exact = torch.empty(6, length_of(whole))
+    ops.message(whole, list(exact), "cpu")
+    before = [seeded(length_of(whole), seed=i, dtype=torch.float32) * 1e-3 for i in range(6)]
+    expected_rows = [(message + left).bfloat16() for message, left in zip(exact, before, strict=True)]
+    for name in _core.available_tiers():
+        tier(name)
+        for step in (whole, strided):
+            rows, residuals = [torch.empty_like(row) for row in expected_rows], [left.clone() for left in before]
+            ops.message(step, rows, "cpu", residuals=residuals)
+            assert all(map(torch.equal, rows, expected_rows))
+            for i in range(6):
+                assert torch.equal(residuals[i], exact[i] + before[i] - rows[i])
+
+
+BAD_RESIDUALS = {
+    "too few": (torch.bfloat16, lambda: [torch.zeros(136)] * 5, ValueError, "5 residuals, expected 6"),
+    "missing": (torch.bfloat16, lambda: [torch.zeros(136)] * 5 + [None], ValueError, "residual 5 is None"),
+    "length": (
+        torch.bfloat16,
+        lambda: [torch.zeros(135)] * 6,
+        ValueError,
+        r"residual 0 is \(\(135,\), .* expected 136",
+    ),
+    "dtype": (torch.bfloat16, lambda: [torch.zeros(136).double()] * 6, TypeError, "residual 0 is torch.float64"),
+    "no rounding": (torch.float32, lambda: [torch.zeros(136)] * 6, TypeError, "loses nothing of torch.float32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RESIDUALS)
+@pytest.mark.parametrize("backend", SPLIT)
+def test_bad_residuals_change_nothing(backend, case):
+    wire, make, error, message = BAD_RESIDUALS[case]
+    rows = [torch.zeros(sum(COLUMNS), dtype=wire) for _ in range(6)]
+    with pytest.raises(error, match=message):
+        ops.message(whole_step("gut", GRAPHS[0]), rows, backend, residuals=make())
+    assert not any(row.any() for row in rows)
+
+
+@pytest.mark.parametrize("backend", SPLIT)
+def test_one_agent_needs_no_leading_dimension(backend):
+    _, part = part_of(whole_step("gut", GRAPHS[0]), [2])
+    alone = copied(part)
+    alone = alone._replace(
+        parameters=[p[0].reshape(-1, 1) for p in alone.parameters],
+        gradients=[g[0].reshape(-1, 1) for g in alone.gradients],
+    )
+    for step in (part, alone):
+        received = [seeded(sum(COLUMNS), seed=i, dtype=torch.float32) for i in range(2)]
+        rows = [torch.empty(sum(COLUMNS)), *received]
+        ops.message(step, rows[:1], backend)
+        ops.combine_(step, rows, backend)
+    for p, q in zip(part.parameters, alone.parameters, strict=True):
+        assert torch.equal(p.flatten(), q.flatten())
+    assert all(map(torch.equal, part.state, alone.state))

@@ -16,6 +16,7 @@ namespace py = pybind11;
 using gut_fast::DType;
 using gut_fast::Segment;
 using gut_fast::bindings::NotPlain;
+using gut_fast::bindings::RowTensors;
 using gut_fast::bindings::SegmentTensors;
 using gut_fast::bindings::TensorReader;
 using gut_fast::bindings::TensorStep;
@@ -83,11 +84,13 @@ void half(DType dtype, DType state_dtype, std::int64_t num_agents, const std::ve
           const std::vector<Address>& gradients, const std::vector<std::int64_t>& columns,
           const std::vector<Address>& state, Address coefficients, int num_messages, Address row_start,
           Address neighbor, Address weight, Address gradient_scale, DType row_dtype, const std::vector<Address>& rows,
-          int num_threads) {
-  std::vector<void*> addresses;
-  for (const auto address : rows) addresses.push_back(pointer<void>(address));
+          const std::vector<Address>& residuals, int num_threads) {
+  std::vector<void*> row, residual;
+  for (const auto address : rows) row.push_back(pointer<void>(address));
+  for (const auto address : residuals) residual.push_back(pointer<void>(address));
   const auto length = std::accumulate(columns.begin(), columns.end(), std::int64_t{0});
-  const gut_fast::Rows all{row_dtype, addresses.data(), static_cast<std::int64_t>(addresses.size()), length};
+  const gut_fast::Rows all{row_dtype, row.data(), static_cast<std::int64_t>(row.size()), length,
+                           residual.empty() ? nullptr : residual.data()};
   with_step([&](const gut_fast::StepArgs& args) { run(args, all, num_threads); }, dtype, state_dtype, num_agents,
             parameters, gradients, columns, state, coefficients, num_messages, row_start, neighbor, weight,
             gradient_scale);
@@ -122,6 +125,20 @@ void run_tensors(const TensorStep& step, int num_threads) {
   gut_fast::cpu::gossip_step(step.args(), num_threads);
 }
 
+// False, and nothing is done, if the rows are not such that the kernel can be called on them as they are.
+template <Half run>
+bool half_of_tensors(const TensorStep& step, const TensorReader& reader, const py::list& rows,
+                     const py::list& residuals, int num_threads) {
+  try {
+    const RowTensors tensors(reader, step.args(), rows, residuals);
+    const py::gil_scoped_release release;
+    run(step.args(), tensors.rows_of_step, num_threads);
+    return true;
+  } catch (const NotPlain&) {
+    return false;
+  }
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
@@ -148,7 +165,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
     module.def(name, function, py::arg("dtype"), py::arg("state_dtype"), py::arg("num_agents"), py::arg("parameters"),
                py::arg("gradients"), py::arg("columns"), py::arg("state"), py::arg("coefficients"),
                py::arg("num_messages"), py::arg("row_start"), py::arg("neighbor"), py::arg("weight"),
-               py::arg("gradient_scale"), py::arg("row_dtype"), py::arg("rows"), py::arg("num_threads"));
+               py::arg("gradient_scale"), py::arg("row_dtype"), py::arg("rows"), py::arg("residuals"),
+               py::arg("num_threads"));
   };
   def_half("message", &half<gut_fast::cpu::message>);
   def_half("combine", &half<gut_fast::cpu::combine>);
@@ -156,7 +174,12 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.def("tensor_reader", &TensorReader::make, py::arg("exchange_api"), py::arg("types"));
   module.def("are_plain", &are_plain, py::arg("reader"), py::arg("num_agents"), py::arg("parameters"), py::arg("state"),
              py::arg("gradients"));
-  py::class_<TensorStep>(module, "TensorStep").def("run", &run_tensors, py::arg("num_threads"));
+  py::class_<TensorStep>(module, "TensorStep")
+      .def("run", &run_tensors, py::arg("num_threads"))
+      .def("message", &half_of_tensors<gut_fast::cpu::message>, py::arg("reader"), py::arg("rows"),
+           py::arg("residuals"), py::arg("num_threads"))
+      .def("combine", &half_of_tensors<gut_fast::cpu::combine>, py::arg("reader"), py::arg("rows"),
+           py::arg("residuals"), py::arg("num_threads"));
   module.def("tensor_step", &tensor_step, py::arg("reader"), py::arg("parameters"), py::arg("state"),
              py::arg("gradients"), py::arg("coefficients"), py::arg("num_messages"), py::arg("row_start"),
              py::arg("neighbor"), py::arg("weight"), py::arg("grad_scale"));

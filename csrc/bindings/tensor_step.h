@@ -112,7 +112,8 @@ class TensorReader {
   std::vector<py::type> types_;
 };
 
-// Parameters [N, ...] of one type and device, each with a gradient of its shape or None, and flat buffers of state.
+// Parameters [N, ...], or of one agent [...], of one type and device, each with a gradient of its shape or None, and
+// flat buffers of state.
 class SegmentTensors {
  public:
   SegmentTensors(const TensorReader& reader, std::int64_t num_agents, const py::list& parameters, const py::list& state,
@@ -127,11 +128,12 @@ class SegmentTensors {
     for (const auto& object : parameters) {
       const auto parameter = reader.read(object);
       require(parameter.dtype == dtype && parameter.device == device);
-      require(parameter.ndim > 0 && parameter.shape[0] == num_agents);
+      require(num_agents == 1 || (parameter.ndim > 0 && parameter.shape[0] == num_agents));
       const auto* end = parameter.shape + parameter.ndim;
-      const auto columns = std::accumulate(parameter.shape + 1, end, std::int64_t{1}, std::multiplies<>{});
-      segments.push_back({parameter.data, gradient_like(reader, parameter, *gradient++), columns, num_elements});
-      num_elements += num_agents * columns;
+      const auto numbers = std::accumulate(parameter.shape, end, std::int64_t{1}, std::multiplies<>{});
+      const auto* data = gradient_like(reader, parameter, *gradient++);
+      segments.push_back({parameter.data, data, numbers / num_agents, num_elements});
+      num_elements += numbers;
     }
     if (!state.empty()) state_dtype = reader.read(*state.begin()).dtype;
     for (const auto& buffer : state) {
@@ -182,7 +184,6 @@ class TensorStep {
 
   const StepArgs& args() const { return args_; }
 
- private:
   static DType storage(dlpack::DataType dtype) {
     if (dtype == dlpack::kFloat64) return DType::float64;
     if (dtype == dlpack::kBfloat16) return DType::bfloat16;
@@ -190,6 +191,7 @@ class TensorStep {
     return DType::float32;
   }
 
+ private:
   static Mixing mixing_of(const TensorReader& reader, py::handle row_start, py::handle neighbor, py::handle weight) {
     const auto starts = reader.read(row_start);
     require(starts.dtype == dlpack::kInt64 && starts.device == dlpack::kCpu);
@@ -204,6 +206,41 @@ class TensorStep {
   Mixing mixing_;
   SegmentTensors tensors_;
   StepArgs args_{};
+};
+
+// Rows of messages for the split form of a step, None for agents that send nothing, and of residuals, if there are any.
+class RowTensors {
+ public:
+  RowTensors(const TensorReader& reader, const StepArgs& args, const py::list& rows, const py::list& residuals) {
+    const auto* end = args.segments + args.num_segments;
+    const auto length = std::accumulate(args.segments, end, std::int64_t{0},
+                                        [](auto sum, const Segment& segment) { return sum + segment.columns; });
+    const auto exact = args.dtype == DType::float64 ? dlpack::kFloat64 : dlpack::kFloat32;
+    const auto numbers = args.num_messages * length, num_agents = args.mixing.num_agents;
+    auto dtype = exact;
+    for (const auto& row : rows) {
+      if (!row.is_none()) dtype = reader.read(row).dtype;
+    }
+    for (const auto& row : rows) rows_.push_back(data(reader, row, dtype, numbers));
+    const auto num_rows = static_cast<std::int64_t>(rows_.size());
+    require(num_rows >= num_agents && std::count(rows_.begin() + num_agents, rows_.end(), nullptr) == 0);
+    for (const auto& row : residuals) residuals_.push_back(data(reader, row, exact, numbers));
+    const bool is_rounded = dtype == dlpack::kBfloat16 && exact == dlpack::kFloat32;
+    require(dtype == exact || is_rounded);
+    require(residuals_.empty() || (is_rounded && residuals_.size() == rows_.size()));
+    for (std::size_t i = 0; i < residuals_.size(); ++i) require(rows_[i] == nullptr || residuals_[i] != nullptr);
+    rows_of_step = {TensorStep::storage(dtype), rows_.data(), num_rows, length,
+                    residuals_.empty() ? nullptr : residuals_.data()};
+  }
+
+  Rows rows_of_step;
+
+ private:
+  static void* data(const TensorReader& reader, py::handle row, dlpack::DataType dtype, std::int64_t numbers) {
+    return row.is_none() ? nullptr : reader.row<void>(row, dtype, numbers, dlpack::kCpu);
+  }
+
+  std::vector<void*> rows_, residuals_;
 };
 
 }  // namespace gut_fast::bindings

@@ -44,6 +44,7 @@ struct LoopArgs {
   void* const* place;                      // split form: where each row's messages are, M for each
   const std::int64_t* neighbor;            // the mixed agent's, whose messages are there
   const void* rounded[kMaxMessages];       // bfloat16 messages that came, to be widened
+  void* residual[kMaxMessages];            // of bfloat16 messages that leave: what rounding has left so far, or null
   const void* next[2 * (kMaxStates + 2)];  // where the rows begin whose messages come next
   int num_next;
 };

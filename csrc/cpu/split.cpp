@@ -30,7 +30,10 @@ class Split {
     for (auto column = begin_; column < end_; column += plan_.tile) {
       for (std::int64_t agent = 0; agent < mixing_.num_agents; ++agent) {
         if (rows_.row[agent] == nullptr) continue;
-        for (int m = 0; m < num_messages_; ++m) place(agent, m) = in_row(agent, m, column);
+        for (int m = 0; m < num_messages_; ++m) {
+          place(agent, m) = in_row(agent, m, column);
+          if (rows_.residual != nullptr) args_.residual[m] = at(rows_.residual[agent], m, column, plan_.item);
+        }
         set_row(args_.sent, agent, column);
         loops_.send[is_rounded_](args_);
       }
@@ -87,9 +90,12 @@ class Split {
   }
 
   void* in_row(std::int64_t agent, int m, std::int64_t column) const {
+    return at(rows_.row[agent], m, column, is_rounded_ ? sizeof(BFloat16) : plan_.item);
+  }
+
+  void* at(void* row, int m, std::int64_t column, std::int64_t itemsize) const {
     const auto of_segment = segment_.state_offset / mixing_.num_agents;  // where it begins in one agent's model
-    const auto offset = m * rows_.length + of_segment + column;
-    return static_cast<char*>(rows_.row[agent]) + offset * (is_rounded_ ? sizeof(BFloat16) : plan_.item);
+    return static_cast<char*>(row) + (m * rows_.length + of_segment + column) * itemsize;
   }
 
   const Plan& plan_;

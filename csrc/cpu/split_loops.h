@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/equations.h"
 #include "cpu/instance.h"
@@ -11,7 +12,7 @@
 
 namespace gut_fast::cpu {
 
-// Messages, stored as Wire; changes nothing else.
+// Messages, stored as Wire. What rounding takes from one is added to the next: their sum stays right to one rounding.
 template <typename Of, typename Wire>
 struct SendLoop {
   static GUT_FAST_INLINE void run(const LoopArgs& args) {
@@ -23,9 +24,18 @@ struct SendLoop {
       typename Of::V u[P::K];
       Of::load(row, c, u);
       for (int m = 0; m < P::M; ++m) {
-        Of::Lane::store(static_cast<Wire*>(place[m]) + c, Of::message_of(with, m, u));
+        store(static_cast<Wire*>(place[m]) + c, Of::message_of(with, m, u), args.residual[m], c);
       }
     }
+  }
+
+ private:
+  static GUT_FAST_INLINE void store(Wire* sent, typename Of::V message, void* residual, std::int64_t c) {
+    auto* left = static_cast<typename Of::T*>(residual);
+    if (std::is_same_v<Wire, typename Of::T> || left == nullptr) return Of::Lane::store(sent, message);
+    message = message + Of::Lane::load(left + c);
+    Of::Lane::store(sent, message);
+    Of::Lane::store(left + c, message - Of::Lane::load(sent));
   }
 };
 

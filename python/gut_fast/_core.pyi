@@ -13,6 +13,12 @@ class TensorReader: ...
 
 class TensorStep:
     def run(self, num_threads: int) -> None: ...
+    def message(
+        self, reader: TensorReader, rows: list[Tensor | None], residuals: list[Tensor | None], num_threads: int
+    ) -> bool: ...
+    def combine(
+        self, reader: TensorReader, rows: list[Tensor | None], residuals: list[Tensor | None], num_threads: int
+    ) -> bool: ...
 
 def tensor_reader(exchange_api: object, types: list[type]) -> TensorReader | None: ...
 def are_plain(
@@ -85,6 +91,7 @@ def message(
     gradient_scale: int,
     row_dtype: DType,
     rows: list[int],
+    residuals: list[int],
     num_threads: int,
 ) -> None: ...
 def combine(
@@ -103,5 +110,6 @@ def combine(
     gradient_scale: int,
     row_dtype: DType,
     rows: list[int],
+    residuals: list[int],
     num_threads: int,
 ) -> None: ...

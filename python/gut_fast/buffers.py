@@ -64,33 +64,25 @@ def segment_views(flat: Tensor, num_agents: int, shapes: Iterable[Sequence[int]]
 
 
 class FlatState:
-    """The state of a group of stacked parameters: one flat buffer for each state name, seen as views of it.
+    """The state of a group of parameters: one flat buffer for each state name, seen as views of it.
 
     Args:
-        parameters: tensors (N, *shape) of one dtype and device.
+        parameters: tensors (N, *shape), or of a single agent (*shape), of one dtype and device.
         names: of the states; each has the shape of its parameter and is zero at the start.
-        num_agents: N; None for a single agent whose parameters have no leading dimension.
         dtype: of the state; None is that of the parameters.
 
     Attributes:
         buffers: one per name, all segments one after the other: what kernels work on.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        names: Sequence[str],
-        num_agents: int | None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        num_elements = sum(parameter.numel() for parameter in parameters)
+    def __init__(self, parameters: Sequence[Tensor], names: Sequence[str], dtype: torch.dtype | None = None) -> None:
+        sizes = [parameter.numel() for parameter in parameters]
         first = parameters[0] if parameters else torch.empty(0, device="cpu")
-        self.buffers = [allocate(num_elements, dtype or first.dtype, first.device) for _ in names]
-        shapes = [parameter.shape[0 if num_agents is None else 1 :] for parameter in parameters]
+        self.buffers = [allocate(sum(sizes), dtype or first.dtype, first.device) for _ in names]
         self._views = [
-            (parameter, name, view[0] if num_agents is None else view)
+            (parameter, name, block.view(parameter.shape))
             for name, buffer in zip(names, self.buffers, strict=True)
-            for parameter, view in zip(parameters, segment_views(buffer, num_agents or 1, shapes), strict=True)
+            for parameter, block in zip(parameters, buffer.split(sizes), strict=True)
         ]
 
     @torch.no_grad()

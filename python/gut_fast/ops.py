@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.backends import AUTOMATIC, BACKENDS, HALVES, GossipStep, arithmetic, cpu
+from gut_fast.backends import AUTOMATIC, BACKENDS, HALVES, GossipStep, Rows, arithmetic, cpu
 
 __all__ = [
     "check",
@@ -52,7 +52,8 @@ def gossip_step_(
     """One step of an update rule for N agents, in place: see `gut_fast.rules` for the equations.
 
     Args:
-        parameters: one contiguous tensor of shape (N, *shape) per segment, all of one floating dtype and device.
+        parameters: one contiguous tensor of shape (N, *shape) per segment, or (*shape) of a single agent, all of one
+            floating dtype and device.
         state: q flat contiguous buffers of that device, each as long as all the parameters together. They share one
             dtype, that of the parameters, or float32 beside bfloat16 or float16, either way round. Steps with a
             half-width dtype are computed in float32 and rounded once, when stored.
@@ -140,7 +141,7 @@ def _gossip_step_impl(*arguments: Any) -> None:
 
 
 @torch.no_grad()
-def message(step: GossipStep, rows: Sequence[Tensor | None], backend: str = "auto") -> None:
+def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: Rows = ()) -> None:
     """The first half of a step whose agents are on several ranks: what each agent sends.
 
     Writes S_1 … S_M of agent i one after the other into ``rows[i]``, each the agent's whole model, segment after
@@ -151,19 +152,25 @@ def message(step: GossipStep, rows: Sequence[Tensor | None], backend: str = "aut
         rows: N contiguous tensors [M ΣD], of the parameters' dtype or that of arithmetic (float32 for half-width ones),
             or of bfloat16 beside parameters of float32; None for an agent that sends nothing to another rank.
         backend: as in `gossip_step_`.
+        residuals: what rounding has left of the messages so far, one tensor like the row, of the dtype of arithmetic,
+            for each agent that sends. It is added to the message, and what rounding leaves now is kept there, so that
+            the sum of all messages is right to one rounding. With rows of a narrower dtype than that.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
     """
-    module = _checked_backend(step, backend, "message")
-    _check_rows(step, rows, step.num_agents)
-    if any(row is not None for row in rows):
-        module.message(step, list(rows))
+    is_done = len(rows) == step.num_agents and _is_direct(backend) and cpu.direct_message(step, rows, residuals)
+    if not is_done:
+        module = _checked_backend(step, backend, "message")
+        _check_rows(step, rows, step.num_agents)
+        _check_residuals(step, rows, residuals)
+        if any(row is not None for row in rows):
+            module.message(step, list(rows), list(residuals))
     torch.autograd.graph.increment_version([row for row in rows if row is not None])
 
 
 @torch.no_grad()
-def combine_(step: GossipStep, rows: Sequence[Tensor | None], backend: str = "auto") -> None:
+def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
     """The second half, in place: mixes what was sent, and computes parameters and state anew.
 
     The drift is ``D(i) = Σ_j w_ij (X_j − X_i)``: of the rows as they were sent, so that their rounding does not move
@@ -179,17 +186,23 @@ def combine_(step: GossipStep, rows: Sequence[Tensor | None], backend: str = "au
     Raises:
         TypeError, ValueError, RuntimeError: as `message`.
     """
-    module = _checked_backend(step, backend, "combine")
-    _check_rows(step, rows, len(rows))
-    module.combine(step, list(rows))
+    if not (_is_direct(backend) and cpu.direct_combine(step, rows)):
+        module = _checked_backend(step, backend, "combine")
+        _check_rows(step, rows, len(rows))
+        module.combine(step, list(rows))
     torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
 
-def _check_rows(step: GossipStep, rows: Sequence[Tensor | None], num_rows: int) -> None:
+def _is_direct(backend: str) -> bool:
+    """Whether the compiled kernel is asked for, and nobody traces."""
+    return backend in ("auto", "cpu") and not torch._C._len_torch_dispatch_stack()
+
+
+def _check_rows(step: GossipStep, rows: Rows, num_rows: int) -> None:
     first = step.parameters[0]
     dtypes = {first.dtype, arithmetic(first.dtype), *([torch.bfloat16] if first.dtype == torch.float32 else [])}
     row_dtype = next((row.dtype for row in rows if row is not None), first.dtype)
-    length = step.num_messages * sum(parameter.numel() for parameter in step.parameters) // step.num_agents
+    length = _row_length(step)
     if len(rows) != num_rows or num_rows < step.num_agents:
         raise ValueError(f"{len(rows)} rows of messages, expected {step.num_agents}: one for each agent that is here")
     for index, row in enumerate(rows):
@@ -204,6 +217,31 @@ def _check_rows(step: GossipStep, rows: Sequence[Tensor | None], num_rows: int) 
             raise TypeError(f"row {index} is {row.dtype}, the first {row_dtype}, the parameters are {first.dtype}")
         if row.device != first.device:
             raise TypeError(f"row {index} is on {row.device}, the parameters are on {first.device}")
+
+
+def _check_residuals(step: GossipStep, rows: Rows, residuals: Rows) -> None:
+    if not residuals:
+        return
+    first, length = step.parameters[0], _row_length(step)
+    exact = arithmetic(first.dtype)
+    if len(residuals) != len(rows):
+        raise ValueError(f"{len(residuals)} residuals, expected {len(rows)}: one for each row")
+    for index, (row, residual) in enumerate(zip(rows, residuals, strict=True)):
+        if row is None:
+            continue
+        if row.dtype.itemsize >= exact.itemsize:
+            raise TypeError(f"row {index} is {row.dtype}, which loses nothing of {exact}; give no residuals")
+        if residual is None or residual.shape != (length,) or not residual.is_contiguous():
+            given = None if residual is None else (tuple(residual.shape), residual.stride())
+            raise ValueError(f"residual {index} is {given}, expected {length} contiguous numbers")
+        if residual.dtype != exact or residual.device != first.device:
+            raise TypeError(
+                f"residual {index} is {residual.dtype} on {residual.device}, expected {exact} on {first.device}"
+            )
+
+
+def _row_length(step: GossipStep) -> int:
+    return step.num_messages * sum(parameter.numel() for parameter in step.parameters) // step.num_agents
 
 
 def _checked_backend(step: GossipStep, backend: str, function: str = "gossip_step") -> ModuleType:
@@ -300,7 +338,7 @@ def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") 
 def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str = "") -> None:
     """Raises TypeError or ValueError, its message after `where`, unless these are N agents' stacked parameters.
 
-    That is: dense and contiguous, of shape (N, ...), all of one floating dtype and device.
+    That is: dense and contiguous, of shape (N, ...), or any shape if N = 1, all of one floating dtype and device.
     """
     for index, parameter in enumerate(parameters):
         # Asked at every step of every parameter, so what is right must be cheap to see; messages are made after.
@@ -308,7 +346,7 @@ def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str =
             raise TypeError(f"{where}parameter {index} is {parameter.dtype}; only floating-point ones can be mixed")
         if parameter.layout is not torch.strided:
             raise TypeError(f"{where}parameter {index} is {parameter.layout}; only dense parameters can be mixed")
-        if parameter.dim() == 0 or parameter.size(0) != num_agents:
+        if num_agents > 1 and (parameter.dim() == 0 or parameter.size(0) != num_agents):
             raise ValueError(
                 f"{where}parameter {index} has shape {tuple(parameter.shape)}, expected ({num_agents}, ...): one row "
                 f"for each agent; gut_fast.stack(module, {num_agents}) makes such parameters of a module"

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gut_fast.backends.step import GossipStep, Instances, arithmetic
+from gut_fast.backends.step import GossipStep, Instances, Rows, arithmetic
 
-__all__ = ["are_plain", "combine", "direct_step", "gossip_step", "message", "tier", "unavailable", "why_missing"]
+__all__ = [
+    "are_plain",
+    "combine",
+    "direct_combine",
+    "direct_message",
+    "direct_step",
+    "gossip_step",
+    "message",
+    "tier",
+    "unavailable",
+    "why_missing",
+]
 
 PAIRS = (
     (torch.float32, torch.float32),
@@ -64,20 +74,23 @@ def gossip_step(step: GossipStep) -> None:
     _call(_core.gossip_step, step)
 
 
-def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    _half(_core.message, step, rows)
+    _half(_core.message, step, rows, residuals)
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def combine(step: GossipStep, rows: Rows) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
-    _half(_core.combine, step, rows)
+    _half(_core.combine, step, rows, ())
 
 
-def _half(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def _half(half: Callable[..., None], step: GossipStep, rows: Rows, residuals: Rows) -> None:
     dtype = next((row.dtype for row in rows if row is not None), arithmetic(step.parameters[0].dtype))
-    addresses = [0 if row is None else row.data_ptr() for row in rows]
-    _call(half, step, _dtype(dtype), addresses)
+    _call(half, step, _dtype(dtype), _addresses(rows), _addresses(residuals))
+
+
+def _addresses(rows: Rows) -> list[int]:
+    return [0 if row is None else row.data_ptr() for row in rows]
 
 
 def _call(function: Callable[..., None], step: GossipStep, *more: Any) -> None:
@@ -110,13 +123,31 @@ def direct_step(step: GossipStep) -> Callable[[], None] | None:
 
     The same as checking it and `gossip_step`, without a word about what is wrong and 30 times as fast.
     """
+    tensor_step = _tensor_step(step)
+    return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())
+
+
+def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
+    """Does `message` and returns True if the step's tensors and the rows are plain, contiguous ones on the CPU."""
+    tensor_step = _tensor_step(step)
+    return tensor_step is not None and tensor_step.message(
+        _reader, list(rows), list(residuals), torch.get_num_threads()
+    )
+
+
+def direct_combine(step: GossipStep, rows: Rows) -> bool:
+    """Does `combine`, as `direct_message` does."""
+    tensor_step = _tensor_step(step)
+    return tensor_step is not None and tensor_step.combine(_reader, list(rows), [], torch.get_num_threads())
+
+
+def _tensor_step(step: GossipStep) -> Any:
     if _reader is None or not step.parameters:
         return None
     dtype, state_dtype = step.dtypes
     if unavailable("cpu", dtype, len(step.state), step.num_messages, state_dtype) is not None:
         return None
-    tensor_step = _core.tensor_step(_reader, *step)
-    return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())
+    return _core.tensor_step(_reader, *step)
 
 
 def are_plain(step: GossipStep) -> bool:

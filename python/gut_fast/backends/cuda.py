@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import HALVES, GossipStep, Instances, arithmetic, message_each, rows_of_all
+from gut_fast.backends.step import HALVES, GossipStep, Instances, Rows, arithmetic, message_each, rows_of_all
 
 __all__ = ["combine", "gossip_step", "message", "unavailable", "why_missing"]
 
@@ -66,12 +66,12 @@ def gossip_step(step: GossipStep) -> None:
         half(compiled, _compiled(rows.dtype), step.num_agents, [], table.data_ptr())
 
 
-def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    message_each(step, rows, partial(_split, _cuda.message))
+    message_each(step, rows, residuals, partial(_split, _cuda.message))
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def combine(step: GossipStep, rows: Rows) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
     _split(_cuda.combine, step, rows_of_all(step, rows, partial(_split, _cuda.message)))
 

@@ -8,9 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GossipStep", "Instances", "arithmetic", "message_each", "rows_of_all"]
+__all__ = ["GossipStep", "Instances", "Rows", "arithmetic", "message_each", "rows_of_all", "store_message"]
 
 HALVES = (torch.bfloat16, torch.float16)
+
+Rows = Sequence["Tensor | None"]
+"""Rows of messages, or of their residuals, one for each agent."""
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -49,7 +52,7 @@ class GossipStep(NamedTuple):
     """One step of one rule on all segments, for N agents: the arguments of the op but the backend's name.
 
     Attributes:
-        parameters: one contiguous tensor (N, *shape) per segment; updated in place.
+        parameters: one contiguous tensor (N, *shape) per segment, or (*shape) of a single agent; updated in place.
         state: q flat buffers of one dtype, each holding all segments one after the other; updated in place.
         gradients: as `parameters`; None counts as zero, as does a tensor of shape (0,), which the op's schema asks for.
         coefficients: A, B, C, E one after the other, float64, on the CPU or the parameters' device.
@@ -88,20 +91,30 @@ class GossipStep(NamedTuple):
 Message = Callable[[GossipStep, Sequence[Tensor]], None]
 
 
-def message_each(step: GossipStep, rows: Sequence[Tensor | None], message: Message) -> None:
+def message_each(step: GossipStep, rows: Rows, residuals: Rows, message: Message) -> None:
     """`message` into the rows that are not None, for a kernel that writes one for every agent, not rounded further."""
     first = step.parameters[0].dtype
-    if all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
+    if not residuals and all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
         message(step, [row for row in rows if row is not None])
         return
     computed = step.new_rows(arithmetic(first))
     message(step, computed)
-    for row, own in zip(rows, computed, strict=True):
+    for row, own, residual in zip(rows, computed, residuals or [None] * len(rows), strict=True):
         if row is not None:
-            row.copy_(own)
+            store_message(row, own, residual)
 
 
-def rows_of_all(step: GossipStep, rows: Sequence[Tensor | None], message: Message) -> list[Tensor]:
+def store_message(row: Tensor, message: Tensor, residual: Tensor | None) -> None:
+    """Rounds message + residual into the row, and leaves in the residual what rounding took."""
+    if residual is None:
+        row.copy_(message)
+        return
+    exact = message + residual
+    row.copy_(exact)
+    torch.sub(exact, row, out=residual)
+
+
+def rows_of_all(step: GossipStep, rows: Rows, message: Message) -> list[Tensor]:
     """The rows, for a kernel that reads one of every agent, in the dtype of parameters or arithmetic."""
     first = step.parameters[0].dtype
     if all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import GossipStep, arithmetic
+from gut_fast.backends.step import GossipStep, Rows, arithmetic, store_message
 
 __all__ = ["combine", "gossip_step", "message", "unavailable"]
 
@@ -36,18 +36,19 @@ def gossip_step(step: GossipStep) -> None:
         segment.store(coefficients, messages, drifts)
 
 
-def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
     coefficients = _Coefficients.of(step)
     for segment in _segments(step):
         for m, row in enumerate(coefficients.A):
             message = _combine(row, segment.inputs)
-            for sent, own in zip(rows, message, strict=False):
+            for sent, own, residual in zip(rows, message, residuals or [None] * len(message), strict=False):
                 if sent is not None:
-                    segment.of(sent, m, step.num_messages).copy_(own)
+                    left = None if residual is None else segment.of(residual, m, step.num_messages)
+                    store_message(segment.of(sent, m, step.num_messages), own, left)
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def combine(step: GossipStep, rows: Rows) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
     _check_edges(step, len(rows))
     coefficients = _Coefficients.of(step)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gut_fast.backends.step import HALVES, GossipStep, arithmetic, message_each, rows_of_all
+from gut_fast.backends.step import HALVES, GossipStep, Rows, arithmetic, message_each, rows_of_all
 
 __all__ = ["Launch", "combine", "gossip_step", "launch", "message", "unavailable", "why_missing"]
 
@@ -78,12 +78,12 @@ def gossip_step(step: GossipStep) -> None:
     _run(step, None, sends=True, mixes=True)
 
 
-def message(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    message_each(step, rows, partial(_run, sends=True, mixes=False))
+    message_each(step, rows, residuals, partial(_run, sends=True, mixes=False))
 
 
-def combine(step: GossipStep, rows: Sequence[Tensor | None]) -> None:
+def combine(step: GossipStep, rows: Rows) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
     _run(step, rows_of_all(step, rows, partial(_run, sends=True, mixes=False)), sends=False, mixes=True)
 

@@ -7,10 +7,9 @@ from gut_fast.distributed.exchange import Exchange
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
 from gut_fast.distributed.membership import rejoin
 from gut_fast.distributed.overlap import SCALED
-from gut_fast.distributed.ranks import BUCKET_BYTES, RankOptions, Ranks
+from gut_fast.distributed.ranks import RankOptions, Ranks
 
 __all__ = [
-    "BUCKET_BYTES",
     "DEFAULT_TIMEOUT",
     "SCALED",
     "Checkpoints",

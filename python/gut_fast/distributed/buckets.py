@@ -72,26 +72,10 @@ class Bucket:
 
     def write_messages(self, step: GossipStep, backend: str, has_feedback: bool) -> None:
         """The messages of the agents here into the rows that are sent."""
-        part = self.part(step)
-        if has_feedback:
-            self._write_rounded(part, backend)
-        else:
-            ops.message(part, self.sent, backend)
-
-    @torch.no_grad()
-    def _write_rounded(self, part: GossipStep, backend: str) -> None:
-        """Rounds message + residual, and keeps what is lost: the error of all messages so far stays one rounding."""
-        first = part.parameters[0]
-        length, kind = part.num_messages * self.columns, arithmetic(first.dtype)
-        if not self.residual:
-            self.residual = [allocate(length, kind, first.device) for _ in range(part.num_agents)]
-        exact = [None if row is None else first.new_empty(length, dtype=kind) for row in self.sent]
-        ops.message(part, exact, backend)
-        for row, message, residual in zip(self.sent, exact, self.residual, strict=True):
-            if row is not None and message is not None:
-                message += residual
-                row.copy_(message)
-                torch.sub(message, row, out=residual)
+        if has_feedback and not self.residual:
+            first, length = step.parameters[0], step.num_messages * self.columns
+            self.residual = [allocate(length, arithmetic(first.dtype), first.device) for _ in range(step.num_agents)]
+        ops.message(self.part(step), self.sent, backend, residuals=self.residual)
 
 
 def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int], limit: int) -> list[Bucket]:

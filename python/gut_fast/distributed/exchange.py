@@ -6,7 +6,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -46,7 +46,6 @@ class Exchange:
     Args:
         group: the ranks, each with `agents_per_rank` agents; agent a lives on rank ``a // agents_per_rank``.
         wire_dtype: of messages; None is the parameters'. Rounding to a narrower one is fed back.
-        bucket_bytes: about how much travels at once.
         on_peer_failure: ``"continue"`` goes on with the ranks that are left.
         resets_state: whether the state is zeroed when ranks leave.
 
@@ -65,7 +64,6 @@ class Exchange:
         agents_per_rank: int,
         backend: str,
         wire_dtype: torch.dtype | None,
-        bucket_bytes: int,
         on_peer_failure: Literal["raise", "continue"],
         resets_state: bool,
     ) -> None:
@@ -73,7 +71,7 @@ class Exchange:
         self.agents_per_rank, self.backend = agents_per_rank, backend
         self.topology = self._topology_of_members()
         self.settings: dict[str, Any] = {}
-        self.wire_dtype, self.bucket_bytes = wire_dtype, bucket_bytes
+        self.wire_dtype = wire_dtype
         self.on_peer_failure, self.resets_state = on_peer_failure, resets_state
         self.bytes_sent: Counter[tuple[int, int]] = Counter()
         self.buckets: list[Bucket] = []
@@ -96,11 +94,17 @@ class Exchange:
         """The rows of W of the agents here, at step `number`."""
         return CSR(*(values.to(device) for values in self.route(number).mixing))
 
-    def plan(self, steps: Sequence[GossipStep | None]) -> None:
-        """Plans the buckets of these groups; None for a group without parameters."""
+    def plan(self, steps: Sequence[GossipStep | None], limit: Callable[[int], int]) -> None:
+        """Plans the buckets of these groups.
+
+        Args:
+            steps: of each group, None for one without parameters.
+            limit: called with the bytes of one agent's messages; about how many of them travel at once.
+        """
         sizes = [[p.numel() // self.agents_per_rank for p in step.parameters] if step else [] for step in steps]
         widths = [self._wire(step).itemsize * step.num_messages if step else 0 for step in steps]
-        self.buckets = plan_buckets(sizes, widths, self.bucket_bytes)
+        total = sum(width * sum(own) for width, own in zip(widths, sizes, strict=True))
+        self.buckets = plan_buckets(sizes, widths, limit(total))
 
     def begin(self, bucket: Bucket, step: GossipStep, number: int) -> None:
         """Computes and sends a bucket's messages, and makes ready for the neighbours'."""

@@ -20,9 +20,11 @@ from gut_fast.mixing import CSR, as_integer, as_number
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
-__all__ = ["BUCKET_BYTES", "RankOptions", "Ranks"]
+__all__ = ["RankOptions", "Ranks"]
 
-BUCKET_BYTES = 25 << 20
+BUCKET_BYTES, LEAST_BUCKET_BYTES, OVERLAPPING_BUCKETS = 25 << 20, 256 << 10, 4
+"""Of buckets nobody set the size of: with overlap there are four, so that some can leave, unless they get too small."""
+
 LONGEST = 1e6
 
 
@@ -32,7 +34,7 @@ class RankOptions(NamedTuple):
     agents_per_rank: int | None = None
     overlap: bool = False
     wire_dtype: torch.dtype | None = None
-    bucket_bytes: int = BUCKET_BYTES
+    bucket_bytes: int | None = None
     timeout: float = DEFAULT_TIMEOUT
     on_peer_failure: Literal["raise", "continue"] = "raise"
 
@@ -40,7 +42,8 @@ class RankOptions(NamedTuple):
         """Raises TypeError or ValueError for what is no such option."""
         if self.agents_per_rank is not None:
             as_integer(self.agents_per_rank, "agents_per_rank", minimum=1)
-        as_integer(self.bucket_bytes, "bucket_bytes", minimum=1)
+        if self.bucket_bytes is not None:
+            as_integer(self.bucket_bytes, "bucket_bytes", minimum=1)
         if not 0 < as_number(self.timeout, "timeout") < LONGEST:
             raise ValueError(f"timeout must be a number of seconds between 0 and {LONGEST:g}, got {self.timeout!r}")
         if self.on_peer_failure not in ("raise", "continue"):
@@ -64,7 +67,6 @@ class Ranks:
 
     Attributes:
         agents_here: k.
-        is_stacked: whether parameters have the leading dimension k.
 
     Raises:
         TypeError, ValueError: a bad argument, or the topology has not k agents for each rank.
@@ -80,7 +82,7 @@ class Ranks:
         options: RankOptions,
     ) -> None:
         options.check()
-        self.agents_here, self.is_stacked = options.agents_per_rank or 1, options.agents_per_rank is not None
+        self.agents_here = options.agents_per_rank or 1
         size = Group.size_of(process_group)
         if size * self.agents_here != topology.num_agents:
             raise ValueError(
@@ -96,17 +98,12 @@ class Ranks:
             agents_per_rank=self.agents_here,
             backend=backend,
             wire_dtype=options.wire_dtype,
-            bucket_bytes=options.bucket_bytes,
             on_peer_failure=options.on_peer_failure,
             resets_state=any(map(any, rule.coefficients(1.0).E[1:])),
         )
         self.overlap: Overlap | None = None
-        self._wants_overlap = options.overlap
+        self._wants_overlap, self._bucket_bytes = options.overlap, options.bucket_bytes
         self._num_agreements = 0
-
-    def stacked(self, tensor: Tensor) -> Tensor:
-        """A view (k, *shape) of a parameter or gradient."""
-        return tensor if self.is_stacked else tensor.detach()[None]
 
     def check_wire(self, dtype: torch.dtype) -> None:
         """Raises TypeError unless messages about parameters of `dtype` can have the wire's."""
@@ -143,7 +140,7 @@ class Ranks:
         else:
             check_welcome(exchange.group, welcome, exchange.settings)
         steps = [make_step(index) if group["params"] else None for index, group in enumerate(groups)]
-        exchange.plan(steps)
+        exchange.plan(steps, self._bucket_limit)
         if welcome is not None:
             exchange.join(steps, welcome.sponsor)
         if self.overlap is not None:
@@ -151,6 +148,12 @@ class Ranks:
         if self._wants_overlap:
             self.overlap = Overlap(exchange, [group["params"] for group in groups], make_step, number)
         return None if welcome is None else welcome.step
+
+    def _bucket_limit(self, message_bytes: int) -> int:
+        if self._bucket_bytes is not None:
+            return self._bucket_bytes
+        parts = OVERLAPPING_BUCKETS if self._wants_overlap else 1
+        return min(BUCKET_BYTES, max(message_bytes // parts, LEAST_BUCKET_BYTES))
 
     def _settings(self, rule: UpdateRule, groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         exchange = self.exchange
@@ -166,7 +169,7 @@ class Ranks:
             ],
             "agents_per_rank": self.agents_here,
             "wire_dtype": str(exchange.wire_dtype),
-            "bucket_bytes": exchange.bucket_bytes,
+            "bucket_bytes": self._bucket_bytes or f"automatic with{'' if self._wants_overlap else 'out'} overlap",
             "on_peer_failure": exchange.on_peer_failure,
             **fingerprint(exchange.whole),
         }

@@ -19,8 +19,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from gut_fast import analysis, ops
 from gut_fast.backends import GossipStep
-from gut_fast.buffers import FlatState
-from gut_fast.distributed import BUCKET_BYTES, DEFAULT_TIMEOUT, SCALED, Group, RankOptions, Ranks
+from gut_fast.distributed import DEFAULT_TIMEOUT, SCALED, Group, RankOptions, Ranks
 from gut_fast.optimizer.checks import check_range, checked_grad_scale, frames_to_the_caller, listed
 from gut_fast.optimizer.flat import FlatOptimizer
 from gut_fast.rules import UpdateRule, get_rule
@@ -54,7 +53,8 @@ class GossipOptimizer(FlatOptimizer):
             AMP) messages leave in `step` as without it; attribute `overlap` says which.
         wire_dtype: of messages; None is the parameters'. Beside parameters of float32 it may be bfloat16, with the
             rounding error fed back; beside half-width ones float32, which gives the stacked numbers bit for bit.
-        bucket_bytes: about how much travels at once.
+        bucket_bytes: about how much travels at once; None is 25 MiB, or with `overlap` a quarter of the model if that
+            is less (256 KiB at least).
         timeout: seconds any wait for another rank may take.
         on_peer_failure: ``"raise"``, or ``"continue"``: the ranks that are left drop the lost ones from the topology,
             weigh it anew (`Topology.without`), zero the state of rules that track, and go on. Only with gloo.
@@ -87,7 +87,7 @@ class GossipOptimizer(FlatOptimizer):
         agents_per_rank: int | None = None,
         overlap: bool = False,
         wire_dtype: torch.dtype | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        bucket_bytes: int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         on_peer_failure: Literal["raise", "continue"] = "raise",
         **hyperparameters: Any,
@@ -137,7 +137,7 @@ class GossipOptimizer(FlatOptimizer):
         params, tensors = listed(param_group, self.rule, self._name)
         group = analysis.with_auto_mu(self.rule, {**self.defaults, **param_group}, self.topology)
         self.rule.coefficients(**self._hyperparameters(group))
-        ops.check_parameters([*map(self._stacked, tensors)], self._num_here, f"{self._name}: ")
+        ops.check_parameters(tensors, self._num_here, f"{self._name}: ")
         for tensor in tensors[:1]:
             dtype, state_dtype = tensor.dtype, self.state_dtype or tensor.dtype
             ops.check_dtypes(dtype, state_dtype, f"{self._name}: ")
@@ -169,13 +169,6 @@ class GossipOptimizer(FlatOptimizer):
     def _num_here(self) -> int:
         """How many agents live in this process."""
         return self.topology.num_agents if self._ranks is None else self._ranks.agents_here
-
-    def _stacked(self, tensor: Tensor) -> Tensor:
-        return tensor if self._ranks is None else self._ranks.stacked(tensor)
-
-    def _new_flat_state(self, parameters: Sequence[Tensor]) -> FlatState:
-        num_agents = self._num_here if self._ranks is None or self._ranks.is_stacked else None
-        return FlatState(parameters, self.rule.states, num_agents, self.state_dtype)
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -324,9 +317,6 @@ class GossipOptimizer(FlatOptimizer):
         self, index: int, coefficients: Tensor, gradients: list[Tensor | None], grad_scale: Tensor | None
     ) -> GossipStep:
         parameters, state = list(self.param_groups[index]["params"]), self._flat_states[index].buffers
-        if self._ranks is not None:
-            parameters = [*map(self._stacked, parameters)]
-            gradients = [gradient if gradient is None else self._stacked(gradient) for gradient in gradients]
         device = parameters[0].device
         step = GossipStep(
             parameters,

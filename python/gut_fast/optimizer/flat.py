@@ -54,7 +54,7 @@ class FlatOptimizer(Optimizer):
         raise NotImplementedError
 
     def _new_flat_state(self, parameters: Sequence[Tensor]) -> FlatState:
-        return FlatState(parameters, self.rule.states, self.topology.num_agents, self.state_dtype)
+        return FlatState(parameters, self.rule.states, self.state_dtype)
 
     def _follow_state(self) -> None:
         """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
