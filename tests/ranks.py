@@ -84,6 +84,9 @@ def run(size, function, *arguments, limit=LIMIT):
     """What ``function(rank, size, *arguments)`` returns on each of `size` ranks; raises what one of them raises."""
     with Crew(size, function, *arguments, limit=limit) as crew:
         outcomes = crew.outcomes()
+        for rank, process in enumerate(crew.processes):
+            process.join(max(crew.deadline - time.monotonic(), 0.1))
+            assert process.exitcode == 0, f"rank {rank} has ended with exit code {process.exitcode}"
     for outcome in outcomes:
         if isinstance(outcome, Exception):
             raise outcome
@@ -100,6 +103,8 @@ def _main(pipe, port, rank, size, function, arguments):
         outcome, text = function(rank, size, *arguments), ""
     except Exception as error:
         outcome, text = error, traceback.format_exc()
+    except BaseException as error:  # such as pytest.raises has where nothing is raised
+        outcome, text = AssertionError(f"{type(error).__name__}: {error}"), traceback.format_exc()
     with contextlib.suppress(BrokenPipeError):
         pipe.send_bytes(pickle.dumps((outcome, text)))  # not send, which would share tensors' memory
     pipe.close()

@@ -1,6 +1,11 @@
 import dataclasses
 import json
 import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,6 +192,70 @@ def test_namespaces_are_removed_whatever_fails(monkeypatch):
     monkeypatch.setattr(across_link, "_call", call)
     with pytest.raises(RuntimeError, match="unknown qdisc"), across_link.places(2, "1gbit"):
         pass
-    added, removed = ([c[3] for c in called if c[:3] == ("ip", "netns", what)] for what in ("add", "del"))
-    assert len(added) == 3
-    assert removed == added[::-1]
+    assert len(names_of("add", called)) == 3
+    assert names_of("del", called) == names_of("add", called)
+
+
+def names_of(what, called):
+    return [command[3] for command in called if command[:3] == ("ip", "netns", what)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("when", ["while they are made", "in use"])
+def test_namespaces_are_removed_whichever_signal_ends_the_process(monkeypatch, number, when):
+    called = []
+
+    def call(*command):
+        called.append(command)
+        if command[:3] == ("ip", "netns", "del") or (when != "in use" and len(called) == 2):
+            signal.raise_signal(number)  # again and again, as long as namespaces are being removed
+
+    monkeypatch.setattr(across_link, "_call", call)
+    with pytest.raises(SystemExit) as ended, across_link.places(2, "1gbit"):
+        signal.raise_signal(number)
+    assert ended.value.code == 128 + number
+    assert len(names_of("del", called)) == 3
+    assert set(names_of("add", called)) <= set(names_of("del", called))
+    assert signal.getsignal(number) is signal.SIG_DFL
+
+
+def test_namespaces_that_a_killed_process_left_are_removed_and_no_others(monkeypatch, tmp_path):
+    called = []
+    monkeypatch.setattr(across_link, "NAMESPACES", tmp_path)
+    monkeypatch.setattr(across_link, "_call", lambda *command: called.append(command))
+    for name in ("gut-fast-99999999-0", f"gut-fast-{os.getpid()}-1", "gut-fast-mine", "other"):
+        (tmp_path / name).touch()
+    with across_link.places(2, "1gbit"):
+        assert names_of("del", called) == ["gut-fast-99999999-0"]
+
+
+def test_a_rank_that_waits_for_another_ends_with_the_process_that_asks(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True) as process:
+        pid = int(process.stdout.readline())
+        process.kill()
+    deadline = time.monotonic() + 20
+    while Path("/proc", str(pid)).exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path("/proc", str(pid)).exists()
+
+
+SCRIPT = """
+import os, time
+from gut_fast.benchmark.across_ranks import crew
+
+class Stuck:
+    def __init__(self, rank, size, place):
+        self.rank = rank
+
+    def wait(self, begins):
+        if begins:
+            time.sleep(100)
+        return os.getpid()
+
+if __name__ == "__main__":
+    with crew(Stuck, 1, None) as ranks:
+        print(*ranks.ask("wait", False), flush=True)
+        ranks.ask("wait", True)
+"""

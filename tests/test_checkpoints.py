@@ -1,7 +1,11 @@
 """Checkpoints of several ranks: whole or not there, of one run, and always one that all ranks have."""
 
 import collections
+import os
 import random
+import resource
+import subprocess
+import sys
 import time
 import warnings
 
@@ -291,3 +295,116 @@ def test_bad_arguments(tmp_path):
         Checkpoints(tmp_path, 3)
     with pytest.raises(ValueError, match="step must be at least 0, got -1"):
         Checkpoints(tmp_path).save(-1, {})
+
+
+def test_something_else_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(NotADirectoryError, match=f"{name} is not a folder"):
+            Checkpoints(tmp_path / name)
+    (tmp_path / "step-00000003").touch()
+    (tmp_path / "step-00000004" / "rank-0.pt").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load() is None
+    for step in (5, 6, 7):
+        checkpoints.save(step, {"x": step})
+    assert checkpoints.load() == (7, {"x": 7})
+    assert files(tmp_path) == ["step-00000003", "step-00000006/rank-0.pt", "step-00000007/rank-0.pt"]
+
+
+@pytest.mark.parametrize("room", [100, 5000, 60_000])
+def test_a_full_disk_is_an_oserror_and_what_was_there_stays(tmp_path, room):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"x": 1})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            checkpoints.save(2, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert files(tmp_path) == ["step-00000001/rank-0.pt"]
+    assert checkpoints.load() == (1, {"x": 1})
+
+
+def test_new_folders_are_on_the_disk_too(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("gut_fast.distributed.checkpoints.sync", synced.append)
+    Checkpoints(tmp_path / "a" / "b").save(1, {})
+    assert set(synced) == {tmp_path / "a" / "b", tmp_path / "a", tmp_path}
+
+
+def also_in_a_part(rank, size, folder):
+    """Ranks 0 and 1 have checkpoints of their own beside those of all."""
+    part = dist.new_group([0, 1])
+    if rank < 2:
+        Checkpoints(folder / "part", part).save(5, value(rank, 5))
+    checkpoints = Checkpoints(folder / "all", dist.group.WORLD)
+    for step in (10, 20, 30, 40):
+        checkpoints.save(step, value(rank, step))
+        dist.barrier()
+    checkpoints.save(50, value(rank, 50))
+    return files(folder / "all")
+
+
+def test_ranks_that_have_checkpoints_elsewhere_too(tmp_path):
+    ranks.run(3, also_in_a_part, tmp_path)
+    assert not (tmp_path / "all" / "step-00000010").exists()
+    assert loaded(3, tmp_path / "all")[0] == 50
+
+
+ELASTIC = """
+import os, sys, torch, torch.distributed as dist, gut_fast as gf
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, folder, kills = dist.get_rank(), sys.argv[1], sys.argv[2:]
+torch.manual_seed(rank)
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
+optimizer = gf.GUT(model.parameters(), 0.1, mu=0.9, topology=gf.topology.ring(2), process_group=dist.group.WORLD,
+                   wire_dtype=torch.bfloat16)
+scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+checkpoints, parts = gf.distributed.Checkpoints(folder, optimizer), (model, optimizer, scheduler)
+start, state = checkpoints.load() or (0, None)
+if state:
+    for part, saved in zip(parts, state["parts"]):
+        part.load_state_dict(saved)
+    torch.set_rng_state(state["random"])
+for step in range(start + 1, 21):
+    if rank == 1 and kills and step == 13 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    optimizer.zero_grad()
+    model(torch.randn(6, 4)).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    if step % 5 == 0:
+        checkpoints.save(step, {"parts": [part.state_dict() for part in parts], "random": torch.get_rng_state()})
+torch.save([start, model.state_dict(), optimizer.state_dict()], f"{folder}/end-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def flat(value):
+    if isinstance(value, torch.Tensor):
+        return [value.flatten().tolist()]
+    if isinstance(value, (dict, list)):
+        return [part for each in (value.values() if isinstance(value, dict) else value) for part in flat(each)]
+    return [value]
+
+
+def test_torchrun_restarts_a_run_that_goes_on_bit_for_bit(tmp_path):
+    (tmp_path / "train.py").write_text(ELASTIC)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, kills in (("whole", []), ("parts", ["kill"])):
+        done = subprocess.run(
+            [*torchrun, "--max-restarts", "1", tmp_path / "train.py", tmp_path / name, *kills],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env={**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},  # else addresses of the dead stay in it
+        )
+        assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        whole, parts = (torch.load(tmp_path / name / f"end-{rank}.pt") for name in ("whole", "parts"))
+        assert (whole[0], parts[0]) == (0, 10)
+        assert flat(parts[1:]) == flat(whole[1:])

@@ -85,9 +85,9 @@ def rank_run(rank, size, cases, steps=STEPS):
     return results
 
 
-def assert_same(cases, outcomes, size):
+def assert_same(cases, outcomes, size, steps=STEPS):
     for index, (rule, graph_name, n, _) in enumerate(cases):
-        parameters, states = stacked_run(rule, graph_of(graph_name, n))
+        parameters, states = stacked_run(rule, graph_of(graph_name, n), steps)
         k = n // size
         for rank, results in enumerate(outcomes):
             mine, my_states, _ = results[index]
@@ -113,7 +113,11 @@ GRAPHS = {
 @pytest.mark.filterwarnings("ignore:.* unstable on")
 @pytest.mark.parametrize(("size", "graph", "n"), [(size, *graph) for size in GRAPHS for graph in GRAPHS[size]])
 def test_ranks_give_the_stacked_numbers(size, graph, n):
-    cases = [(rule, graph, n, {"bucket_bytes": 400 if rule == "gut" else 1 << 20}) for rule in RULES]
+    buckets = {"gut": 400, "gradient_tracking": 400}
+    cases = [
+        (rule, graph, n, {"bucket_bytes": buckets.get(rule, 1 << 20), "shared_memory": index % 2 == 0})
+        for index, rule in enumerate(RULES)
+    ]
     assert_same(cases, ranks.run(size, rank_run, cases), size)
 
 

@@ -1,7 +1,9 @@
 """Ranks that die, stop or dawdle: an error that names them where they are waited for, or training that goes on."""
 
+import os
 import signal
 import time
+from threading import Timer
 
 import networkx as nx
 import pytest
@@ -194,3 +196,83 @@ def test_who_may_not_join_is_told_and_the_others_go_on():
         error = crew.outcomes()[1]
     assert isinstance(error, PeerError)
     assert "rank 1 was not let in within 1 s" in str(error)
+
+
+def interrupted(rank, size, overlap):
+    """Rank 1 is interrupted while it waits for rank 0, takes no notice, and goes on."""
+    parameter = nn.Parameter(torch.full((4,), 1.0 + rank))
+    optimizer = gf.GUT(
+        [parameter], 0.1, topology=gf.topology.ring(size), process_group=dist.group.WORLD, overlap=overlap, timeout=20.0
+    )
+    for step in range(6):
+        if (rank, step) == (0, 3):
+            ranks.store.wait(["interrupted"])
+            time.sleep(0.3)
+        optimizer.zero_grad()
+        parameter.square().sum().backward()
+        if (rank, step) == (1, 3):
+            before = parameter.detach().clone()
+            interrupt = Timer(0.2, lambda: (os.kill(os.getpid(), signal.SIGINT), ranks.store.set("interrupted", "")))
+            interrupt.start()
+            with pytest.raises(KeyboardInterrupt):
+                optimizer.step()
+            assert torch.equal(parameter, before)
+            assert optimizer.num_steps == 3
+        optimizer.step()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_after_an_interrupt_no_step_is_taken_and_the_others_hear_of_it(overlap):
+    with ranks.Crew(2, interrupted, overlap) as crew:
+        errors = crew.outcomes()
+    assert all(isinstance(error, PeerError) for error in errors), errors
+    assert str(errors[1]) == "step 3: rank 1 broke it off: KeyboardInterrupt"
+    assert "which gave up: step 3: rank 1 broke it off: KeyboardInterrupt" in str(errors[0])
+
+
+def host_stops(rank, size, policy):
+    """Rank 0 hosts the store and is stopped."""
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        ranks.store.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(ranks.store.get("port")), None, False)
+    group = Group(store, rank, range(size), timeout=4.0 if rank == 2 else 2.0)  # it hears that its neighbour gave up
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = gf.GUT([parameter], 0.1, topology=gf.topology.ring(size), process_group=group, on_peer_failure=policy)
+    for step in range(20):
+        if (rank, step) == (0, 5):
+            ranks.store.set("ready", "")
+            time.sleep(30)
+        parameter.grad = parameter.detach() - rank
+        optimizer.step()
+
+
+@pytest.mark.parametrize(("policy", "what"), [("raise", PeerError), ("continue", RuntimeError)])
+def test_nobody_waits_for_a_store_whose_host_is_stopped(policy, what):
+    with ranks.Crew(5, host_stops, policy) as crew:
+        crew.wait_for("ready")
+        crew.send(0, signal.SIGSTOP)
+        errors = crew.outcomes([1, 2, 3, 4])
+    for error in errors:
+        assert isinstance(error, what)
+        assert policy == "raise" or "the store that the ranks share is gone or stopped" in str(error)
+
+
+def looks_in_vain(rank, size):
+    """Rank 1 of 2 is missing; the store is gone when rank 0 looks for it."""
+    host = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    client = dist.TCPStore("127.0.0.1", host.port, None, False)
+    parameter, optimizer = optimizer_of(Group(client, 0, [0], timeout=2.0, everyone=2), 2, rule="gut")
+    for step in range(15):
+        if step == 5:
+            del host
+        parameter.grad = parameter.detach() - 1
+        optimizer.step()
+
+
+def test_whoever_looks_for_newcomers_notices_that_the_store_is_gone():
+    with ranks.Crew(1, looks_in_vain) as crew:
+        error = crew.outcomes()[0]
+    assert isinstance(error, RuntimeError)
+    assert "the store that the ranks share is gone or stopped" in str(error)

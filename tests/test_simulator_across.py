@@ -173,6 +173,18 @@ def test_interrupted_anywhere_all_stop_after_the_same_step_and_go_on_from_there(
             assert torch.equal(own, whole[2 * rank : 2 * rank + 2])
 
 
+def stop_in_the_last_step(rank, size):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sim = simulator(across=True, loss=in_step_3(lambda: rank and signal.raise_signal(signal.SIGINT)))
+    with pytest.raises(KeyboardInterrupt):
+        run(sim, 4)
+    return sim.step
+
+
+def test_an_interrupt_in_the_last_steps_is_not_lost():
+    assert ranks.run(2, stop_in_the_last_step) == [4, 4]
+
+
 def ask_for_the_impossible(rank, size):
     with pytest.raises(ValueError, match="4 agents cannot be shared out evenly over 3 ranks"):
         simulator(process_group=dist.group.WORLD)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from gut_fast import ops
 from gut_fast.backends import GossipStep, arithmetic
 from gut_fast.buffers import allocate
+from gut_fast.distributed.placement import Route
 
 __all__ = ["Bucket", "plan_buckets"]
 
@@ -24,7 +26,8 @@ class Bucket:
         group: index of the parameter group.
         column, columns: where its numbers begin in one agent's model of the group, and how many they are.
         sent: a row for each agent here, [M · columns]; None for those nobody on another rank hears.
-        received: rows of agents elsewhere.
+        received: rows of agents elsewhere, in the order of the route.
+        own: what these rows are made of where they do not lie in shared memory.
         residual: what rounding left of the last messages, one float row for each agent here; empty without feedback.
         staging: for rows on a GPU that travel through the host, pinned copies by address of the row.
     """
@@ -37,6 +40,7 @@ class Bucket:
     columns: int
     sent: list[Tensor | None] = field(default_factory=list)
     received: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
     residual: list[Tensor] = field(default_factory=list)
     staging: dict[int, Tensor] = field(default_factory=dict)
 
@@ -48,7 +52,7 @@ class Bucket:
 
     def clear(self) -> None:
         """Leaves all rows behind: some may still be under way."""
-        self.sent, self.received, self.residual, self.staging = [], [], [], {}
+        self.sent, self.received, self.own, self.residual, self.staging = [], [], [], [], {}
 
     def part(self, step: GossipStep) -> GossipStep:
         """The step of these parameters alone. State lies segment after segment, so theirs is one run of it."""
@@ -59,23 +63,33 @@ class Bucket:
             gradients=step.gradients[self.start : self.stop],
         )
 
-    def make_rows(self, step: GossipStep, senders: Sequence[int], num_received: int, dtype: torch.dtype) -> None:
-        """Rows for these senders and so many received messages; those that are there already are kept."""
+    def make_rows(
+        self, step: GossipStep, route: Route, dtype: torch.dtype, shared: Callable[[int, int], Tensor | None]
+    ) -> None:
+        """Rows for the messages of a step: those that are shared, by place and agent there, or others that are kept."""
         length, device = step.num_messages * self.columns, step.parameters[0].device
-        kept = [row for row in self.sent if row is not None]
-        rows = [kept.pop() if kept else allocate(length, dtype, device) for _ in senders]
-        self.sent = [None] * step.num_agents
-        for agent, row in zip(senders, rows, strict=True):
-            self.sent[agent] = row
-        while len(self.received) < num_received:
-            self.received.append(allocate(length, dtype, device))
+        k, used = step.num_agents, itertools.count()
+
+        def row(agent: int) -> Tensor:
+            found = shared(*divmod(agent, k))
+            if found is not None:
+                return found
+            index = next(used)
+            if index == len(self.own):
+                self.own.append(allocate(length, dtype, device))
+            return self.own[index]
+
+        self.sent = [None] * k
+        for agent in route.senders:
+            self.sent[agent] = row(route.first_agent + agent)
+        self.received = [row(agent) for agent, _, _ in route.receives]
 
     def write_messages(self, step: GossipStep, backend: str, has_feedback: bool) -> None:
         """The messages of the agents here into the rows that are sent."""
         if has_feedback and not self.residual:
             first, length = step.parameters[0], step.num_messages * self.columns
             self.residual = [allocate(length, arithmetic(first.dtype), first.device) for _ in range(step.num_agents)]
-        ops.message(self.part(step), self.sent, backend, residuals=self.residual)
+        ops.message(self.part(step), self.sent, backend, residuals=self.residual if has_feedback else ())
 
 
 def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int], limit: int) -> list[Bucket]:

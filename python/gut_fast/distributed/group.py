@@ -7,9 +7,12 @@ that are left can leave broken ones behind. Other backends (NCCL) serve through 
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
+import queue
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -22,9 +25,12 @@ from torch.distributed import distributed_c10d as c10d
 
 from gut_fast.distributed.errors import PeerError
 
-__all__ = ["Group", "Transfer", "Welcome"]
+__all__ = ["Group", "Notes", "Transfer", "Welcome"]
 
 DEFAULT_TIMEOUT = 60.0
+LAST_WORDS = 5.0
+"""Seconds for notes that nobody depends on."""
+
 _numbers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -87,10 +93,11 @@ class Group:
         self.store, self.rank, self.members = store, rank, tuple(members)
         self.timeout, self.epoch, self.welcome = timeout, epoch, welcome
         self.everyone = len(self.members) if everyone is None else everyone
-        self._notes = PrefixStore(f"epoch {epoch}", store)
+        self.occasions, self._is_taken = itertools.count(1), False
+        self._notes = Notes(store, f"epoch {epoch}", timeout)
         self.gather("present", "")
         self._channel: _Gloo | _Given = (
-            _Given(process_group) if process_group is not None else _Gloo(self._notes, rank, self.size, timeout)
+            _Given(process_group) if process_group is not None else _Gloo(self._notes.store, rank, self.size, timeout)
         )
 
     @staticmethod
@@ -109,7 +116,8 @@ class Group:
             raise ValueError("process_group: this process is not one of its ranks")
         number = next(_numbers.setdefault(process_group, itertools.count()))
         store = PrefixStore(f"gut_fast/{number}", c10d._get_process_group_store(process_group))
-        is_gloo = dist.get_backend(process_group) == "gloo"
+        backends = c10d.get_backend_config(process_group).split(",")  # such as cpu:gloo,cuda:nccl
+        is_gloo = all(backend.endswith("gloo") for backend in backends)
         return Group(store, rank, members, timeout=timeout, process_group=None if is_gloo else process_group)
 
     @staticmethod
@@ -123,6 +131,16 @@ class Group:
                 f"after init_process_group, got {type(process_group).__name__}"
             )
         return int(process_group.size())
+
+    def take(self) -> None:
+        """For an optimizer, once it is to meet its like on the other ranks.
+
+        Raises:
+            ValueError: another one did: their messages would meet.
+        """
+        if self._is_taken:
+            raise ValueError("this Group serves another optimizer; make each its own, of a PrefixStore of its own")
+        self._is_taken = True
 
     @property
     def size(self) -> int:
@@ -148,15 +166,15 @@ class Group:
         keys = [f"{what}/{place}" for place in range(self.size)]
         self._notes.set(keys[self.rank], note)
         try:
-            self._notes.wait(keys, timedelta(seconds=self.timeout))
+            self._notes.wait(keys)
         except RuntimeError as error:
-            missing = [self.members[place] for place, key in enumerate(keys) if not self._notes.check([key])]
+            missing = [self.members[place] for place, key in enumerate(keys) if not self._notes.check(key)]
             raise PeerError(
                 f"ranks {missing} have not come to {what!r} within {self.timeout:g} s; are they running, and do they "
                 "make their optimizers in the same order?",
                 missing[0] if missing else -1,
             ) from error
-        return [self._notes.get(key).decode() for key in keys]
+        return [self._notes.get(key) for key in keys]
 
     def start(self, sends: Sequence[Transfer], receives: Sequence[Transfer]) -> tuple[list[Any], list[Any]]:
         """Begins all these transfers; `wait` for each work that is returned, one for each of them, in order."""
@@ -188,20 +206,81 @@ class Group:
     def leave(self, last_words: str) -> None:
         """Breaks the connections, after a note that says why."""
         with contextlib.suppress(RuntimeError):  # the store may be gone too
-            self._notes.set(f"last words/{self.rank}", last_words)
+            self._notes.within(LAST_WORDS).set(f"last words/{self.rank}", last_words)
         self.close()
 
     def last_words(self, place: int) -> str | None:
         """Why a rank left, if it said so."""
-        key = f"last words/{place}"
+        key, notes = f"last words/{place}", self._notes.within(LAST_WORDS)
         try:
-            return self._notes.get(key).decode() if self._notes.check([key]) else None
+            return notes.get(key) if notes.check(key) else None
         except RuntimeError:
             return None
 
     def close(self) -> None:
         """Breaks the connections, if they are our own: whoever waits for this rank knows at once."""
         self._channel.close()
+
+
+class Notes:
+    """Notes in a store, under a prefix. No call waits longer than the limit, though the store's host be stopped.
+
+    Raises:
+        torch.distributed.DistError: from every method, where the store is gone or does not answer.
+    """
+
+    def __init__(self, store: Store, prefix: str, limit: float) -> None:
+        self.store, self._limit = PrefixStore(prefix, store), limit
+
+    def within(self, limit: float) -> Notes:
+        """The same notes, with this limit if it is less."""
+        notes = copy.copy(self)
+        notes._limit = min(limit, self._limit)
+        return notes
+
+    def set(self, key: str, note: str) -> None:
+        """Leaves a note."""
+        self._ask(lambda: self.store.set(key, note))
+
+    def check(self, key: str) -> bool:
+        """Whether there is such a note."""
+        return bool(self._ask(lambda: self.store.check([key])))
+
+    def get(self, key: str) -> str:
+        """A note that is there."""
+        return str(self._ask(lambda: self.store.get(key)).decode())
+
+    def wait(self, keys: Sequence[str]) -> None:
+        """Until all of them are there."""
+        self._ask(lambda: self.store.wait(list(keys), timedelta(seconds=self._limit)), LAST_WORDS)
+
+    def decide(self, key: str, note: str) -> str:
+        """The note that is there, or else this one, which is left there then."""
+        return str(self._ask(lambda: self.store.compare_set(key, "", note)).decode())
+
+    def delete(self, key: str) -> None:
+        """Takes a note away."""
+        self._ask(lambda: self.store.delete_key(key))
+
+    def _ask(self, question: Callable[[], Any], more: float = 0.0) -> Any:
+        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((question(), None))
+            except BaseException as error:
+                answers.put((None, error))
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer, error = answers.get(timeout=self._limit + more)
+        except queue.Empty:
+            raise dist.DistNetworkError(
+                f"the store that the ranks share has not answered within {self._limit + more:g} s"
+            ) from None
+        if error is not None:
+            raise error
+        return answer
 
 
 class _Gloo:
@@ -224,15 +303,7 @@ class _Gloo:
             return error
 
     def wait(self, work: Any, deadline: float) -> None:
-        limit = max(deadline - time.monotonic(), 1e-3)
-        if isinstance(work, RuntimeError):  # it could not even begin
-            raise ConnectionError(str(work)) from work
-        try:
-            work.wait(timedelta(seconds=limit))
-        except RuntimeError as error:
-            if time.monotonic() < deadline:
-                raise ConnectionError(str(error)) from error
-            raise TimeoutError(str(error)) from error
+        _wait(work, deadline)
 
     def all_reduce(self, tensor: Tensor) -> Any:
         return self._group.allreduce([tensor])
@@ -248,7 +319,7 @@ class _Given:
     """The user's process group.
 
     NCCL's work is done in order on a stream: to wait for it holds up the stream, not this process. Whether it was done
-    in time is seen when the next transfers start.
+    in time is seen when the next transfers start. Transfers on the CPU are waited for.
     """
 
     POLL = 1e-4
@@ -258,20 +329,29 @@ class _Given:
         self._begun: list[tuple[Any, float]] = []
 
     def start(self, sends: Sequence[Transfer], receives: Sequence[Transfer]) -> tuple[list[Any], list[Any]]:
-        self._check_begun()
         operations = [
             dist.P2POp(function, each.tensor, dist.get_global_rank(self._group, each.peer), self._group, each.tag)
             for function, transfers in ((dist.isend, sends), (dist.irecv, receives))
             for each in transfers
         ]
-        works = dist.batch_isend_irecv(operations) if operations else []
-        if len(works) < len(operations):  # coalesced
-            works = works[:1] * len(operations)
+        is_on_cpu = all(each.tensor.device.type == "cpu" for each in (*sends, *receives))
+        try:
+            self._check_begun()
+            begun: list[Any] = dist.batch_isend_irecv(operations) if operations else []
+        except (RuntimeError, TimeoutError) as error:
+            begun = [error]
+        if len(begun) < len(operations):  # coalesced, or failed
+            begun = begun[:1] * len(operations)
+        works = [(work, is_on_cpu) for work in begun]
         return works[: len(sends)], works[len(sends) :]
 
     def wait(self, work: Any, deadline: float) -> None:
-        work.wait()
-        self._begun.append((work, deadline))
+        begun, is_on_cpu = work
+        if is_on_cpu or isinstance(begun, Exception):
+            _wait(begun, deadline)
+        else:
+            begun.wait()
+            self._begun.append((begun, deadline))
 
     def _check_begun(self) -> None:
         for work, deadline in self._begun:
@@ -282,10 +362,25 @@ class _Given:
         self._begun.clear()
 
     def all_reduce(self, tensor: Tensor) -> Any:
-        return dist.all_reduce(tensor, group=self._group, async_op=True)
+        return dist.all_reduce(tensor, group=self._group, async_op=True), tensor.device.type == "cpu"
 
     def reduce(self, tensor: Tensor, to: int) -> Any:
-        return dist.reduce(tensor, dist.get_global_rank(self._group, to), group=self._group, async_op=True)
+        place = dist.get_global_rank(self._group, to)
+        return dist.reduce(tensor, place, group=self._group, async_op=True), tensor.device.type == "cpu"
 
     def close(self) -> None:
         torch.cuda.synchronize() if torch.cuda.is_available() else None
+
+
+def _wait(work: Any, deadline: float) -> None:
+    """For a work of gloo, or the error in its place if it could not even begin; raises as `Group.wait`."""
+    if isinstance(work, TimeoutError):
+        raise work
+    if isinstance(work, RuntimeError):
+        raise ConnectionError(str(work)) from work
+    try:
+        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 1e-3)))
+    except RuntimeError as error:
+        if time.monotonic() < deadline:
+            raise ConnectionError(str(error)) from error
+        raise TimeoutError(str(error)) from error

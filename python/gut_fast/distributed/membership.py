@@ -14,20 +14,24 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import Store  # type: ignore[attr-defined]
 
 from gut_fast.distributed.errors import PeerError
-from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, Welcome
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, Notes, Welcome
 
 __all__ = ["JOIN_EVERY", "admit", "regroup", "rejoin"]
 
 POLL = 0.01
 JOIN_EVERY = 10
 """Steps between two looks for ranks that want to join."""
+
+STORE_IS_GONE = (
+    "the store that the ranks share is gone or stopped, so they cannot agree on who is left; host it in a process "
+    "that outlives them, as torchrun and gut-fast train --launch do"
+)
 
 
 class Decision(NamedTuple):
@@ -68,27 +72,24 @@ def regroup(group: Group, failure: PeerError, step: int) -> tuple[Group, int]:
             except PeerError:
                 gone = set()  # somebody died in the meantime; who, the next round will show
     except dist.DistError as error:
-        raise RuntimeError(
-            "the store that the ranks share is gone, so they cannot agree on who is left; host it in a process that "
-            "outlives them, as torchrun and gut-fast train --launch do"
-        ) from error
+        raise RuntimeError(STORE_IS_GONE) from error
     raise failure
 
 
 def _decide(group: Group, epoch: int, own: int, members: list[int], gone: set[int], step: int) -> Decision:
-    notes = PrefixStore(f"regroup {epoch}", group.store)
+    notes = Notes(group.store, f"regroup {epoch}", group.timeout)
     notes.set(f"here {own}", str(step))
     for member in gone:
-        if not notes.check([f"here {member}"]):  # one that is regrouping itself breaks its connections too
+        if not notes.check(f"here {member}"):  # one that is regrouping itself breaks its connections too
             notes.set(f"gone {member}", "")
     group.close()
     deadline = time.monotonic() + group.timeout
-    while not notes.check(["decision"]):
-        here = [member for member in members if notes.check([f"here {member}"])]
-        accounted = [member for member in members if member in here or notes.check([f"gone {member}"])]
+    while not notes.check("decision"):
+        here = [member for member in members if notes.check(f"here {member}")]
+        accounted = [member for member in members if member in here or notes.check(f"gone {member}")]
         if accounted == members or time.monotonic() > deadline:
             first = max(int(notes.get(f"here {member}")) for member in here)
-            notes.compare_set("decision", "", json.dumps([here, first]))
+            notes.decide("decision", json.dumps([here, first]))
         else:
             time.sleep(POLL)
     return Decision(*json.loads(notes.get("decision")))
@@ -110,17 +111,21 @@ def admit(group: Group, step: int, sponsor_of: Callable[[int], int], settings: d
 
     Raises:
         PeerError: not all came.
+        RuntimeError: the store is gone.
     """
-    notes = PrefixStore("joining", group.store)
-    applicants = [number for number in group.missing if notes.check([f"applicant {number}"])]
-    decided = notes.compare_set(f"epoch {group.epoch}, step {step}", "", json.dumps(applicants))
+    notes = Notes(group.store, "joining", group.timeout)
+    try:
+        applicants = [number for number in group.missing if notes.check(f"applicant {number}")]
+        decided = notes.decide(f"epoch {group.epoch}, step {step}", json.dumps(applicants))
+    except dist.DistError as error:
+        raise RuntimeError(STORE_IS_GONE) from error
     newcomers = json.loads(decided)
     if not newcomers:
         return group
     members = sorted([*group.members, *newcomers])
     if group.rank == 0:
         for newcomer in newcomers:
-            notes.delete_key(f"applicant {newcomer}")
+            notes.delete(f"applicant {newcomer}")
             note = {"step": step, "sponsor": sponsor_of(newcomer), "settings": settings}
             notes.set(f"welcome {newcomer}", json.dumps([group.epoch + 1, members, note]))
     group.epoch += 1  # taken, whether all come or not
@@ -138,13 +143,13 @@ def rejoin(store: Store, rank: int, num_ranks: int, *, timeout: float = DEFAULT_
     Raises:
         PeerError: nobody let this rank in within the time limit, or not all came to meet it.
     """
-    notes = PrefixStore("joining", store)
-    notes.delete_key(f"welcome {rank}")
+    notes = Notes(store, "joining", timeout)
+    notes.delete(f"welcome {rank}")
     notes.set(f"applicant {rank}", "")
     try:
-        notes.wait([f"welcome {rank}"], timedelta(seconds=timeout))
+        notes.wait([f"welcome {rank}"])
     except RuntimeError as error:
-        notes.delete_key(f"applicant {rank}")
+        notes.delete(f"applicant {rank}")
         raise PeerError(
             f"rank {rank} was not let in within {timeout:g} s; is the run under way without it, with "
             f'on_peer_failure="continue"? It looks every {JOIN_EVERY} steps',

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -26,18 +27,20 @@ CHANGED = (
     "gradients change between backward() and step(), as by clipping, AMP's unscaling or further backward passes "
     "(put all but the last of these into no_sync())"
 )
+MODEL_CHANGED = "parameters or their state change between backward() and step(); change them after step()"
 SCALED = "step() scales the gradients itself (grad_scale or AMP's GradScaler)"
 HYPERPARAMETERS = "learning rate or hyper-parameters change between backward() and step(); change them after step()"
 
 
 Versions = list[tuple["Tensor | None", int]]
-"""Gradients, each with its version, which counts what is done to it in place."""
+"""Tensors, each with its version, which counts what is done to it in place."""
 
 
 class _Sent(NamedTuple):
     """What a bucket's message was computed from."""
 
     gradients: Versions
+    model: Versions
     coefficients: Tensor
 
 
@@ -65,13 +68,23 @@ class Overlap:
         self._exchange, self._parameters = exchange, parameters
         self._make_step, self._number = make_step, number
         self._is_paused, self._has_watched = False, False
-        self._handles = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._of_bucket = [parameters[b.group][b.start : b.stop] for b in exchange.buckets]
         for own in self._of_bucket:
             for parameter in own:
                 if parameter.requires_grad:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._gradient_is_there))
+                    self._watch(parameter)
         self._begin_step()
+
+    def _watch(self, parameter: Tensor) -> None:
+        """Calls `_gradient_is_there`; the parameter, which may outlive the optimizer, does not keep it alive."""
+        method = weakref.WeakMethod(self._gradient_is_there)
+
+        def hook(parameter: Tensor) -> None:
+            if (is_there := method()) is not None:
+                is_there(parameter)
+
+        self._handles.append(parameter.register_post_accumulate_grad_hook(hook))
 
     def __str__(self) -> str:
         if self.reason is not None:
@@ -87,14 +100,18 @@ class Overlap:
         finally:
             self._is_paused = before
 
-    def close_step(self, coefficients: Sequence[Tensor | None], reason: str | None = None) -> None:
+    def close_step(self, steps: Sequence[GossipStep | None], reason: str | None = None) -> None:
         """Before a step is finished: looks whether what has left is still right; `reason` says if it is not."""
         if self.reason is None:
             for bucket, sent in zip(self._exchange.buckets, self._sent, strict=False):
+                step = steps[bucket.group]
+                assert step is not None
                 if not _are_same(sent.gradients, self._gradients_of(bucket)):
                     reason = reason or CHANGED
-                elif sent.coefficients is not coefficients[bucket.group]:
+                elif sent.coefficients is not step.coefficients:
                     reason = reason or HYPERPARAMETERS
+                elif not _are_same(sent.model, self._model_of(bucket, step)):
+                    reason = reason or MODEL_CHANGED
             if reason is not None:
                 self._turn_off(reason)
         self._has_watched = True
@@ -121,13 +138,15 @@ class Overlap:
 
     def _leave(self, bucket: Bucket) -> None:
         step = self._make_step(bucket.group)
-        self._sent.append(_Sent(self._gradients_of(bucket), step.coefficients))
+        self._sent.append(_Sent(self._gradients_of(bucket), self._model_of(bucket, step), step.coefficients))
         if self._has_watched and self._exchange.mixes(self._number()):
             self._exchange.begin(bucket, step, self._number())
 
     def _gradients_of(self, bucket: Bucket) -> Versions:
-        gradients = [parameter.grad for parameter in self._of_bucket[bucket.number]]
-        return [(gradient, 0 if gradient is None else gradient._version) for gradient in gradients]
+        return _versions([parameter.grad for parameter in self._of_bucket[bucket.number]])
+
+    def _model_of(self, bucket: Bucket, step: GossipStep) -> Versions:
+        return _versions([*self._of_bucket[bucket.number], *step.state])
 
     def _turn_off(self, reason: str) -> None:
         self.reason = reason
@@ -138,6 +157,10 @@ class Overlap:
         warnings.warn(
             f"overlap is off from now on, messages leave in step(): {reason}.{harm}", UserWarning, stacklevel=2
         )
+
+
+def _versions(tensors: Sequence[Tensor | None]) -> Versions:
+    return [(tensor, 0 if tensor is None else tensor._version) for tensor in tensors]
 
 
 def _are_same(sent: Versions, now: Versions) -> bool:

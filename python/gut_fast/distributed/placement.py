@@ -9,7 +9,10 @@ from torch import Tensor
 
 from gut_fast.mixing import CSR
 
-__all__ = ["Route", "make_route"]
+__all__ = ["Route", "Way", "make_route"]
+
+Way = tuple[int, int, int]
+"""Of a message between ranks: the agent, the other rank, and the first listener: there, or here if it comes."""
 
 
 class Route(NamedTuple):
@@ -26,8 +29,8 @@ class Route(NamedTuple):
 
     mixing: CSR
     first_agent: int
-    sends: tuple[tuple[int, int, int], ...]
-    receives: tuple[tuple[int, int, int], ...]
+    sends: tuple[Way, ...]
+    receives: tuple[Way, ...]
 
     @property
     def senders(self) -> list[int]:
@@ -55,7 +58,7 @@ def make_route(W: CSR, rank: int, agents_per_rank: int) -> Route:
     return Route(mixing, first, sends, receives)
 
 
-def _first_of_each(agent: Tensor, rank: Tensor, listener: Tensor) -> tuple[tuple[int, int, int], ...]:
+def _first_of_each(agent: Tensor, rank: Tensor, listener: Tensor) -> tuple[Way, ...]:
     """(agent, rank, first listener) for each pair of agent and rank, ascending."""
     first: dict[tuple[int, int], int] = {}
     for a, r, i in zip(agent.tolist(), rank.tolist(), listener.tolist(), strict=True):

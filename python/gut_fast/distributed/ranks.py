@@ -37,6 +37,7 @@ class RankOptions(NamedTuple):
     bucket_bytes: int | None = None
     timeout: float = DEFAULT_TIMEOUT
     on_peer_failure: Literal["raise", "continue"] = "raise"
+    shared_memory: bool = True
 
     def check(self) -> None:
         """Raises TypeError or ValueError for what is no such option."""
@@ -99,11 +100,13 @@ class Ranks:
             backend=backend,
             wire_dtype=options.wire_dtype,
             on_peer_failure=options.on_peer_failure,
+            shares_memory=options.shared_memory,
             resets_state=any(map(any, rule.coefficients(1.0).E[1:])),
         )
         self.overlap: Overlap | None = None
         self._wants_overlap, self._bucket_bytes = options.overlap, options.bucket_bytes
-        self._num_agreements = 0
+        self._num_messages = rule.num_messages
+        self._is_there = False
 
     def check_wire(self, dtype: torch.dtype) -> None:
         """Raises TypeError unless messages about parameters of `dtype` can have the wire's."""
@@ -132,17 +135,20 @@ class Ranks:
         Raises:
             MismatchError, PeerError: see `check_agreement`.
         """
-        exchange, welcome = self.exchange, self.exchange.group.welcome
-        exchange.settings = self._settings(rule, groups)
+        exchange, settings = self.exchange, self._settings(rule, groups)
+        welcome = None if self._is_there else exchange.group.welcome
+        if not self._is_there:
+            exchange.group.take()
         if welcome is None:
-            self._num_agreements += 1
-            check_agreement(exchange.group, f"settings {self._num_agreements}", exchange.settings)
+            check_agreement(exchange.group, f"settings {next(exchange.group.occasions)}", settings)
         else:
-            check_welcome(exchange.group, welcome, exchange.settings)
+            check_welcome(exchange.group, welcome, settings)
+        self._is_there, exchange.settings = True, settings
         steps = [make_step(index) if group["params"] else None for index, group in enumerate(groups)]
         exchange.plan(steps, self._bucket_limit)
         if welcome is not None:
             exchange.join(steps, welcome.sponsor)
+        exchange.meet(steps)
         if self.overlap is not None:
             self.overlap.turn_off()
         if self._wants_overlap:
@@ -177,7 +183,7 @@ class Ranks:
     def run(self, steps: Sequence[GossipStep | None], number: int, reason: str | None) -> None:
         """Step `number`; `reason` says why messages that have left are not those of this step, if they are not."""
         if self.overlap is not None:
-            self.overlap.close_step([None if step is None else step.coefficients for step in steps], reason)
+            self.overlap.close_step(steps, reason)
         self.exchange.run(steps, number)
 
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
@@ -188,7 +194,44 @@ class Ranks:
         """What rounding has left of messages, for each bucket."""
         return [[row.clone() for row in bucket.residual] for bucket in self.exchange.buckets]
 
-    def load_state_dict(self, residuals: Sequence[Sequence[Tensor]]) -> None:
-        """Raises ValueError if it is of other buckets."""
-        for bucket, rows in zip(self.exchange.buckets, residuals, strict=True):
-            bucket.residual = [row.clone() for row in rows]
+    def check_idle(self) -> None:
+        """Raises RuntimeError if messages of the next step have left, as they do with overlap."""
+        if any(map(self.exchange.has_begun, self.exchange.buckets)):
+            raise RuntimeError("messages of this step have left already; call step() first")
+
+    def load_state_dict(self, residuals: Sequence[Sequence[Tensor]], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Takes over what `state_dict` returned. None at all are zero; where nothing is rounded none are needed.
+
+        Raises:
+            ValueError: they are of other buckets; nothing has been changed.
+        """
+        for bucket, rows in zip(self.exchange.buckets, self.checked_residuals(residuals, groups), strict=True):
+            bucket.residual = rows
+
+    def checked_residuals(
+        self, residuals: Sequence[Sequence[Tensor]], groups: Sequence[Mapping[str, Any]]
+    ) -> list[list[Tensor]]:
+        """Copies of them for each bucket. Raises ValueError if they are of other buckets."""
+        buckets, found = self.exchange.buckets, _shapes(residuals)
+        firsts: list[Tensor] = [groups[bucket.group]["params"][0] for bucket in buckets]
+        if not any(map(self.exchange.has_feedback, firsts)) or (isinstance(found, list) and not any(found)):
+            return [[] for _ in buckets]
+        expected = [[(self._num_messages * bucket.columns,)] * self.agents_here for bucket in buckets]
+        is_right = isinstance(found, list) and len(found) == len(expected)
+        if not is_right or any(f not in ([], e) for f, e in zip(found, expected, strict=True)):
+            raise ValueError(
+                f"the state's residuals are of shapes {found}, expected {expected}, for each bucket those of the "
+                "agents here: use the same bucket_bytes and overlap, or delete state_dict['residuals']"
+            )
+        return [
+            [row.to(first.device, arithmetic(first.dtype), copy=True) for row in rows]
+            for rows, first in zip(residuals, firsts, strict=True)
+        ]
+
+
+def _shapes(residuals: Any) -> Any:
+    """The same with tensors' shapes in their place."""
+    if isinstance(residuals, (list, tuple)):
+        return [_shapes(each) for each in residuals]
+    is_right = isinstance(residuals, Tensor) and residuals.is_floating_point()
+    return tuple(residuals.shape) if is_right else type(residuals).__name__

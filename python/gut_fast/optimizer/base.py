@@ -58,6 +58,8 @@ class GossipOptimizer(FlatOptimizer):
         timeout: seconds any wait for another rank may take.
         on_peer_failure: ``"raise"``, or ``"continue"``: the ranks that are left drop the lost ones from the topology,
             weigh it anew (`Topology.without`), zero the state of rules that track, and go on. Only with gloo.
+        shared_memory: ranks of one machine read each other's messages where they are written, if their parameters are
+            on the CPU and the group is one of gloo. False sends everything through the connections of the group.
         **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start.
@@ -90,6 +92,7 @@ class GossipOptimizer(FlatOptimizer):
         bucket_bytes: int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         on_peer_failure: Literal["raise", "continue"] = "raise",
+        shared_memory: bool = True,
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(topology, Topology):
@@ -108,7 +111,9 @@ class GossipOptimizer(FlatOptimizer):
         self._begin_without_state()
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
-        options = RankOptions(agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure)
+        options = RankOptions(
+            agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure, shared_memory
+        )
         self._ranks: Ranks | None = None
         if process_group is None:
             options.check_alone(self._name)
@@ -134,6 +139,8 @@ class GossipOptimizer(FlatOptimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
+        if self._ranks is not None:
+            self._ranks.check_idle()
         params, tensors = listed(param_group, self.rule, self._name)
         group = analysis.with_auto_mu(self.rule, {**self.defaults, **param_group}, self.topology)
         self.rule.coefficients(**self._hyperparameters(group))
@@ -157,7 +164,17 @@ class GossipOptimizer(FlatOptimizer):
             if self.capturable:
                 self._traced_steps = self._traced_steps.to(device)
         self._cached_coefficients.append(({}, torch.empty(0, device="cpu")))
-        self._meet()
+        try:
+            self._meet()
+        except BaseException:
+            self._drop_last_group()
+            raise
+
+    def _drop_last_group(self) -> None:
+        for own in (self._flat_states, self._cached_coefficients):
+            own.pop()
+        for parameter in self.param_groups.pop()["params"]:
+            self.state.pop(parameter, None)
 
     def _meet(self) -> None:
         """Compares the settings with those of the other ranks, once all groups are there."""
@@ -184,7 +201,8 @@ class GossipOptimizer(FlatOptimizer):
 
         Raises:
             TypeError, ValueError: a bad learning rate, hyper-parameter or gradient; nothing has been changed.
-            PeerError: a rank died or did not send in time; nothing has been changed, and no more steps can be taken.
+            PeerError: a rank died or did not send in time; parameters and state are as before, and no more steps can
+                be taken. Nor can they after any other exception that breaks off what ranks do together, as Ctrl-C does.
         """
         step = self._watched_step if self._is_watched() else self._step
         return step(closure, grad_scale=grad_scale)
@@ -269,6 +287,7 @@ class GossipOptimizer(FlatOptimizer):
 
     def _step_of_group(self, index: int) -> GossipStep:
         """With the gradients that are there."""
+        self._follow_state()
         gradients = [parameter.grad for parameter in self.param_groups[index]["params"]]
         return self._group_step(index, self._coefficients(index), gradients, None)
 
@@ -401,7 +420,13 @@ class GossipOptimizer(FlatOptimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
         super().load_state_dict(state_dict)
         if self._ranks is not None:
-            self._ranks.load_state_dict(state_dict.get("residuals", []))
+            self._ranks.load_state_dict(state_dict.get("residuals", []), self.param_groups)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
+        if self._ranks is not None:
+            self._ranks.check_idle()
+            self._ranks.checked_residuals(state_dict.get("residuals", []), self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._ranks is not None:

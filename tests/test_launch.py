@@ -1,0 +1,62 @@
+"""Processes started together: what Ctrl-C, an error and a warning in one of them lead to."""
+
+import os
+import signal
+import threading
+import time
+import warnings
+from multiprocessing import forkserver
+
+import pytest
+import torch.distributed as dist
+
+from gut_fast.experiments import launch as launching
+from gut_fast.experiments.launch import RankError, launch
+from gut_fast.experiments.terminal import BadArgumentError
+
+
+@pytest.fixture(autouse=True)
+def own_server():
+    """One that prints where this test's output goes."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
+
+
+def sleep(folder, process_group):
+    """Rank 1 is deaf, as in a wait for another rank."""
+    rank = dist.get_rank()
+    if rank == 1:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    (folder / f"here-{rank}").touch()
+    time.sleep(30)
+    (folder / f"finished-{rank}").touch()
+
+
+def test_ctrl_c_before_the_ranks_have_begun_does_not_wait_for_those_that_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr(launching, "SECONDS_TO_STOP", 0.3)
+
+    def interrupt():
+        while not all((tmp_path / f"here-{rank}").exists() for rank in range(3)):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch(3, 1, sleep, tmp_path)
+    assert not list(tmp_path.glob("finished-*"))
+
+
+def fail(process_group):
+    warnings.warn("something else", UserWarning, stacklevel=1)
+    warnings.warn("a file is corrupt; it counts as missing", UserWarning, stacklevel=1)
+    raise BadArgumentError("the file is of another configuration")
+
+
+def test_what_the_user_did_wrong_is_said_in_a_line_and_a_damaged_checkpoint_too(capfd):
+    with pytest.raises(RankError, match=r"^rank [01] failed: the file is of another configuration; the other ranks"):
+        launch(2, 1, fail)
+    said = capfd.readouterr().err
+    assert "a file is corrupt; it counts as missing" in said
+    assert "Traceback" not in said
+    assert "something else" not in said
