@@ -30,11 +30,17 @@ def run_example(folder, steps):
     return printed.getvalue().splitlines()
 
 
-def run_rank(rank, size, folder, steps):
+def run_ranks(size, folder, steps):
+    """In a store of their own: the crew's holds addresses of the group that the example makes anew."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    return ranks.run(size, run_rank, folder, steps, store.port)
+
+
+def run_rank(rank, size, folder, steps, port):
     """In the environment that torchrun makes."""
     dist.destroy_process_group()
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(ranks.store.port), "RANK": str(rank), "WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
     lines = run_example(folder, steps)
     assert not dist.is_initialized()
     return lines
@@ -54,7 +60,7 @@ def test_it_learns_and_says_where_time_and_bytes_went(alone):
 
 
 def test_four_processes_print_the_same_numbers(tmp_path, alone):
-    first, *others = ranks.run(4, run_rank, tmp_path, 60)
+    first, *others = run_ranks(4, tmp_path, 60)
     model_bytes = 4 * (64 * 32 + 32 + 32 * 10 + 10)
     assert first[:2] == alone[:2]
     assert first[2].endswith(f"; {60 * 2 * model_bytes / 1e6:.2f} MB to other processes")
@@ -62,8 +68,8 @@ def test_four_processes_print_the_same_numbers(tmp_path, alone):
 
 
 def test_two_processes_started_again_go_on_to_the_same_end(tmp_path, alone):
-    before, _ = ranks.run(2, run_rank, tmp_path, 50)
-    after, _ = ranks.run(2, run_rank, tmp_path, 60)
+    before, _ = run_ranks(2, tmp_path, 50)
+    after, _ = run_ranks(2, tmp_path, 60)
     assert [before[0], after[0]] == alone[:2]
     assert [len(before), len(after)] == [2, 2]
 

@@ -70,6 +70,9 @@ SETTINGS = {
 class Task:
     """What all ranks train.
 
+    Attributes:
+        shares_memory: whether our ranks may read each other's memory, as those of one machine do.
+
     Raises:
         ValueError: an unknown model, or a number that is too small.
     """
@@ -78,6 +81,7 @@ class Task:
     ranks: int = 4
     batch_size: int | None = None
     bucket_bytes: int | None = None
+    shares_memory: bool = True
 
     def __post_init__(self) -> None:
         if self.model not in SETTINGS:
@@ -184,7 +188,7 @@ class Gossip(Contender):
             process_group=dist.group.WORLD,
             bucket_bytes=task.bucket,
             **rule.hyperparameters,
-            **options,
+            **{"shared_memory": task.shares_memory, **options},
         )
         self._wants_overlap = options.get("overlap", False)
 
@@ -297,6 +301,7 @@ CONTENDERS: Mapping[str, Callable[[Task, int], Contender]] = {
     "DSGD": OnGraph(DSGD, ring_of),
     "DSGD, overlap": OnGraph(DSGD, ring_of, OVERLAP),
     "GUT": OnGraph(GUT, ring_of),
+    "GUT, sockets": OnGraph(GUT, ring_of, {"shared_memory": False}),
     "GUT, overlap": OnGraph(GUT, ring_of, OVERLAP),
     "GUT, overlap, bfloat16": OnGraph(GUT, ring_of, {**OVERLAP, "wire_dtype": torch.bfloat16}),
     "DSGD, one peer, overlap": OnGraph(DSGD, one_peer_ring, OVERLAP),
@@ -309,8 +314,10 @@ CONTENDERS: Mapping[str, Callable[[Task, int], Contender]] = {
 def absent(task: Task) -> dict[str, str]:
     """Who cannot take part, and why."""
     reasons = {}
+    if not task.shares_memory:
+        reasons["GUT, sockets"] = "all that we send goes through sockets here"
     if task.ranks % 2:
-        reasons = dict.fromkeys(["DSGD, one peer, overlap", "decent-dp"], "it needs an even number of ranks")
+        reasons |= dict.fromkeys(["DSGD, one peer, overlap", "decent-dp"], "it needs an even number of ranks")
     if "decent-dp" not in reasons and (missing := machine.missing_packages("decent_dp")) is not None:
         reasons["decent-dp"] = missing.partition(";")[0]
     return reasons

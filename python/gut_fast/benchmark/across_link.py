@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
@@ -26,6 +26,8 @@ BURST_SECONDS, MIN_BURST = 4e-3, 16_384
 
 LONGEST_QUEUE = "100ms"
 TIMEOUT = 20
+NAMESPACES = Path("/var/run/netns")
+ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 class Place(NamedTuple):
@@ -39,7 +41,7 @@ class Place(NamedTuple):
         os.environ["GLOO_SOCKET_IFNAME"] = self.interface
         if self.namespace is None:
             return
-        with Path("/var/run/netns", self.namespace).open("rb") as file:
+        with (NAMESPACES / self.namespace).open("rb") as file:
             libc = ctypes.CDLL(None, use_errno=True)
             if libc.setns(file.fileno(), CLONE_NEWNET) != 0:
                 code = ctypes.get_errno()
@@ -90,9 +92,10 @@ def places(size: int, rate: str | None) -> Iterator[list[Place]]:
         return
     names = [f"gut-fast-{os.getpid()}-{number}" for number in (*range(size), "switch")]
     with _termination_raises(), contextlib.ExitStack() as at_the_end:
+        _remove_those_of_the_killed()
+        at_the_end.callback(_remove, names)
         for name in names:
             _call("ip", "netns", "add", name)
-            at_the_end.callback(_remove, name)
         *ranks, switch = names
         _call("ip", "-n", switch, "link", "add", "bridge", "type", "bridge")
         _call("ip", "-n", switch, "link", "set", "dev", "bridge", "up")
@@ -101,23 +104,37 @@ def places(size: int, rate: str | None) -> Iterator[list[Place]]:
         yield [Place(name, INTERFACE) for name in ranks]
 
 
-def _remove(name: str) -> None:
-    """With a namespace goes all that is in it."""
-    with contextlib.suppress(RuntimeError):
-        _call("ip", "netns", "del", name)
+def _remove(names: Iterable[str]) -> None:
+    """With a namespace goes all that is in it. Some may not be there; a second Ctrl-C waits until all are gone."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, *ENDING])
+    try:
+        for name in names:
+            with contextlib.suppress(RuntimeError):
+                _call("ip", "netns", "del", name)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _remove_those_of_the_killed() -> None:
+    """SIGKILL leaves namespaces behind; they bear the number of the process that made them."""
+    found = [path.name for path in NAMESPACES.glob("gut-fast-[0-9]*-*")]
+    _remove(name for name in found if not Path("/proc", name.split("-")[2]).exists())
 
 
 @contextlib.contextmanager
 def _termination_raises() -> Iterator[None]:
-    """SIGTERM, as of ``timeout``, ends the block as Ctrl-C does; else namespaces would stay."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, _raise_exit)
+    """SIGTERM, as of ``timeout``, and SIGHUP of a closed terminal end the block as Ctrl-C does; else namespaces would
+    stay. Handlers that somebody has set are left alone.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    taken = [number for number in ENDING if in_main and signal.getsignal(number) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, _raise_exit)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _raise_exit(number: int, _: FrameType | None) -> None:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gut_fast.benchmark.across_link import Place, places
+from gut_fast.processes import end_with_parent
 
 __all__ = ["Crew", "CrewError", "crew"]
 
@@ -108,6 +109,7 @@ def crew(make: Any, size: int, rate: str | None) -> Iterator[Crew]:
 
 def _serve(pipe: Any, make: Any, rank: int, size: int, place: Place, store: Path) -> None:
     """A rank's process: does what comes through the pipe until it is closed or something fails."""
+    end_with_parent()
     try:
         place.enter()
         torch.set_num_threads(1)

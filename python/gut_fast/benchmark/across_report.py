@@ -73,8 +73,8 @@ def lines(result: AcrossResult) -> Iterator[str]:
     yield f"all equal to their recurrences: error {worst:.0e} of the largest parameter, bfloat16 messages included"
     size = 4 * result.numbers / 1e6
     yield (
-        f"model: {result.numbers:,} parameters, {size:.3g} MB; degree × model size leaves each rank in a step, as "
-        "counted, for GUT as for DSGD"
+        f"model: {result.numbers:,} parameters, {size:.3g} MB; each rank's messages in a step are degree × model size, "
+        "as counted, for GUT as for DSGD"
     )
     yield from _goals(result)
     if result.ranks > result.processors:
@@ -118,6 +118,8 @@ def markdown(results: Sequence[AcrossResult]) -> str:
         "- communication: `optimizer.step()` of DSGD with gradients at hand; bare sends: the same bytes, and nothing",
         '  done to them; decent-dp and "one peer": one neighbour a step, left and right in turn, half of those bytes.',
         "  decent-dp mixes parameters from before the gradient step, so that its messages travel during the next one.",
+        "- on loopback our ranks read each other's messages in shared memory, but for those of \"GUT, sockets\";",
+        "  shaped links stand for links between machines, and everything goes through them",
     ]
     for result in results:
         machine = ", ".join(part for part in result.machine.split(", ") if not part.endswith(("thread", "threads")))

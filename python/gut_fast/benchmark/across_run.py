@@ -114,6 +114,7 @@ def run(
         CrewError: a rank failed.
         RuntimeError: links of that rate cannot be made here.
     """
+    task = dataclasses.replace(task, shares_memory=rate is None)  # shaped links stand for those between machines
     missing = absent(task)
     names = [name for name in CONTENDERS if name not in missing]
     progress("starting")

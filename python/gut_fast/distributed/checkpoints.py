@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import re
 import secrets
 import warnings
@@ -34,7 +35,7 @@ __all__ = ["Checkpoints"]
 _alone = HashStore()
 _groups: WeakKeyDictionary[Any, Group] = WeakKeyDictionary()
 _occasions: WeakKeyDictionary[Group, Iterator[int]] = WeakKeyDictionary()
-_folders: dict[Path, int] = {}
+_folders: WeakKeyDictionary[Store, dict[Path, int]] = WeakKeyDictionary()
 
 
 class Membership(NamedTuple):
@@ -75,12 +76,15 @@ class Checkpoints:
 
     Raises:
         TypeError, ValueError: a bad argument.
+        NotADirectoryError: there is something else in the folder's place.
         PeerError: a process group's ranks did not all make theirs in time.
     """
 
     def __init__(self, folder: str | Path, group: Any = None, *, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder).absolute(), as_integer(keep, "keep", minimum=1)
         self._given = group
+        if os.path.lexists(self.folder) and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is not a folder, so there can be no checkpoints in it")
         _ranks_of(group)
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -113,9 +117,11 @@ class Checkpoints:
         origin, path = f"{run}, epoch {ranks.epoch}", self._path(step, ranks)
         if note.steps.get(step, origin) != origin:
             return
+        new = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_shard(path, Shard(step, ranks.number, ranks.everyone, origin, note.num_saved + 1, dict(state)))
-        sync(self.folder)
+        for each in (self.folder, *(folder.parent for folder in new)):
+            sync(each)
         note = Note({**note.steps, step: origin}, note.num_saved + 1)
         _publish(ranks, notes, note)
         self._remove_old(ranks, notes, note)
@@ -160,11 +166,12 @@ class Checkpoints:
     def _folders(self) -> dict[int, Path]:
         """Of all steps."""
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
-        return {int(path.name[5:]): path for path in sorted(paths) if re.fullmatch(r"step-\d{8,}", path.name)}
+        named = (path for path in sorted(paths) if re.fullmatch(r"step-\d{8,}", path.name))
+        return {int(path.name[5:]): path for path in named if path.is_dir()}
 
     def _steps(self, ranks: Membership) -> list[int]:
         """Of which this rank has a file, whole or not."""
-        return [step for step in self._folders() if self._path(step, ranks).exists()]
+        return [step for step in self._folders() if self._path(step, ranks).is_file()]
 
     def _verified(self, ranks: Membership) -> tuple[dict[int, Shard], list[str]]:
         """The whole shards, without their state, and what is wrong with the others."""
@@ -235,8 +242,9 @@ class Checkpoints:
         return PrefixStore(run, store)
 
     def _store(self, ranks: Membership) -> Store:
-        # Folders differ between hosts, so they go by their order.
-        number = _folders.setdefault(self.folder, len(_folders)) if ranks.group else self.folder
+        # Folders differ between hosts, so they go by their order, among those of the same ranks.
+        folders = _folders.setdefault(ranks.store, {})
+        number = folders.setdefault(self.folder, len(folders))
         return PrefixStore(f"checkpoints {number}", ranks.store)
 
     def _own_note(self, ranks: Membership, notes: Store) -> Note | None:

@@ -48,10 +48,13 @@ class Shard(NamedTuple):
 
 
 def write_shard(path: Path, shard: Shard) -> None:
-    """Writes the file, whole or not at all; once this returns it is there to stay."""
+    """Writes the file, whole or not at all; once this returns it is there to stay. Raises OSError if that fails."""
     with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
         writer = _HashingWriter(file)
-        torch.save({"format": FORMAT, **shard._asdict()}, writer)  # type: ignore[arg-type]
+        try:
+            torch.save({"format": FORMAT, **shard._asdict()}, writer)  # type: ignore[arg-type]
+        except RuntimeError as error:  # torch's own about a write that failed, which does not say why
+            raise writer.error or error from error
         file.write(writer.hash.digest())
 
 
@@ -77,10 +80,15 @@ def read_shard(path: Path) -> Shard:
 class _HashingWriter:
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.hash = file, hashlib.sha256()
+        self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
         self.hash.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import multiprocessing
-import os
 import signal
-import threading
 import time
 import traceback
 import warnings
@@ -30,6 +28,7 @@ from gut_fast.experiments.records import RUNS, Record, record_file, write_record
 from gut_fast.experiments.runner import Run, make_simulator, train
 from gut_fast.experiments.sweep import Task
 from gut_fast.files import remove_leftovers, replacing
+from gut_fast.processes import end_with_parent
 from gut_fast.simulation import Simulator
 
 __all__ = ["Failure", "Watcher", "check_no_others", "run_tasks", "sole_user", "unfinished"]
@@ -208,15 +207,7 @@ def _start_worker(step: Any, stop: Any, threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the sweep's, which sets `stop`
     warnings.simplefilter("ignore")  # the sweep says once what would be said in every run
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed sweep leaves no process behind."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    end_with_parent()
 
 
 class _TaskError(Exception):

@@ -1,16 +1,16 @@
 """Several processes on this machine that train together.
 
 The store over which they meet lives in the launching process, so no rank takes it along when it dies. Ctrl-C is the
-launcher's, which passes it on to one rank; the ranks agree among themselves after which step they stop.
+launcher's, which passes it on; the ranks agree among themselves after which step they stop.
 """
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 import warnings
@@ -25,6 +25,7 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from gut_fast.distributed import PeerError
 from gut_fast.experiments.terminal import BadArgumentError
+from gut_fast.processes import end_with_parent
 
 __all__ = ["RankError", "launch"]
 
@@ -32,6 +33,9 @@ HOST = "127.0.0.1"
 INTERRUPTED = 130
 SECONDS_FOR_THE_CAUSE = 0.5
 """When a rank fails the others do so too; so long is waited for the one that failed of itself."""
+
+SECONDS_TO_STOP = 10.0
+"""After Ctrl-C, between one rank's end and the next one's: others may wait for a rank that had not yet begun."""
 
 
 class RankError(RuntimeError):
@@ -69,15 +73,20 @@ def _watch(processes: Sequence[BaseProcess], store: TCPStore) -> None:
     """Until all have ended well."""
     is_stopping = False
     while running := [process for process in processes if process.exitcode is None]:
+        limit = SECONDS_TO_STOP if is_stopping and len(running) < len(processes) else None
         try:
-            wait([process.sentinel for process in running])
+            if not wait([process.sentinel for process in running], limit):
+                break
             if not is_stopping and any(process.exitcode not in (None, 0, INTERRUPTED) for process in processes):
                 raise RankError(_cause(processes, store))
         except KeyboardInterrupt:
             if is_stopping:
                 raise
             is_stopping = True
-            os.kill(int(running[0].pid or 0), signal.SIGINT)
+            for process in running:
+                assert process.pid is not None
+                with contextlib.suppress(ProcessLookupError):  # it has just ended
+                    os.kill(process.pid, signal.SIGINT)
     if is_stopping or any(process.exitcode == INTERRUPTED for process in processes):
         raise KeyboardInterrupt
 
@@ -105,8 +114,9 @@ def _main(
     """One rank."""
     os.setpgid(0, 0)  # the terminal's Ctrl-C is the launcher's
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_end_with_launcher, daemon=True).start()
+    end_with_parent()
     warnings.simplefilter("ignore")  # the launcher has made the same simulator, and said it
+    warnings.filterwarnings("default", ".* counts as missing$")  # of damaged checkpoints, which it has not read
     torch.set_num_threads(threads)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     store = TCPStore(HOST, port, None, False)
@@ -121,13 +131,6 @@ def _main(
         if not isinstance(error, (BadArgumentError, PeerError)):
             traceback.print_exc()
         sys.stdout.flush()
-        store.set(f"failure {rank}", f"rank {rank} failed: {type(error).__name__}: {error}")
-        os._exit(1)
-
-
-def _end_with_launcher() -> None:
-    """A killed launcher leaves no process behind."""
-    launcher = multiprocessing.parent_process()
-    if launcher is not None:
-        launcher.join()
+        kind = "" if isinstance(error, BadArgumentError) else f"{type(error).__name__}: "
+        store.set(f"failure {rank}", f"rank {rank} failed: {kind}{error}")
         os._exit(1)

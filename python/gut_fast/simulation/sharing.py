@@ -92,11 +92,12 @@ class Everyone:
             for (name, rows), each in zip(stacked.items(), sums, strict=True)
         }
 
-    def wants_to_stop(self, is_asked_to: bool, step: int) -> bool:
+    def wants_to_stop(self, is_asked_to: bool, step: int, is_last: bool) -> bool:
         """Whether a process has been asked to stop: all have to stop after the same step."""
         if self.group is None:
             return is_asked_to
-        return step % ASK_EVERY == 0 and bool(self._sum(torch.tensor([int(is_asked_to)], device=self._device)))
+        asks = is_last or step % ASK_EVERY == 0
+        return asks and bool(self._sum(torch.tensor([int(is_asked_to)], device=self._device)))
 
     def _sum(self, tensor: Tensor) -> Tensor:
         """Over all ranks."""

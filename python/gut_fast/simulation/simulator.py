@@ -287,7 +287,7 @@ class Simulator:
                 self._add_to_history(self.evaluate())
             if shown.is_due() or self.step >= plan.steps:
                 shown.show(self.step, self._headline())
-            if self._everyone.wants_to_stop(interrupt.requested, self.step):
+            if self._everyone.wants_to_stop(interrupt.requested, self.step, self.step >= plan.steps):
                 raise KeyboardInterrupt
             if plan.checkpoint is not None and plan.saves_after(self.step):
                 self._save(plan.checkpoint)
