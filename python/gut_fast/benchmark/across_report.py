@@ -118,7 +118,7 @@ def markdown(results: Sequence[AcrossResult]) -> str:
         "- communication: `optimizer.step()` of DSGD with gradients at hand; bare sends: the same bytes, and nothing",
         '  done to them; decent-dp and "one peer": one neighbour a step, left and right in turn, half of those bytes.',
         "  decent-dp mixes parameters from before the gradient step, so that its messages travel during the next one.",
-        "- on loopback our ranks read each other's messages in shared memory, but for those of \"GUT, sockets\";",
+        '- on loopback our ranks read each other\'s messages in shared memory, but for those of "GUT, sockets";',
         "  shaped links stand for links between machines, and everything goes through them",
     ]
     for result in results:
