@@ -9,7 +9,7 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
-from gut_fast.distributed import Group
+from gut_fast.distributed import Group, MismatchError
 from gut_fast.distributed.consolidation import consolidate
 
 
@@ -133,3 +133,24 @@ def test_what_is_refused():
         consolidate(nn.Linear(1, 1), to=0.5)
     with pytest.raises(TypeError, match=r"weight is torch.complex64; complex numbers are not averaged"):
         consolidate(nn.Linear(1, 1, dtype=torch.complex64))
+
+
+def of_other_sizes(rank, size):
+    """What consolidate says where the last rank's model is another, and afterwards with the same ones."""
+    module = nn.Linear(3, 2 if rank < size - 1 else 5)
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = gf.DSGD([parameter], 0.1, topology=gf.topology.ring(size), process_group=dist.group.WORLD)
+    said = []
+    for group in (optimizer, dist.group.WORLD):
+        for to in (None, 0):
+            with pytest.raises(MismatchError) as caught:
+                consolidate(module, group, to=to)
+            said.append(str(caught.value))
+        mean = consolidate(nn.Linear(3, 2), group)
+        assert mean["bias"].shape == (2,)
+    return said
+
+
+def test_models_of_different_sizes_are_an_error_and_no_crash():
+    expected = "consolidate: the ranks' models differ in their numbers to average: rank 0 8; rank 1 8; rank 2 20"
+    assert ranks.run(3, of_other_sizes) == [[expected] * 4] * 3

@@ -227,3 +227,20 @@ def lose_a_rank(rank, size):
 
 def test_without_some_agents_there_are_no_numbers_of_all():
     assert ranks.run(2, lose_a_rank) == [True, None]
+
+
+def bytes_of(rank, size, wire_dtype):
+    def optimizer(parameters):
+        where = {"process_group": dist.group.WORLD, "agents_per_rank": NUM_AGENTS // size, "wire_dtype": wire_dtype}
+        return gf.GUT(parameters, 0.1, topology=ring(), **where)
+
+    sim = simulator(across=True, optimizer=optimizer)
+    run(sim, 3)
+    return sim.bytes_sent
+
+
+def test_rounded_messages_count_what_they_are():
+    exact, rounded = (ranks.run(2, bytes_of, dtype)[0] for dtype in (None, torch.bfloat16))
+    numbers = sum(parameter.numel() for parameter in network(nn.BatchNorm1d(8)).parameters())
+    assert exact.tolist() == [3 * 2 * 4 * numbers] * NUM_AGENTS
+    assert rounded.tolist() == [3 * 2 * 2 * numbers] * NUM_AGENTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from gut_fast.distributed.errors import PeerError
+from gut_fast.distributed.errors import MismatchError, PeerError
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
 from gut_fast.mixing import as_integer
 
@@ -35,6 +36,7 @@ def consolidate(module: Any, group: Any = None, *, to: int | None = None) -> dic
 
     Raises:
         TypeError, ValueError: no such rank `to`, not a module, or it holds complex numbers; nothing has been sent.
+        MismatchError: the ranks' models differ in size; nothing has been changed.
         PeerError: not all ranks came in time.
     """
     ranks = given_group(group)
@@ -116,15 +118,30 @@ def _flat_sum(stacked: list[Tensor], count: int, group: Group | dist.ProcessGrou
 
 def _reduce(flat: Tensor, group: Group | dist.ProcessGroup, to: int | None) -> None:
     if isinstance(group, Group):
+        notes = group.gather(f"consolidate {next(group.occasions)}", str(flat.numel()))
+        _check_sizes([int(note) for note in notes], group.members)
         group.all_reduce(flat) if to is None else group.reduce(flat, to)
         return
+    sizes = [flat.new_zeros(1) for _ in range(group.size())]
+    _wait(lambda: dist.all_gather(sizes, flat.new_full((1,), flat.numel()), group=group, async_op=True), group)
+    _check_sizes([int(size) for size in sizes], _numbers(group))
+    if to is None:
+        _wait(lambda: dist.all_reduce(flat, group=group, async_op=True), group)
+    else:
+        _wait(lambda: dist.reduce(flat, dist.get_global_rank(group, to), group=group, async_op=True), group)
+
+
+def _check_sizes(sizes: Sequence[int], ranks: Sequence[int]) -> None:
+    """Sums over tensors of different sizes would end the process."""
+    if len(set(sizes)) > 1:
+        described = "; ".join(f"rank {rank} {size - 1:,}" for rank, size in zip(ranks, sizes, strict=True))
+        raise MismatchError(f"consolidate: the ranks' models differ in their numbers to average: {described}")
+
+
+def _wait(begin: Callable[[], Any], group: dist.ProcessGroup) -> None:
     started = time.monotonic()
     try:
-        if to is None:
-            work = dist.all_reduce(flat, group=group, async_op=True)
-        else:
-            work = dist.reduce(flat, dist.get_global_rank(group, to), group=group, async_op=True)
-        work.wait(timedelta(seconds=DEFAULT_TIMEOUT))
+        begin().wait(timedelta(seconds=DEFAULT_TIMEOUT))
     except RuntimeError as error:
         raise PeerError(
             f"consolidate: not all of {group.size()} ranks came within {time.monotonic() - started:.3g} s, or one is "

@@ -301,6 +301,11 @@ class GossipOptimizer(FlatOptimizer):
         return None if self._ranks is None else self._ranks.exchange.group
 
     @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """Of messages to other ranks; None is the parameters'."""
+        return None if self._ranks is None else self._ranks.exchange.wire_dtype
+
+    @property
     def overlap(self) -> str:
         """Whether messages leave during backward: "on", or "off" and why."""
         ranks = self._ranks

@@ -140,8 +140,9 @@ class BytesSent:
     """Bytes that each agent has sent to others, counted from the mixing matrices of the optimizer's topology.
 
     Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a step, (messages of the rule) × (bytes of one
-    agent's parameters) to each. An optimizer without topology sends nothing. On several ranks it is the same: what the
-    algorithm sends, whichever way it goes; ``optimizer.bytes_sent`` counts what has left this process.
+    agent's parameters, in the dtype of messages) to each. An optimizer without topology sends nothing. On several ranks
+    it is the same: what the algorithm sends, whichever way it goes; ``optimizer.bytes_sent`` counts what has left this
+    process.
 
     Attributes:
         total: int64 [N].
@@ -153,7 +154,9 @@ class BytesSent:
         self._static_receivers: Tensor | None = None
         if self._topology is not None:
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            model_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters) // agents_here
+            wire = getattr(optimizer, "wire_dtype", None)
+            sizes = [parameter.numel() * (wire or parameter.dtype).itemsize for parameter in parameters]
+            model_bytes = sum(sizes) // agents_here
             self._bytes_per_receiver = model_bytes * optimizer.rule.num_messages  # type: ignore[attr-defined]
             if self._topology.is_static:
                 self._static_receivers = self._receivers(0)
