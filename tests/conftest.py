@@ -9,8 +9,9 @@ import torch
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels run in its interpreter, on CPU tensors
-# A shell's background jobs, and so the processes that tests start, ignore Ctrl-C; some tests press it.
+# A shell's background jobs ignore Ctrl-C, those of nohup a closed terminal, and so do the processes that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):

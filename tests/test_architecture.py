@@ -12,7 +12,7 @@ PACKAGE = Path(gut_fast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"rules", "buffers", "files", "_core", "_cuda", "data", "models"},
+    {"rules", "buffers", "files", "processes", "_core", "_cuda", "data", "models"},
     {"mixing"},
     {"topology"},
     {"reference", "analysis"},
