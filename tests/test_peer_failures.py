@@ -1,5 +1,6 @@
 """Ranks that die, stop or dawdle: an error that names them where they are waited for, or training that goes on."""
 
+import gc
 import os
 import signal
 import time
@@ -123,8 +124,27 @@ def test_the_others_go_on(seed):
         assert (mine - goals[within_reach].mean(0)).abs().max() < 0.6  # of goals that lie about 2 apart
 
 
-def optimizer_of(group, size, rule="gradient_tracking", numbers=50):
-    parameter = nn.Parameter(torch.zeros(numbers))
+def slow_to_see(rank, size):
+    """Rank 3 leaves; its neighbours begin a step only when its connections are broken, and clear no garbage."""
+    gc.disable()
+    parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=20.0), size)
+    start = time.monotonic()
+    while optimizer.num_steps < 30:
+        if optimizer.num_steps == 20 and rank == 3:
+            return optimizer.group.close()
+        time.sleep(0.5 if optimizer.num_steps == 20 and rank in (2, 4) else 0)
+        parameter.grad = parameter.detach() - rank
+        optimizer.step()
+    return time.monotonic() - start
+
+
+def test_all_hear_at_once_of_a_connection_that_was_broken_before_the_step():
+    outcomes = ranks.run(5, slow_to_see)
+    assert max(outcomes[:3] + outcomes[4:]) < 15
+
+
+def optimizer_of(group, size, rule="gradient_tracking"):
+    parameter = nn.Parameter(torch.zeros(50))
     optimizer = gf.GossipOptimizer(
         [parameter], rule, lr=0.1, topology=gf.topology.ring(size), process_group=group, on_peer_failure="continue"
     )

@@ -300,7 +300,7 @@ class _Gloo:
         try:
             return function([transfer.tensor], transfer.peer, transfer.tag)
         except RuntimeError as error:
-            return error
+            return error.with_traceback(None)  # whose frames hold the other works: see Traffic.let_go
 
     def wait(self, work: Any, deadline: float) -> None:
         _wait(work, deadline)
@@ -339,7 +339,7 @@ class _Given:
             self._check_begun()
             begun: list[Any] = dist.batch_isend_irecv(operations) if operations else []
         except (RuntimeError, TimeoutError) as error:
-            begun = [error]
+            begun = [error.with_traceback(None)]
         if len(begun) < len(operations):  # coalesced, or failed
             begun = begun[:1] * len(operations)
         works = [(work, is_on_cpu) for work in begun]
