@@ -8,6 +8,7 @@ import signal
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,13 @@ import torch.distributed as dist
 LIMIT = 60.0
 store = None  # in a rank: that of the crew
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "torch._dynamo", "torch.distributed", "gut_fast"])
+
+
+def load_libraries():
+    """Starts the process that all ranks are forked from. What it has not loaded, each of them would load anew."""
+    libraries = ["pytest", "torch._dynamo", "torch.distributed", "gut_fast", "gut_fast.experiments.launch"]
+    forkserver.set_forkserver_preload(libraries)
+    forkserver.ensure_running()
 
 
 class Crew:

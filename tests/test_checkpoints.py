@@ -346,6 +346,7 @@ def also_in_a_part(rank, size, folder):
         checkpoints.save(step, value(rank, step))
         dist.barrier()
     checkpoints.save(50, value(rank, 50))
+    dist.barrier()
     return files(folder / "all")
 
 

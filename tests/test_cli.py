@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from multiprocessing import forkserver
 
 import numpy as np
 import pytest
@@ -368,7 +367,7 @@ LAUNCHED = ("train", "--topology", "ring:4", "--eval-every", "20", "--engine", "
 
 
 @pytest.fixture
-def launching_command(capfd):
+def launching_command(capfd, own_forkserver):
     """As `gut_fast_command`, with what the processes print that it starts."""
 
     def run(*arguments):
@@ -376,9 +375,7 @@ def launching_command(capfd):
         out, err = capfd.readouterr()
         return code, out, err
 
-    forkserver._forkserver._stop()  # one that was started earlier prints elsewhere
-    yield run
-    forkserver._forkserver._stop()
+    return run
 
 
 def once_there(file, act):

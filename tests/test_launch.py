@@ -5,7 +5,6 @@ import signal
 import threading
 import time
 import warnings
-from multiprocessing import forkserver
 
 import pytest
 import torch.distributed as dist
@@ -14,13 +13,7 @@ from gut_fast.experiments import launch as launching
 from gut_fast.experiments.launch import RankError, launch
 from gut_fast.experiments.terminal import BadArgumentError
 
-
-@pytest.fixture(autouse=True)
-def own_server():
-    """One that prints where this test's output goes."""
-    forkserver._forkserver._stop()
-    yield
-    forkserver._forkserver._stop()
+pytestmark = pytest.mark.usefixtures("own_forkserver")
 
 
 def sleep(folder, process_group):
