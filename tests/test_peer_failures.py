@@ -14,8 +14,7 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
-from gut_fast.distributed import Group, MismatchError, PeerError, rejoin
-from gut_fast.distributed import group as group_module
+from gut_fast.distributed import Group, MismatchError, PeerError, notes, rejoin
 from gut_fast.lockstep import seeded
 
 SIZE = 5
@@ -253,7 +252,7 @@ def test_after_an_interrupt_no_step_is_taken_and_the_others_hear_of_it(overlap):
 
 def host_stops(rank, size, policy):
     """Rank 0 hosts the store and is stopped."""
-    group_module.LAST_WORDS = 0.5
+    notes.BRIEFLY = 0.5
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
         ranks.store.set("port", str(store.port))

@@ -147,6 +147,8 @@ class Exchange:
     def _run(self, steps: Sequence[GossipStep | None], number: int) -> None:
         while number >= self._alone_until:
             try:
+                if self._unsent is not None:
+                    raise self._unsent
                 steps = self._admit(steps, number)
                 self._send_and_receive(steps, number)
                 break
@@ -174,9 +176,6 @@ class Exchange:
                 ops.prepare(step._replace(**nobody._asdict()), self.backend)()
 
     def _send_and_receive(self, steps: Sequence[GossipStep | None], number: int) -> None:
-        if self._unsent is not None:
-            failure, self._unsent = self._unsent, None
-            raise failure
         if not self._traffic.is_ready:
             self.meet(steps)
         for bucket in self.buckets:
@@ -201,10 +200,12 @@ class Exchange:
 
     def _let_go(self, failure: PeerError) -> None:
         self._traffic.let_go()
-        error: BaseException | None = failure
-        while error is not None:
-            traceback.clear_frames(error.__traceback__)
-            error = error.__cause__
+        error: BaseException | None
+        for error in (failure, self._unsent):
+            while error is not None:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__cause__
+        self._unsent = None
 
     def _regroup(self, failure: PeerError, number: int) -> None:
         """Goes on with the ranks that are left."""

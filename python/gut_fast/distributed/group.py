@@ -1,4 +1,4 @@
-"""The ranks that train together: how messages travel among them, and notes in a store that all of them see.
+"""The ranks that train together, and how messages travel among them.
 
 Messages of a gloo group go through connections of our own, so that they never meet the user's, and so that the ranks
 that are left can leave broken ones behind. Other backends (NCCL) serve through the group they were given with.
@@ -7,12 +7,9 @@ that are left can leave broken ones behind. Other backends (NCCL) serve through 
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
-import queue
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -24,13 +21,11 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
 
 from gut_fast.distributed.errors import PeerError
+from gut_fast.distributed.notes import Notes
 
-__all__ = ["Group", "Notes", "Transfer", "Welcome"]
+__all__ = ["Group", "Transfer", "Welcome"]
 
 DEFAULT_TIMEOUT = 60.0
-LAST_WORDS = 5.0
-"""Seconds for notes that nobody depends on."""
-
 _numbers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
@@ -206,12 +201,12 @@ class Group:
     def leave(self, last_words: str) -> None:
         """Breaks the connections, after a note that says why."""
         with contextlib.suppress(RuntimeError):  # the store may be gone too
-            self._notes.within(LAST_WORDS).set(f"last words/{self.rank}", last_words)
+            self._notes.briefly().set(f"last words/{self.rank}", last_words)
         self.close()
 
     def last_words(self, place: int) -> str | None:
         """Why a rank left, if it said so."""
-        key, notes = f"last words/{place}", self._notes.within(LAST_WORDS)
+        key, notes = f"last words/{place}", self._notes.briefly()
         try:
             return notes.get(key) if notes.check(key) else None
         except RuntimeError:
@@ -220,67 +215,6 @@ class Group:
     def close(self) -> None:
         """Breaks the connections, if they are our own: whoever waits for this rank knows at once."""
         self._channel.close()
-
-
-class Notes:
-    """Notes in a store, under a prefix. No call waits longer than the limit, though the store's host be stopped.
-
-    Raises:
-        torch.distributed.DistError: from every method, where the store is gone or does not answer.
-    """
-
-    def __init__(self, store: Store, prefix: str, limit: float) -> None:
-        self.store, self._limit = PrefixStore(prefix, store), limit
-
-    def within(self, limit: float) -> Notes:
-        """The same notes, with this limit if it is less."""
-        notes = copy.copy(self)
-        notes._limit = min(limit, self._limit)
-        return notes
-
-    def set(self, key: str, note: str) -> None:
-        """Leaves a note."""
-        self._ask(lambda: self.store.set(key, note))
-
-    def check(self, key: str) -> bool:
-        """Whether there is such a note."""
-        return bool(self._ask(lambda: self.store.check([key])))
-
-    def get(self, key: str) -> str:
-        """A note that is there."""
-        return str(self._ask(lambda: self.store.get(key)).decode())
-
-    def wait(self, keys: Sequence[str]) -> None:
-        """Until all of them are there."""
-        self._ask(lambda: self.store.wait(list(keys), timedelta(seconds=self._limit)), LAST_WORDS)
-
-    def decide(self, key: str, note: str) -> str:
-        """The note that is there, or else this one, which is left there then."""
-        return str(self._ask(lambda: self.store.compare_set(key, "", note)).decode())
-
-    def delete(self, key: str) -> None:
-        """Takes a note away."""
-        self._ask(lambda: self.store.delete_key(key))
-
-    def _ask(self, question: Callable[[], Any], more: float = 0.0) -> Any:
-        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answers.put((question(), None))
-            except BaseException as error:
-                answers.put((None, error))
-
-        threading.Thread(target=ask, daemon=True).start()
-        try:
-            answer, error = answers.get(timeout=self._limit + more)
-        except queue.Empty:
-            raise dist.DistNetworkError(
-                f"the store that the ranks share has not answered within {self._limit + more:g} s"
-            ) from None
-        if error is not None:
-            raise error
-        return answer
 
 
 class _Gloo:

@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from gut_fast.distributed.errors import PeerError
-from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, Notes, Welcome
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, Welcome
+from gut_fast.distributed.notes import Notes
 
 __all__ = ["JOIN_EVERY", "admit", "regroup", "rejoin"]
 
