@@ -143,6 +143,37 @@ def test_all_hear_at_once_of_a_connection_that_was_broken_before_the_step():
     assert max(outcomes[:3] + outcomes[4:]) < 15
 
 
+def die_together(rank, size, when):
+    """Rank 1 leaves; rank 3, which is no neighbour of it, dies while all regroup."""
+    if rank == 3:
+        write = notes.Notes.set
+
+        def die(self, key, note):
+            if when == "after its note" or not key.startswith("here"):
+                write(self, key, note)
+            if key.startswith("here"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        notes.Notes.set = die
+    parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=20.0), size)
+    start = time.monotonic()
+    while optimizer.num_steps < 30:
+        if (rank, optimizer.num_steps) == (1, 20):
+            os.kill(os.getpid(), signal.SIGKILL)
+        parameter.grad = parameter.detach() - rank
+        optimizer.step()
+    return time.monotonic() - start, list(optimizer.group.members)
+
+
+@pytest.mark.filterwarnings("ignore:.* falls into")
+@pytest.mark.parametrize("when", ["before its note", "after its note"])
+def test_a_rank_of_this_machine_that_dies_while_the_others_regroup_is_not_waited_for(when):
+    with ranks.Crew(6, die_together, when) as crew:
+        for seconds, members in crew.outcomes([0, 2, 4, 5]):
+            assert seconds < 15
+            assert members == [0, 2, 4, 5]
+
+
 def optimizer_of(group, size, rule="gradient_tracking"):
     parameter = nn.Parameter(torch.zeros(50))
     optimizer = gf.GossipOptimizer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
 
 from gut_fast.distributed.errors import PeerError
+from gut_fast.distributed.life import has_ended, own_mark
 from gut_fast.distributed.notes import Notes
 
 __all__ = ["Group", "Transfer", "Welcome"]
@@ -68,6 +69,7 @@ class Group:
         everyone: how many ranks there are when none is missing; None is as many as there are members.
         welcome: what this rank was told when it joined a run that is under way.
         process_group: carries the messages; None makes gloo connections of our own.
+        marks: of processes, by number, as far as known: see `life`.
 
     Raises:
         PeerError: not all ranks were there in time.
@@ -84,13 +86,15 @@ class Group:
         everyone: int | None = None,
         welcome: Welcome | None = None,
         process_group: dist.ProcessGroup | None = None,
+        marks: Mapping[int, str] | None = None,
     ) -> None:
         self.store, self.rank, self.members = store, rank, tuple(members)
         self.timeout, self.epoch, self.welcome = timeout, epoch, welcome
         self.everyone = len(self.members) if everyone is None else everyone
         self.occasions, self._is_taken = itertools.count(1), False
         self._notes = Notes(store, f"epoch {epoch}", timeout)
-        self.gather("present", "")
+        self.marks = marks or {}
+        self.marks = dict(zip(self.members, self.gather("present", own_mark()), strict=True))
         self._channel: _Gloo | _Given = (
             _Given(process_group) if process_group is not None else _Gloo(self._notes.store, rank, self.size, timeout)
         )
@@ -156,20 +160,28 @@ class Group:
         """Every rank's note, in order; `what` names the occasion, a new name for each one.
 
         Raises:
-            PeerError: not all notes were there in time; the message names the ranks they are missing from.
+            PeerError: not all notes were there in time, or a rank has ended; the message names those they are missing
+                from.
         """
         keys = [f"{what}/{place}" for place in range(self.size)]
         self._notes.set(keys[self.rank], note)
-        try:
-            self._notes.wait(keys)
-        except RuntimeError as error:
-            missing = [self.members[place] for place, key in enumerate(keys) if not self._notes.check(key)]
+
+        def missing() -> list[int]:
+            return [number for number, key in zip(self.members, keys, strict=True) if not self._notes.check(key)]
+
+        if not self._notes.wait(keys, lambda: any(map(self.has_ended, missing()))) and (absent := missing()):
+            if ended := [number for number in absent if self.has_ended(number)]:
+                raise PeerError(f"ranks {ended} have ended before they came to {what!r}", ended[0], is_gone=True)
             raise PeerError(
-                f"ranks {missing} have not come to {what!r} within {self.timeout:g} s; are they running, and do they "
+                f"ranks {absent} have not come to {what!r} within {self.timeout:g} s; are they running, and do they "
                 "make their optimizers in the same order?",
-                missing[0] if missing else -1,
-            ) from error
+                absent[0],
+            )
         return [self._notes.get(key) for key in keys]
+
+    def has_ended(self, number: int) -> bool:
+        """Whether a rank's process is known to have ended."""
+        return has_ended(self.marks.get(number, ""))
 
     def start(self, sends: Sequence[Transfer], receives: Sequence[Transfer]) -> tuple[list[Any], list[Any]]:
         """Begins all these transfers; `wait` for each work that is returned, one for each of them, in order."""

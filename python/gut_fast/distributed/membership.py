@@ -70,8 +70,8 @@ def regroup(group: Group, failure: PeerError, step: int) -> tuple[Group, int]:
             members, place = decision.members, decision.members.index(own)
             try:
                 return successor(group, place, members, epoch), decision.step
-            except PeerError:
-                gone = set()  # somebody died in the meantime; who, the next round will show
+            except PeerError as error:  # somebody died in the meantime; if not who, the next round will show
+                gone = {error.rank} & set(members)
     except dist.DistError as error:
         raise RuntimeError(STORE_IS_GONE) from error
     raise failure
@@ -86,9 +86,9 @@ def _decide(group: Group, epoch: int, own: int, members: list[int], gone: set[in
     group.close()
     deadline = time.monotonic() + group.timeout
     while not notes.check("decision"):
-        here = [member for member in members if notes.check(f"here {member}")]
-        accounted = [member for member in members if member in here or notes.check(f"gone {member}")]
-        if accounted == members or time.monotonic() > deadline:
+        left = [member for member in members if not group.has_ended(member)]
+        here = [member for member in left if notes.check(f"here {member}")]
+        if all(member in here or notes.check(f"gone {member}") for member in left) or time.monotonic() > deadline:
             first = max(int(notes.get(f"here {member}")) for member in here)
             notes.decide("decision", json.dumps([here, first]))
         else:
@@ -98,7 +98,9 @@ def _decide(group: Group, epoch: int, own: int, members: list[int], gone: set[in
 
 def successor(group: Group, place: int, members: Sequence[int], epoch: int) -> Group:
     """The group after ranks have left or joined. Raises PeerError if not all come."""
-    return Group(group.store, place, members, timeout=group.timeout, epoch=epoch, everyone=group.everyone)
+    return Group(
+        group.store, place, members, timeout=group.timeout, epoch=epoch, everyone=group.everyone, marks=group.marks
+    )
 
 
 def admit(group: Group, step: int, sponsor_of: Callable[[int], int], settings: dict[str, Any]) -> Group:
@@ -147,15 +149,13 @@ def rejoin(store: Store, rank: int, num_ranks: int, *, timeout: float = DEFAULT_
     notes = Notes(store, "joining", timeout)
     notes.delete(f"welcome {rank}")
     notes.set(f"applicant {rank}", "")
-    try:
-        notes.wait([f"welcome {rank}"])
-    except RuntimeError as error:
+    if not notes.wait([f"welcome {rank}"]):
         notes.delete(f"applicant {rank}")
         raise PeerError(
             f"rank {rank} was not let in within {timeout:g} s; is the run under way without it, with "
             f'on_peer_failure="continue"? It looks every {JOIN_EVERY} steps',
             rank,
-        ) from error
+        )
     epoch, members, note = json.loads(notes.get(f"welcome {rank}"))
     place = members.index(rank)
     return Group(store, place, members, timeout=timeout, epoch=epoch, everyone=num_ranks, welcome=Welcome(**note))

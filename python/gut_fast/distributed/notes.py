@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -16,6 +16,8 @@ __all__ = ["Notes"]
 
 BRIEFLY = 5.0
 """Seconds for notes that nobody depends on."""
+POLL, LONGEST_POLL = 0.002, 0.1
+"""Seconds between two looks, first and last."""
 
 
 class Notes:
@@ -38,17 +40,23 @@ class Notes:
         """Leaves a note."""
         self._ask(lambda: self.store.set(key, note))
 
-    def check(self, key: str) -> bool:
-        """Whether there is such a note."""
-        return bool(self._ask(lambda: self.store.check([key])))
+    def check(self, *keys: str) -> bool:
+        """Whether there are such notes."""
+        return bool(self._ask(lambda: self.store.check(list(keys))))
 
     def get(self, key: str) -> str:
         """A note that is there."""
         return str(self._ask(lambda: self.store.get(key)).decode())
 
-    def wait(self, keys: Sequence[str]) -> None:
-        """Until all of them are there."""
-        self._ask(lambda: self.store.wait(list(keys), timedelta(seconds=self._limit)), BRIEFLY)
+    def wait(self, keys: Sequence[str], is_vain: Callable[[], bool] = lambda: False) -> bool:
+        """Until all of them are there, for as long as the limit; False if not, or as soon as it is in vain."""
+        deadline, pause = time.monotonic() + self._limit, POLL
+        while not self.check(*keys):
+            if time.monotonic() > deadline or is_vain():
+                return self.check(*keys)
+            time.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_POLL)
+        return True
 
     def decide(self, key: str, note: str) -> str:
         """The note that is there, or else this one, which is left there then."""
@@ -58,7 +66,7 @@ class Notes:
         """Takes a note away."""
         self._ask(lambda: self.store.delete_key(key))
 
-    def _ask(self, question: Callable[[], Any], more: float = 0.0) -> Any:
+    def _ask(self, question: Callable[[], Any]) -> Any:
         answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def ask() -> None:
@@ -69,10 +77,10 @@ class Notes:
 
         threading.Thread(target=ask, daemon=True).start()
         try:
-            answer, error = answers.get(timeout=self._limit + more)
+            answer, error = answers.get(timeout=self._limit)
         except queue.Empty:
             raise dist.DistNetworkError(
-                f"the store that the ranks share has not answered within {self._limit + more:g} s"
+                f"the store that the ranks share has not answered within {self._limit:g} s"
             ) from None
         if error is not None:
             raise error
