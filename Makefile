@@ -10,7 +10,7 @@ CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emu
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	$(BIN)/python -m gut_fast.experiments.demo
+	$(BIN)/python -m gut_fast.study.demo
 
 test: lint types check
 

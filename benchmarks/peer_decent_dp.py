@@ -37,7 +37,7 @@ from torch.nn.functional import cross_entropy, interpolate
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import gut_fast as gf
-from gut_fast.experiments import machine
+from gut_fast.kernels import machine
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.engines import ENGINES
 

@@ -16,7 +16,7 @@ from gut_fast.benchmark import comparison, timing
 from gut_fast.benchmark.cases import GROUPS
 from gut_fast.benchmark.contenders import Workload
 from gut_fast.benchmark.peers import enter
-from gut_fast.experiments import machine
+from gut_fast.kernels import machine
 
 THREADS = int(os.environ.get("THREADS", "1"))
 CASES = [

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gut_fast.experiments import parse_topology, plots
+from gut_fast.study import parse_topology, plots
 
 SPECS = (
     "ring:16",

@@ -2,14 +2,14 @@
 
 import torch
 
-from gut_fast.lockstep import OpRun, Precision, Problem, excess_error, seeded
 from gut_fast.rules import get_rule
+from gut_fast.verify.lockstep import OpRun, Precision, Problem, excess_error, seeded
 
 __all__ = ["Lockstep", "seeded"]
 
 
 class Lockstep(Problem):
-    """N agents with segments of `columns` numbers each: see `gut_fast.lockstep`."""
+    """N agents with segments of `columns` numbers each: see `gut_fast.verify.lockstep`."""
 
     def __init__(
         self,

@@ -12,23 +12,14 @@ PACKAGE = Path(gut_fast.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FLOORS = [
-    {"rules", "buffers", "files", "processes", "_core", "_cuda", "data", "models"},
-    {"mixing"},
-    {"topology"},
-    {"reference", "analysis"},
-    {"convergence"},
-    {"planning"},
-    {"backends"},
-    {"ops"},
+    {"rules", "topology", "data", "models", "_core", "_cuda"},
+    {"reference", "analysis", "kernels"},
     {"distributed"},
-    {"optimizer"},
-    {"optim", "lockstep"},
-    {"gossip"},
+    {"optim"},
     {"simulation"},
-    {"experiments"},
-    {"verification"},
+    {"verify"},
+    {"study"},
     {"benchmark"},
-    {"commands"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -15,11 +15,11 @@ from typer.testing import CliRunner
 
 from gut_fast.benchmark import across_link, across_report, across_run, across_truth
 from gut_fast.benchmark.across import CONTENDERS, Task, absent, one_peer_ring
-from gut_fast.benchmark.across_command import across
 from gut_fast.benchmark.across_ranks import CrewError, crew
 from gut_fast.benchmark.across_run import AcrossResult, MeasuredAcross
 from gut_fast.benchmark.comparison import WrongResultError
 from gut_fast.benchmark.timing import Disturbance, Quantiles
+from gut_fast.cli.bench_across import across
 
 app = typer.Typer()
 app.command()(across)

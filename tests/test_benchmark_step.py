@@ -5,19 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gut_fast import ops
-from gut_fast.benchmark import (
-    commands,
-    comparison,
-    formulations,
-    overhead,
-    pictures,
-    report,
-    results,
-    run,
-    scaling,
-    timing,
-)
+from gut_fast.benchmark import comparison, formulations, overhead, pictures, report, results, run, scaling, timing
 from gut_fast.benchmark.cases import CASES, GROUPS, SHAPES, Case, resnet20_shapes
 from gut_fast.benchmark.contenders import Ceiling, Contender, GutFast, Kernel, MomentumSGD, Unavailable, Workload
 from gut_fast.benchmark.device import CPU
@@ -27,7 +15,9 @@ from gut_fast.benchmark.others import AuthorsSequence
 from gut_fast.benchmark.peers import enter
 from gut_fast.benchmark.results import Measured, Result
 from gut_fast.benchmark.timing import Disturbance, Quantiles
-from gut_fast.experiments.terminal import BadArgumentError
+from gut_fast.cli import bench as commands
+from gut_fast.cli.terminal import BadArgumentError
+from gut_fast.kernels import ops
 from gut_fast.rules import RULES
 
 LR = {"lr": 0.05}

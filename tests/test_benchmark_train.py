@@ -12,9 +12,9 @@ from gut_fast.benchmark import train_report, train_run, training
 from gut_fast.benchmark.comparison import WrongResultError
 from gut_fast.benchmark.device import CPU
 from gut_fast.benchmark.timing import Disturbance, Quantiles
-from gut_fast.benchmark.train_command import train
 from gut_fast.benchmark.train_run import MeasuredTraining, TrainingResult
 from gut_fast.benchmark.training import OneModel, PlainLoop, Simulated, Task
+from gut_fast.cli.bench_train import train
 
 TASK = Task("mlp", agents=5, batch_size=3)
 PNG = b"\x89PNG"

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from gut_fast.buffers import FlatState, allocate, segment_views
+from gut_fast.kernels.buffers import FlatState, allocate, segment_views
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

@@ -14,12 +14,12 @@ import torch
 
 import gut_fast
 from gut_fast import analysis, cli, topology
-from gut_fast.backends import AUTOMATIC, cpu
-from gut_fast.experiments import Experiment
-from gut_fast.experiments.commands import topology as topology_command
-from gut_fast.experiments.commands import train as train_command
+from gut_fast.cli import topology as topology_command
+from gut_fast.cli import train as train_command
+from gut_fast.kernels.backends import AUTOMATIC, cpu
 from gut_fast.rules import RULES
 from gut_fast.simulation import Simulator
+from gut_fast.study import Experiment
 
 QUICK = ("train", "--topology", "ring:4", "--steps", "12", "--eval-every", "4", "--engine", "vmap", "--threads", "1")
 
@@ -95,10 +95,7 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
     for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
-    packages = ("gut_fast.commands", "gut_fast.experiments.commands")
-    for name in packages:
-        monkeypatch.delattr(name)
-    for name in [name for name in sys.modules if name.startswith(packages)]:
+    for name in [name for name in sys.modules if name.startswith(("gut_fast.cli.", "gut_fast.study"))]:
         monkeypatch.delitem(sys.modules, name)
     code, out, err = gut_fast_command("info")
     assert code == 2
@@ -249,7 +246,7 @@ def test_train_names_the_backend_in_use(gut_fast_command):
 
 
 def test_the_kernel_asked_for_but_missing_is_an_error(gut_fast_command, monkeypatch):
-    from gut_fast import ops
+    from gut_fast.kernels import ops
 
     ops.select_backend.cache_clear()
     monkeypatch.setattr(cpu, "why_missing", "it was not built")

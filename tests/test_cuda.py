@@ -14,10 +14,11 @@ import torch
 
 import gut_fast as gf
 from emulation.build import build
-from gut_fast import backends, ops, topology
-from gut_fast.backends import GossipStep, cuda
-from gut_fast.lockstep import PRECISIONS, OpRun, Precision, Problem, compare, seeded
+from gut_fast import topology
+from gut_fast.kernels import backends, ops
+from gut_fast.kernels.backends import GossipStep, cuda
 from gut_fast.rules import RULES, get_rule
+from gut_fast.verify.lockstep import PRECISIONS, OpRun, Precision, Problem, compare, seeded
 from test_kernel import ODD_COLUMNS, SETTINGS, STABLE, TOPOLOGIES, a_rule_of_ones_own
 from test_split import assert_same, fused, split, whole_step
 
@@ -267,7 +268,7 @@ def test_a_neighbour_out_of_range_makes_its_agent_nan(bad, device):
 
 
 def fused_unchecked(step):
-    """Without the checks of `gut_fast.ops`, which on a device cannot look at indices."""
+    """Without the checks of `gut_fast.kernels.ops`, which on a device cannot look at indices."""
     step = step._replace(parameters=[p.clone() for p in step.parameters], state=[s.clone() for s in step.state])
     cuda.gossip_step(step)
     return step

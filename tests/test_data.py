@@ -8,10 +8,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from gut_fast import data
+from gut_fast.cli.data import data_command
+from gut_fast.cli.terminal import BadArgumentError
 from gut_fast.data import Dataset, RandomCropFlip, digits, partition
 from gut_fast.data.partition import class_histogram, dirichlet, dirichlet_blocks, heterogeneity, iid, shards
-from gut_fast.experiments.commands.data import data_command
-from gut_fast.experiments.terminal import BadArgumentError
 
 LABELS = torch.arange(600) % 10
 OPTIONS = {

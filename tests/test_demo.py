@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from gut_fast import lockstep
-from gut_fast.backends import cpu
-from gut_fast.backends import torch as plain_torch
-from gut_fast.experiments import demo
+from gut_fast.kernels.backends import cpu
+from gut_fast.kernels.backends import torch as plain_torch
+from gut_fast.study import demo
+from gut_fast.verify import lockstep
 
 SEEDS = (0, 1, 2)
 

@@ -13,8 +13,8 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.distributed import MismatchError, PeerError
-from gut_fast.lockstep import seeded
 from gut_fast.rules import RULES
+from gut_fast.verify.lockstep import seeded
 
 SHAPES = [(5, 3), (7,), (1,), (33, 4), (2, 2, 2)]
 STEPS = 100

@@ -15,7 +15,7 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.distributed import Group, MismatchError, PeerError, rejoin
-from gut_fast.lockstep import seeded
+from gut_fast.verify.lockstep import seeded
 
 
 def make(rank, size, numbers=4, rule="gut", **options):

@@ -9,7 +9,7 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
-from gut_fast.lockstep import seeded
+from gut_fast.verify.lockstep import seeded
 
 pytestmark = pytest.mark.gpu
 

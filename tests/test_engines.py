@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gut_fast as gf
 from gut_fast.data import Dataset, RandomCropFlip
-from gut_fast.simulation import Simulator, StackedModule, graphs, stack
+from gut_fast.simulation import Simulator, StackedModule, cuda_graphs, stack
 from gut_fast.simulation.engines import (
     ENGINES,
     AutoEngine,
@@ -184,7 +184,7 @@ class FakeGraph:
         self.captures += 1
         for _ in range(self.warm_ups):
             function()
-        undo = graphs.remember(self.stacked)
+        undo = cuda_graphs.remember(self.stacked)
         losses = function()
         undo()  # a capture records, and computes nothing
         memory = [losses, *(parameter.grad for parameter in self.stacked.parameters())]
@@ -516,7 +516,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(name):
     sim, plan = simulator(name, "cuda", augment=RandomCropFlip(1)), Plan(200, (), 0.1, None, None, None)
     for _ in range(3):
         sim._train_step(plan)
-    with graphs._synchronisation_is_an_error():
+    with cuda_graphs._synchronisation_is_an_error():
         for _ in range(130):  # across blocks of batches
             sim._train_step(plan)
 

@@ -10,20 +10,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 
 from gut_fast import rules, topology
-from gut_fast.backends import cpu, cuda, triton
-from gut_fast.experiments import (
-    TOPOLOGIES,
-    Experiment,
-    Run,
-    folder,
-    machine,
-    make_simulator,
-    parse_topology,
-    plots,
-    summary,
-    train,
-)
-from gut_fast.experiments.runner import samples_per_class
+from gut_fast.kernels import machine
+from gut_fast.kernels.backends import cpu, cuda, triton
+from gut_fast.study import TOPOLOGIES, Experiment, Run, folder, make_simulator, parse_topology, plots, summary, train
+from gut_fast.study.runner import samples_per_class
 
 QUICK = Experiment(topology="ring:4", steps=6, eval_every=3, engine="vmap", partition_options={"alpha": 0.1})
 

@@ -12,11 +12,12 @@ import pytest
 from rich.console import Console
 
 from gut_fast import cli
-from gut_fast.experiments import Run, jobs, make_simulator, sweep_progress, train
-from gut_fast.experiments.jobs import Failure, check_no_others, run_tasks, sole_user, unfinished
-from gut_fast.experiments.records import read_record, record_file
-from gut_fast.experiments.sweep import make_sweep, read_sweep
-from gut_fast.experiments.yaml_files import read_yaml, write_yaml
+from gut_fast.cli import sweep_progress
+from gut_fast.study import Run, jobs, make_simulator, train
+from gut_fast.study.jobs import Failure, check_no_others, run_tasks, sole_user, unfinished
+from gut_fast.study.records import read_record, record_file
+from gut_fast.study.sweep import make_sweep, read_sweep
+from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 SETTINGS = {"topology": "ring:4", "model": "mlp:8", "engine": "loop", "steps": 10, "eval_every": 5, "alpha": 0.1}
 LONG = {**SETTINGS, "steps": 100, "eval_every": 5}
@@ -301,7 +302,7 @@ def test_a_place_that_cannot_be_written_is_one_line(gut_fast, tmp_path, monkeypa
 def test_instability_is_told_once_for_each_method(gut_fast, tmp_path, monkeypatch):
     settings = {**SETTINGS, "topology": "torus:4x4"}
     write_yaml({"methods": {"GUT": {"rule": "gut"}}, "settings": settings, "seeds": 5}, tmp_path / "sweep.yaml")
-    monkeypatch.setattr("gut_fast.experiments.commands.sweep.run_tasks", lambda *_: [])
+    monkeypatch.setattr("gut_fast.cli.sweep.run_tasks", lambda *_: [])
     code, _, err = gut_fast("sweep", "sweep.yaml", "--out", "out")
     assert code == 0
     assert err.count("gut-fast: warning: GUT: mu=0.9 is unstable on torus(4, 4)") == 1

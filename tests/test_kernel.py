@@ -12,7 +12,8 @@ import pytest
 import torch
 
 import gut_fast as gf
-from gut_fast import _core, ops, topology
+from gut_fast import _core, topology
+from gut_fast.kernels import ops
 from gut_fast.rules import RULES, Coefficients, UpdateRule
 from lockstep import Lockstep, seeded
 
@@ -193,7 +194,8 @@ def test_the_gil_is_released(threads):
 FORK = """
 import os, signal, torch
 from lockstep import Lockstep
-from gut_fast import _core, ops, topology
+from gut_fast import _core, topology
+from gut_fast.kernels import ops
 
 torch.set_num_threads(4)
 run = Lockstep("gut", topology.ring(16), (9000,))

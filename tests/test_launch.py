@@ -9,9 +9,9 @@ import warnings
 import pytest
 import torch.distributed as dist
 
-from gut_fast.experiments import launch as launching
-from gut_fast.experiments.launch import RankError, launch
-from gut_fast.experiments.terminal import BadArgumentError
+from gut_fast.cli import launch as launching
+from gut_fast.cli.launch import RankError, launch
+from gut_fast.cli.terminal import BadArgumentError
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
 

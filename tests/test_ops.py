@@ -6,8 +6,9 @@ import sys
 import pytest
 import torch
 
-from gut_fast import ops, topology
-from gut_fast.backends import GossipStep, cpu
+from gut_fast import topology
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import GossipStep, cpu
 from gut_fast.rules import RULES
 from lockstep import seeded
 
@@ -208,16 +209,16 @@ def test_compiles_as_a_whole():
 def test_the_environment_forces_a_tier(tier):
     script = (
         "import torch\n"
-        "from gut_fast.backends import cpu\n"
+        "from gut_fast.kernels.backends import cpu\n"
         "print(cpu.tier(), '|', cpu.unavailable('cpu', torch.float32, 1, 1))\n"
-        "from gut_fast import ops\n"
+        "from gut_fast.kernels import ops\n"
         "print(ops.select_backend('auto', 'cpu', torch.float32, 1, 1).__name__)"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], env={"GUT_FAST_TIER": tier}, capture_output=True, text=True, check=True
     )
     if tier == "baseline":
-        assert result.stdout.split("\n")[:2] == ["baseline | None", "gut_fast.backends.cpu"]
+        assert result.stdout.split("\n")[:2] == ["baseline | None", "gut_fast.kernels.backends.cpu"]
         assert not result.stderr
     else:
         assert "steps are slow without the compiled kernel: backend 'cpu' is not available: env" in result.stderr

@@ -15,8 +15,9 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gut_fast as gf
-from gut_fast import ops, reference
-from gut_fast.backends import cpu
+from gut_fast import reference
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import cpu
 from lockstep import seeded
 
 RING = gf.topology.ring(6)

@@ -15,7 +15,7 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.distributed import Group, MismatchError, PeerError, notes, rejoin
-from gut_fast.lockstep import seeded
+from gut_fast.verify.lockstep import seeded
 
 SIZE = 5
 

@@ -8,17 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from gut_fast import convergence, planning, reference
+from gut_fast import reference
 from gut_fast import topology as topologies
-from gut_fast.convergence import Spectrum, Task, consensus_spectrum, excess_losses, steps_to_target
-from gut_fast.experiments import network as comparison
-from gut_fast.experiments import network_plot, units
-from gut_fast.experiments.commands.network import make_question, parse_sizes, show_comparison, show_measured
-from gut_fast.experiments.records import Record
-from gut_fast.experiments.runner import Experiment, Run
-from gut_fast.experiments.terminal import console_of_text
-from gut_fast.planning import Network, allreduce_bytes, allreduce_seconds, bytes_per_step, step_ends, step_seconds
+from gut_fast.cli.network import make_question, parse_sizes, show_comparison, show_measured
+from gut_fast.cli.terminal import console_of_text
 from gut_fast.rules import RULES, get_rule
+from gut_fast.study import units
+from gut_fast.study.network import convergence, planning
+from gut_fast.study.network import picture as network_plot
+from gut_fast.study.network import question as comparison
+from gut_fast.study.network.convergence import Spectrum, Task, consensus_spectrum, excess_losses, steps_to_target
+from gut_fast.study.network.planning import (
+    Network,
+    allreduce_bytes,
+    allreduce_seconds,
+    bytes_per_step,
+    step_ends,
+    step_seconds,
+)
+from gut_fast.study.records import Record
+from gut_fast.study.runner import Experiment, Run
 
 PLAIN = Network(bandwidth=1e6, latency=0.002, compute=0.05)
 STRAGGLING = dataclasses.replace(

@@ -9,9 +9,9 @@ import torch
 import gut_fast
 from gut_fast import analysis, cli
 from gut_fast.data import Dataset
-from gut_fast.experiments import Experiment, make_simulator, parse_topology, runner, train
-from gut_fast.experiments.presets import PRESETS, preset_settings
-from gut_fast.experiments.sweep import make_sweep
+from gut_fast.study import Experiment, make_simulator, parse_topology, runner, train
+from gut_fast.study.presets import PRESETS, preset_settings
+from gut_fast.study.sweep import make_sweep
 
 PAPER = {
     "cifar10-resnet20-ring16": ("cifar10", 16, 0.1, "resnet20", 0.06, 0.1, 200),

@@ -13,13 +13,13 @@ import typer
 import gut_fast as gf
 from gut_fast.benchmark import results
 from gut_fast.benchmark.cases import CASES, GROUPS
-from gut_fast.commands import app
-from gut_fast.experiments import machine
-from gut_fast.experiments.demo import METHODS, SEEDS
+from gut_fast.cli import verify_report as report
+from gut_fast.cli.app import app
+from gut_fast.kernels import machine
 from gut_fast.rules import RULES
 from gut_fast.simulation.engines import ENGINES
-from gut_fast.verification import report
-from gut_fast.verification.cases import THREADS
+from gut_fast.study.demo import METHODS, SEEDS
+from gut_fast.verify.cases import THREADS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

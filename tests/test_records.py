@@ -5,8 +5,8 @@ import math
 
 import pytest
 
-from gut_fast.experiments import Experiment, Run
-from gut_fast.experiments.records import Record, read_record, read_records, record_file, write_record
+from gut_fast.study import Experiment, Run
+from gut_fast.study.records import Record, read_record, read_records, record_file, write_record
 
 ROWS = [{"step": 5, "test_loss": 0.1 + 0.2, "diverged_agents": 0}, {"step": 10, "test_loss": 1e-300}]
 

@@ -18,13 +18,13 @@ from PIL import Image
 from scipy import stats
 
 from gut_fast import rules
-from gut_fast.experiments import Experiment, Run
-from gut_fast.experiments.records import Record, read_records, write_record
-from gut_fast.experiments.report import pictures, tables, words
-from gut_fast.experiments.report import statistics as numbers
-from gut_fast.experiments.report.statistics import ACCURACIES, BEFORE_DECAY, END
-from gut_fast.experiments.report.study import gather, point_name
-from gut_fast.experiments.report.write import Source, write_report
+from gut_fast.study import Experiment, Run
+from gut_fast.study.records import Record, read_records, write_record
+from gut_fast.study.report import pictures, tables, words
+from gut_fast.study.report import statistics as numbers
+from gut_fast.study.report.statistics import ACCURACIES, BEFORE_DECAY, END
+from gut_fast.study.report.study import gather, point_name
+from gut_fast.study.report.write import Source, write_report
 
 SOURCE = Source("A <sweep> & its report", "gut-fast report results/a", "seeds: 3 # <all>\n")
 
@@ -496,12 +496,12 @@ def test_who_holds_what_is_drawn_once(tmp_path, monkeypatch, blank_pictures):
 @pytest.fixture
 def command(capsys, monkeypatch):
     from gut_fast import cli
-    from gut_fast.experiments.commands.report import report
+    from gut_fast.cli.report import report
 
     app = typer.Typer()
     app.command()(report)
     app.callback()(lambda: None)
-    monkeypatch.setattr("gut_fast.commands.app", app)
+    monkeypatch.setattr("gut_fast.cli.app.app", app)
 
     def run(*arguments):
         code = cli.main(["report", *map(str, arguments)])

@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 import gut_fast as gf
 import ranks
-from gut_fast import ops
 from gut_fast.distributed import shared_memory
 from gut_fast.distributed.group import Group
 from gut_fast.distributed.shared_memory import SharedRows
+from gut_fast.kernels import ops
 from test_distributed import assert_same, rank_run
 
 ROWS = [(5, torch.float32), (3000, torch.bfloat16), (1, torch.float64)]

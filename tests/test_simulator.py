@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from gut_fast import optim, topology
 from gut_fast.data import Dataset, RandomCropFlip, partition
-from gut_fast.gossip import Gossip
+from gut_fast.optim.gossip import Gossip
 from gut_fast.simulation import Simulator, consensus_error, stack, write_csv, write_json_lines
 from gut_fast.simulation import checkpoint as checkpoint_module
 from gut_fast.simulation import progress as progress_module

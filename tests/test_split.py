@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from gut_fast import _core, ops, topology
-from gut_fast.backends import BACKENDS, GossipStep, arithmetic, cpu
-from gut_fast.lockstep import seeded
+from gut_fast import _core, topology
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import BACKENDS, GossipStep, arithmetic, cpu
 from gut_fast.rules import RULES
+from gut_fast.verify.lockstep import seeded
 
 COLUMNS = (5, 1, 130)
 LONG = (4097, 33_000, 5)  # several tiles, and enough for a second thread in an agent of its own

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gut_fast.experiments import Experiment
-from gut_fast.experiments.settings import MAX_SEEDS, make_experiment, seeds_of
-from gut_fast.experiments.sweep import Method, Sweep, make_sweep, read_sweep
-from gut_fast.experiments.yaml_files import read_yaml, write_yaml
+from gut_fast.study import Experiment
+from gut_fast.study.settings import MAX_SEEDS, make_experiment, seeds_of
+from gut_fast.study.sweep import Method, Sweep, make_sweep, read_sweep
+from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 GUT = {"GUT": {"rule": "gut"}}
 

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gut_fast import mixing
 from gut_fast import topology as tp
+from gut_fast.topology import mixing
 
 SIZES = [1, 2, 3, 4, 5, 7, 16, 33]
 STATIC = [

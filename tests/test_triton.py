@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 
-from gut_fast import ops, topology
-from gut_fast.backends import BACKENDS, GossipStep
-from gut_fast.backends.triton import Chip, Launch, launch
-from gut_fast.lockstep import PRECISIONS, OpRun, Problem, compare, excess_error, seeded
+from gut_fast import topology
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import BACKENDS, GossipStep
+from gut_fast.kernels.backends.triton import Chip, Launch, launch
 from gut_fast.rules import RULES, Coefficients, UpdateRule
+from gut_fast.verify.lockstep import PRECISIONS, OpRun, Problem, compare, excess_error, seeded
 
 pytest.importorskip("triton")
 
@@ -354,7 +355,7 @@ import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from gut_fast.backends.triton_kernel import gossip_kernel
+from gut_fast.kernels.backends.triton_kernel import gossip_kernel
 
 POINTERS = dict(table="*i64", coefficients="*fp64", row_start="*i64", neighbor="*i64", weight="*fp64")
 SIZES = dict(num_segments="i32", num_agents="i32", num_rows="i32")

@@ -4,12 +4,12 @@ import math
 
 import pytest
 
-from gut_fast.experiments import Run, make_simulator
-from gut_fast.experiments.records import Record
-from gut_fast.experiments.runner import load_data
-from gut_fast.experiments.sweep import make_sweep, read_sweep
-from gut_fast.experiments.tuning import Range, choose, make_tuning, tuned_content
-from gut_fast.experiments.yaml_files import write_yaml
+from gut_fast.study import Run, make_simulator
+from gut_fast.study.records import Record
+from gut_fast.study.runner import load_data
+from gut_fast.study.sweep import make_sweep, read_sweep
+from gut_fast.study.tuning import Range, choose, make_tuning, tuned_content
+from gut_fast.study.yaml_files import write_yaml
 
 METHODS = {"DSGD": {"rule": "dsgd"}, "GUT": {"rule": "gut"}}
 LR = {"lr": {"low": "1e-2", "high": 1}}

@@ -8,14 +8,17 @@ import pytest
 import torch
 import typer
 
-from gut_fast import _core, lockstep, ops, reference, topology
-from gut_fast.backends import AUTOMATIC, BACKENDS
-from gut_fast.backends import torch as plain_torch
-from gut_fast.experiments.terminal import BadArgumentError
-from gut_fast.lockstep import EXACT, LIMIT, PRECISIONS, Problem, compare
+from gut_fast import _core, reference, topology
+from gut_fast.cli import verify as commands
+from gut_fast.cli import verify_report as report
+from gut_fast.cli.terminal import BadArgumentError
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
+from gut_fast.kernels.backends import torch as plain_torch
 from gut_fast.reference import PUBLISHED
 from gut_fast.rules import RULES
-from gut_fast.verification import cases, commands, comparison, players, report
+from gut_fast.verify import cases, comparison, lockstep, players
+from gut_fast.verify.lockstep import EXACT, LIMIT, PRECISIONS, Problem, compare
 
 FLOAT32 = PRECISIONS["float32"]
 

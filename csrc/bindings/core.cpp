@@ -142,7 +142,7 @@ bool half_of_tensors(const TensorStep& step, const TensorReader& reader, const p
 }  // namespace
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
-  module.doc() = "The compiled CPU kernel of gut_fast. Addresses are not checked here; use gut_fast.ops.";
+  module.doc() = "The compiled CPU kernel of gut_fast. Addresses are not checked here; use gut_fast.kernels.ops.";
   module.attr("MAX_STATES") = gut_fast::cpu::kMaxStates;
   module.attr("MAX_MESSAGES") = gut_fast::cpu::kMaxMessages;
   module.attr("CUDA_OPTION") = GUT_FAST_CUDA;

@@ -87,7 +87,7 @@ void run_half(const StepArgs& step, Element row_dtype, std::int64_t num_rows, co
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module, py::mod_gil_not_used()) {
-  module.doc() = "The compiled CUDA kernels of gut_fast. Addresses are not checked here; use gut_fast.ops.";
+  module.doc() = "The compiled CUDA kernels of gut_fast. Addresses are not checked here; use gut_fast.kernels.ops.";
   module.attr("MAX_STATES") = gut_fast::cuda::kMaxStates;
   module.attr("MAX_MESSAGES") = gut_fast::cuda::kMaxMessages;
   module.attr("FEW_ROWS") = gut_fast::cuda::kFewRows;

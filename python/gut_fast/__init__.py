@@ -6,7 +6,6 @@ coefficients (`gut_fast.rules`) for one fused kernel.
 
 from gut_fast import analysis, data, distributed, models, reference, rules, topology
 from gut_fast.distributed import consolidate
-from gut_fast.gossip import Gossip, clip_grad_norm_per_agent_
 from gut_fast.optim import (
     D2,
     DSGD,
@@ -20,6 +19,7 @@ from gut_fast.optim import (
     QGDSGDm,
     QGGUTm,
 )
+from gut_fast.optim.gossip import Gossip, clip_grad_norm_per_agent_
 from gut_fast.rules import Coefficients, UpdateRule, update_rule
 from gut_fast.simulation import Simulator, StackedModule, consensus_error, stack
 from gut_fast.topology import Topology

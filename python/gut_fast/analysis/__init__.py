@@ -19,13 +19,7 @@ that differ in curvature are outside this view. `predict` gathers everything; ``
 
 from gut_fast.analysis.advising import advice
 from gut_fast.analysis.choice import auto_mu, with_auto_mu
-from gut_fast.analysis.limits import (
-    Stability,
-    averaging_rate_limit,
-    learning_rate_limit,
-    stability,
-    stability_limit,
-)
+from gut_fast.analysis.limits import Stability, averaging_rate_limit, learning_rate_limit, stability, stability_limit
 from gut_fast.analysis.linear import modes
 from gut_fast.analysis.prediction import Prediction, predict
 from gut_fast.analysis.steady import Noise, bias_factor, noise, noise_amplification, step_gain

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from gut_fast.analysis.linear import TOLERANCE, Array
-from gut_fast.mixing import MixingMatrix
 from gut_fast.topology import Topology
+from gut_fast.topology.mixing import MixingMatrix
 
 __all__ = ["Spectrum", "spectrum_of"]
 

@@ -13,15 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from gut_fast.analysis.linear import (
-    TOLERANCE,
-    Array,
-    coefficients_of,
-    radius,
-    reachable,
-    transitions,
-    without_decay,
-)
+from gut_fast.analysis.linear import TOLERANCE, Array, coefficients_of, radius, reachable, transitions, without_decay
 from gut_fast.analysis.spectrum import Spectrum, spectrum_of
 from gut_fast.rules import Coefficients, UpdateRule
 from gut_fast.topology import Topology

@@ -20,8 +20,8 @@ from torch.optim import SGD
 
 from gut_fast import models
 from gut_fast.benchmark.across_link import Place
-from gut_fast.experiments import machine
-from gut_fast.optimizer import GossipOptimizer
+from gut_fast.kernels import machine
+from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.topology import Topology, complete, from_matrix, ring, sequence
 
 __all__ = [

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gut_fast.benchmark.across_run import AcrossResult
 from gut_fast.benchmark.report import markdown_table
-from gut_fast.experiments.summary import plain_table
+from gut_fast.study.summary import plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,14 +15,13 @@ from typing import Any
 
 import torch
 
-from gut_fast import ops
 from gut_fast.benchmark import timing
 from gut_fast.benchmark.across import CONTENDERS, Rank, Task, absent
 from gut_fast.benchmark.across_ranks import Crew, crew
 from gut_fast.benchmark.across_truth import compare
 from gut_fast.benchmark.run import versions
 from gut_fast.benchmark.timing import Disturbance, Quantiles
-from gut_fast.experiments import machine
+from gut_fast.kernels import machine, ops
 
 __all__ = ["AcrossResult", "MeasuredAcross", "load", "merge", "run", "save"]
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gut_fast.backends import HALVES
-from gut_fast.experiments.specs import parse_topology
+from gut_fast.kernels.backends import HALVES
 from gut_fast.models import lenet5
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
+from gut_fast.topology.names import parse_topology
 
 __all__ = ["CASES", "DTYPES", "GROUPS", "SHAPES", "Case", "resnet20_shapes"]
 

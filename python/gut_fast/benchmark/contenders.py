@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast import ops
 from gut_fast.benchmark.cases import DTYPES, Case
 from gut_fast.benchmark.device import CPU, Device
-from gut_fast.buffers import allocate, segment_views
+from gut_fast.kernels import ops
+from gut_fast.kernels.buffers import allocate, segment_views
 from gut_fast.optim import GossipOptimizer
 
 __all__ = ["Ceiling", "Contender", "GutFast", "Kernel", "MomentumSGD", "Unavailable", "Workload"]

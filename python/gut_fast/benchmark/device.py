@@ -18,8 +18,8 @@ from typing import Any, Protocol
 
 import torch
 
-from gut_fast.experiments import machine
-from gut_fast.simulation.graphs import capture_cuda_graph
+from gut_fast.kernels import machine
+from gut_fast.simulation.cuda_graphs import capture_cuda_graph
 
 __all__ = ["CPU", "DEVICES", "Clock", "Device", "EventClock", "Gpu", "WallClock", "find_device"]
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gut_fast.benchmark.contenders import Blocks, Contender, Unavailable, Workload
 from gut_fast.benchmark.mixings import MIXINGS
-from gut_fast.buffers import allocate
+from gut_fast.kernels.buffers import allocate
 from gut_fast.rules import Coefficients
 
 __all__ = ["Compiled", "Eager"]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from gut_fast.benchmark.contenders import Unavailable, Workload
-from gut_fast.buffers import allocate
-from gut_fast.mixing import MixingMatrix
+from gut_fast.kernels.buffers import allocate
+from gut_fast.topology.mixing import MixingMatrix
 
 __all__ = ["MIXINGS", "Mixing", "Rolls"]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from gut_fast import ops
-from gut_fast.backends import AUTOMATIC, BACKENDS
 from gut_fast.benchmark.contenders import Ceiling, Contender, GutFast, Kernel, MomentumSGD, Unavailable, Workload
 from gut_fast.benchmark.formulations import Compiled, Eager
 from gut_fast.benchmark.gpu_contenders import Captured, LargeCopy, SmallCopy, copy_length, in_turns, num_sets
 from gut_fast.benchmark.others import AuthorsSequence, Jax
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
 
 __all__ = ["FAMILIES", "Field", "enter"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from gut_fast.benchmark.report import COMPARED
 from gut_fast.benchmark.results import Result
 from gut_fast.benchmark.scaling import AXES, Curve
-from gut_fast.experiments.plots import COLORS, new_figure
+from gut_fast.study.plots import COLORS, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

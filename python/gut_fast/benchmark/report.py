@@ -9,7 +9,7 @@ from gut_fast.benchmark import overhead
 from gut_fast.benchmark.comparison import NUM_STEPS
 from gut_fast.benchmark.peers import FAMILIES
 from gut_fast.benchmark.results import Result
-from gut_fast.experiments.summary import plain_table
+from gut_fast.study.summary import plain_table
 
 if TYPE_CHECKING:
     from rich.table import Table

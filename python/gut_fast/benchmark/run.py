@@ -9,8 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from gut_fast import ops
-from gut_fast.backends import BACKENDS
 from gut_fast.benchmark import comparison, overhead, timing
 from gut_fast.benchmark.cases import Case
 from gut_fast.benchmark.comparison import WrongResultError
@@ -19,7 +17,8 @@ from gut_fast.benchmark.device import CPU, Device
 from gut_fast.benchmark.peers import FAMILIES, Field, enter
 from gut_fast.benchmark.results import Measured, Result
 from gut_fast.benchmark.timing import Disturbance, Quantiles
-from gut_fast.experiments import machine
+from gut_fast.kernels import machine, ops
+from gut_fast.kernels.backends import BACKENDS
 
 __all__ = ["run", "versions"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gut_fast.benchmark.train_run import GOALS, GPU_GOAL_OF_ONE_MODEL, GPU_GOALS, TrainingResult
-from gut_fast.experiments.plots import COLORS, new_figure
-from gut_fast.experiments.summary import plain_table
+from gut_fast.study.plots import COLORS, new_figure
+from gut_fast.study.summary import plain_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

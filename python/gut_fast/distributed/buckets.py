@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from gut_fast import ops
-from gut_fast.backends import GossipStep, arithmetic
-from gut_fast.buffers import allocate
 from gut_fast.distributed.placement import Route
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import GossipStep, arithmetic
+from gut_fast.kernels.buffers import allocate
 
 __all__ = ["Bucket", "plan_buckets"]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gut_fast.distributed.errors import MismatchError, PeerError
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
-from gut_fast.mixing import as_integer
+from gut_fast.topology.mixing import as_integer
 
 __all__ = ["consolidate", "given_group"]
 

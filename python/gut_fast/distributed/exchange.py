@@ -11,16 +11,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gut_fast import ops
-from gut_fast.backends import GossipStep
 from gut_fast.distributed.buckets import Bucket, plan_buckets
 from gut_fast.distributed.errors import PeerError
 from gut_fast.distributed.group import Group
 from gut_fast.distributed.membership import JOIN_EVERY, admit, regroup
 from gut_fast.distributed.placement import Route, make_route
 from gut_fast.distributed.traffic import Traffic
-from gut_fast.mixing import CSR
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import GossipStep
 from gut_fast.topology import Topology
+from gut_fast.topology.mixing import CSR
 
 __all__ = ["Exchange"]
 

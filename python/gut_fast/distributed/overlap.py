@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gut_fast.backends import GossipStep
 from gut_fast.distributed.buckets import Bucket
 from gut_fast.distributed.exchange import Exchange
+from gut_fast.kernels.backends import GossipStep
 
 __all__ = ["CHANGED", "SCALED", "Overlap"]
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gut_fast.mixing import CSR
+from gut_fast.topology.mixing import CSR
 
 __all__ = ["Route", "Way", "make_route"]
 

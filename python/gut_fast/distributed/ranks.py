@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gut_fast.backends import GossipStep, arithmetic
 from gut_fast.distributed.agreement import check_agreement, check_welcome, fingerprint
 from gut_fast.distributed.exchange import Exchange
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
 from gut_fast.distributed.overlap import Overlap
-from gut_fast.mixing import CSR, as_integer, as_number
+from gut_fast.kernels.backends import GossipStep, arithmetic
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
+from gut_fast.topology.mixing import CSR, as_integer, as_number
 
 __all__ = ["RankOptions", "Ranks"]
 

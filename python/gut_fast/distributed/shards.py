@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gut_fast.files import replacing
+from gut_fast.distributed.files import replacing
 
 __all__ = ["DamagedError", "Shard", "check_loadable", "read_shard", "write_shard"]
 

@@ -80,7 +80,7 @@ class SharedRows:
         if key not in self._rows:
             numbers, dtype = self._like[bucket]
             size, slot = numbers * dtype.itemsize, agent * TURNS + turn % TURNS
-            # Rows that are read together begin at different offsets within a page: see gut_fast.buffers.allocate.
+            # Rows that are read together begin at different offsets in a page: see kernels.buffers.allocate.
             start = self._starts[bucket] + slot * _space(size) + 576 * ((place * self._agents + agent) % 7)
             self._rows[key] = self._memory[place][start : start + size].view(dtype)
         return self._rows[key]

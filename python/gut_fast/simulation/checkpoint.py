@@ -16,9 +16,9 @@ from torch import Tensor
 
 from gut_fast.distributed import Group
 from gut_fast.distributed.checkpoints import Checkpoints
-from gut_fast.files import replacing
-from gut_fast.mixing import MixingMatrix
+from gut_fast.distributed.files import replacing
 from gut_fast.topology import Topology
+from gut_fast.topology.mixing import MixingMatrix
 
 __all__ = ["check_configuration", "digest", "mixing_digest", "read_checkpoint", "write_checkpoint"]
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gut_fast.simulation.cuda_graphs import GraphedEngine, StreamsEngine
 from gut_fast.simulation.gradients import Engine, LoopEngine, Loss, VmapEngine, WorkersEngine
-from gut_fast.simulation.graphs import GraphedEngine, StreamsEngine
 from gut_fast.simulation.stacked import StackedModule
 from gut_fast.simulation.undo import undo_on_error
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gut_fast.files import replacing
+from gut_fast.distributed.files import replacing
 
 __all__ = ["json_line", "write_csv", "write_json_lines"]
 

@@ -20,13 +20,7 @@ from gut_fast.distributed import Group
 from gut_fast.simulation import randomness
 from gut_fast.simulation.arguments import check_ranks, checked_optimizer, like_model
 from gut_fast.simulation.batches import Batches
-from gut_fast.simulation.checkpoint import (
-    check_configuration,
-    digest,
-    mixing_digest,
-    read_checkpoint,
-    write_checkpoint,
-)
+from gut_fast.simulation.checkpoint import check_configuration, digest, mixing_digest, read_checkpoint, write_checkpoint
 from gut_fast.simulation.engines import AutoEngine, Loss, make_engine, undo_on_error
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
 from gut_fast.simulation.metrics import BytesSent, evaluate, read

@@ -1,6 +1,6 @@
 """A module for each of N agents, all parameters in one flat buffer.
 
-The parameters lie as in `gut_fast.buffers`: segment k is parameter k of all agents, a block [N, d_k]. A stacked
+The parameters lie as in `gut_fast.kernels.buffers`: segment k is parameter k of all agents, a block [N, d_k]. A stacked
 parameter is a view (N, *shape_k) of it and what the optimizer gets; agent i's module holds row i of each. Gradients
 have a buffer of the same layout: agent i's backward pass accumulates straight into row i of the stacked gradients.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
-from gut_fast.buffers import allocate, segment_views
+from gut_fast.kernels.buffers import allocate, segment_views
 from gut_fast.simulation.precision import at_least_float32, forward_precision
 from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 

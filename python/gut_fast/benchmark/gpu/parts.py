@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from gut_fast.backends import AUTOMATIC, BACKENDS
 from gut_fast.benchmark import results, train_run
 from gut_fast.benchmark.cases import Case
 from gut_fast.benchmark.comparison import WrongResultError
@@ -26,11 +25,12 @@ from gut_fast.benchmark.gpu.notes import ABSENT, DONE, FAILED, WRONG, Budget, No
 from gut_fast.benchmark.gpu.plan import BESIDE, Plan
 from gut_fast.benchmark.run import run, versions
 from gut_fast.benchmark.training import Task, engines_of
-from gut_fast.experiments import machine
-from gut_fast.lockstep import LIMIT, PRECISIONS, OpRun, Problem, excess_error
+from gut_fast.kernels import machine
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
 from gut_fast.rules import RULES, get_rule
 from gut_fast.topology import ring
-from gut_fast.verification import comparison
+from gut_fast.verify import comparison
+from gut_fast.verify.lockstep import LIMIT, PRECISIONS, OpRun, Problem, excess_error
 
 __all__ = ["FUNCTIONS", "Part", "profile_steps"]
 

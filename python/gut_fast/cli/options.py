@@ -1,0 +1,51 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gut_fast import data
+from gut_fast.study import plots
+
+__all__ = ["DataFolder", "Download", "check_picture", "prepare_data"]
+
+DataFolder = Annotated[
+    Path | None, typer.Option("--data-folder", help="Where data sets lie. Default: environment variable GUT_FAST_DATA.")
+]
+Download = Annotated[bool, typer.Option("--download", help="Fetch the data set if it is not in the folder.")]
+
+
+def prepare_data(names: Iterable[str], folder: Path | None, download: bool) -> None:
+    """Makes this process and those it starts look for data sets in `folder`, and downloads those missing if asked to.
+
+    Raises:
+        OSError, ImportError, RuntimeError, ValueError: a download fails, as `gut_fast.data.load`.
+    """
+    if folder is not None:
+        os.environ["GUT_FAST_DATA"] = str(folder.absolute())
+    if download:
+        for name in names:
+            data.load(name, download=True)
+
+
+def check_picture(path: Path) -> None:
+    """Looks before any work is done whether a picture can be written.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError, ValueError: the file cannot be written, or is not named as a PNG file.
+    """
+    plots.check_matplotlib()
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {path}: expected the name of a PNG file, such as topology.png")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"--out {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise IsADirectoryError(f"--out {path}: this is a folder, expected the name of a file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"--out {path}: no permission to write it")

@@ -1,0 +1,117 @@
+"""``gut-fast report``: the finished runs of sweeps as tables, pictures and a page."""
+
+from __future__ import annotations
+
+import shlex
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from gut_fast.cli.options import DataFolder, prepare_data
+from gut_fast.cli.sweep import FILE
+from gut_fast.cli.terminal import as_bad_argument, console_of_text
+from gut_fast.study import plots
+from gut_fast.study.folder import check_writable
+from gut_fast.study.records import read_records
+from gut_fast.study.report import tables
+from gut_fast.study.report.sections import lead
+from gut_fast.study.report.study import Study, gather
+from gut_fast.study.report.tables import Table
+from gut_fast.study.report.words import listed, without_folders
+from gut_fast.study.report.write import Source, write_report
+from gut_fast.study.summary import plain_table
+from gut_fast.study.sweep import Task, make_sweep
+from gut_fast.study.yaml_files import read_yaml
+
+__all__ = ["report"]
+
+MAX_WIDTH = 1000
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of a sweep; several are taken together.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where the report is written. Default: folder report in the first FOLDER.")
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(metavar="METHOD", help="What the others are compared with. Default: the first.")
+    ] = None,
+    title: Annotated[str | None, typer.Option(help="Of the report. Default: the name of the first FOLDER.")] = None,
+    folder: DataFolder = None,
+) -> None:
+    """Report what a sweep has come to so far: tables, pictures, and one page that needs no other file."""
+    place = folders[0] / "report" if out is None else out
+    with as_bad_argument():
+        plots.check_matplotlib()
+        check_writable(place)
+        prepare_data([], folder, download=False)
+        records = [record for each in folders for record in read_records(each)]
+        planned = [task for each in folders for task in _planned(each)]
+        study = gather(records, baseline, order=[task.method for task in planned])
+    if len(planned) > len(records):
+        study = replace(study, notes=(f"{len(records)} of {len(planned)} runs are finished so far.", *study.notes))
+    source = Source(
+        title or folders[0].resolve().name, _command(folders, baseline, title), "\n".join(map(_configuration, folders))
+    )
+    with as_bad_argument():
+        files = write_report(study, source, place)
+    console = console_of_text()
+    _show(study, console)
+    texts = [file.name for file in files if file.suffix != ".png"]
+    console.print(f"{listed([*texts, listed(len(files) - len(texts), 'picture')])} are in {place}", soft_wrap=True)
+
+
+def _planned(folder: Path) -> list[Task]:
+    """All runs of the folder's sweep; none where its file is missing or cannot be understood."""
+    try:
+        return make_sweep(read_yaml(folder / FILE), also=["tune"]).tasks() if (folder / FILE).exists() else []
+    except (TypeError, ValueError, ImportError) as error:
+        warnings.warn(f"{folder / FILE}: {error}; methods are in the order of their files", stacklevel=2)
+        return []
+
+
+def _command(folders: Sequence[Path], baseline: str | None, title: str | None) -> str:
+    """The command that makes the report again, wherever the folders lie."""
+    names = [each.name if each.is_absolute() or ".." in each.parts else each.as_posix() for each in folders]
+    options = [
+        word
+        for name, value in (("--baseline", baseline), ("--title", title))
+        if value is not None
+        for word in (name, value)
+    ]
+    return shlex.join(["gut-fast", "report", *names, *options])
+
+
+def _configuration(folder: Path) -> str:
+    file = folder / FILE
+    return without_folders(file.read_text(encoding="utf-8")) if file.exists() else ""
+
+
+def _show(study: Study, console: Console) -> None:
+    """The tables that a reader wants to see first."""
+    console.print(lead(study), style="bold", soft_wrap=True)
+    for moment in tables.moments(study):
+        for table in map(_terminal_table, tables.main_tables(study, moment)):
+            # No column is cut; a narrower terminal wraps the lines.
+            whole = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
+            console.width = max(console.width, whole)
+            console.print(table)
+    for note in study.notes:
+        console.print(note, style="yellow", soft_wrap=True)
+
+
+def _terminal_table(table: Table) -> RichTable:
+    """The table for a terminal, its best numbers bold."""
+    result = plain_table(table.title, *table.header)
+    for row, cells in enumerate(table.rows):
+        styles = ["bold" if (row, column) in table.best else "" for column in range(len(cells))]
+        result.add_row(*(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
+    return result

@@ -1,0 +1,179 @@
+"""``gut-fast sweep`` and ``gut-fast tune``: methods × grid × seeds from a file, several runs at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from gut_fast import analysis
+from gut_fast.cli.options import DataFolder, Download, prepare_data
+from gut_fast.cli.sweep_progress import shown_on, title
+from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
+from gut_fast.distributed.files import replacing
+from gut_fast.rules import get_rule
+from gut_fast.simulation import write_csv
+from gut_fast.study import summary
+from gut_fast.study.folder import check_writable
+from gut_fast.study.jobs import check_no_others, run_tasks, sole_user, unfinished
+from gut_fast.study.records import read_record, record_file
+from gut_fast.study.runner import make_simulator
+from gut_fast.study.sweep import Task, read_sweep
+from gut_fast.study.tuning import Choice, choose, make_tuning, tried_rows, tuned_content
+from gut_fast.study.yaml_files import about_file, read_yaml, write_yaml
+from gut_fast.topology.names import parse_topology
+
+__all__ = ["FILE", "sweep", "tune"]
+
+FILE = "sweep.yaml"
+
+OF_METHOD = {"rule", "hyperparameters", "lr", "weight_decay", "milestones", "decay", "steps", "eval_every", "seed"}
+"""Entries of an experiment that are checked without its data and its network."""
+
+File = Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file that describes it.")]
+Out = Annotated[Path, typer.Option(help="Folder of the runs; those finished there are not repeated.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs at a time, each with the data in its own memory. Default: as many as cores."),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of each run; the default of --jobs is divided by it.")]
+
+
+def sweep(
+    file: File,
+    out: Out,
+    jobs: Jobs = None,
+    threads: Threads = 1,
+    folder: DataFolder = None,
+    download: Download = False,
+) -> None:
+    """Run methods × grid × seeds of a file; Ctrl-C, or a crash, and the same command goes on where it was."""
+    with as_bad_argument():
+        tasks = read_sweep(file).tasks()
+        missing = _missing(tasks, out, folder, download)
+        _warn_of_unstable(missing)
+    _run(tasks, file, out, jobs or _cores(threads), threads)
+    console_of_text().print(f"all {len(tasks)} runs are finished; see them with: gut-fast report {out}", soft_wrap=True)
+
+
+def tune(
+    file: File,
+    out: Out,
+    jobs: Jobs = None,
+    threads: Threads = 1,
+    folder: DataFolder = None,
+    download: Download = False,
+) -> None:
+    """Choose hyper-parameters for a sweep's file, as many tries for every method, on held-out training samples.
+
+    Writes tuned.yaml into the folder, the sweep's file with the choices in it, and tries.csv, all that was tried.
+    """
+    with as_bad_argument():
+        content = read_yaml(file)
+        with about_file(file):
+            tuning = make_tuning(content)
+        tasks = tuning.tasks()
+        _missing(tasks, out, folder, download)
+    _run(tasks, file, out, jobs or _cores(threads), threads)
+    with as_bad_argument():
+        choices = choose(tuning, [read_record(record_file(out, task.name)) for task in tasks])
+    tuned = out / "tuned.yaml"
+    with writing():
+        write_yaml(tuned_content(content, choices), tuned)
+        write_csv(tried_rows(choices), out / "tries.csv")
+    console = console_of_text()
+    _print_choices(choices, tuning.metric, tuning.tries, console)
+    console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...", soft_wrap=True)
+
+
+def _missing(tasks: Sequence[Task], out: Path, folder: Path | None, download: bool) -> list[Task]:
+    """The runs still to be done, after a look at the folder, the data and all that is to be made of them."""
+    check_writable(out)
+    check_no_others(tasks, out)
+    missing = unfinished(tasks, out)
+    prepare_data({task.experiment.data for task in missing}, folder, download)
+    _check(missing)
+    return missing
+
+
+def _check(tasks: Sequence[Task]) -> None:
+    """Finds what is wrong with any method at any point before the first run begins.
+
+    One simulator is made for all that differ in their method alone.
+    """
+    seen: set[str] = set()
+    for task in tasks:
+        experiment = task.experiment
+        try:
+            get_rule(experiment.rule).coefficients(
+                experiment.lr, weight_decay=experiment.weight_decay, **experiment.hyperparameters
+            )
+            rest = repr({name: value for name, value in experiment.as_dict().items() if name not in OF_METHOD})
+            if rest not in seen:
+                seen.add(rest)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    make_simulator(experiment)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{title(task)}: {error}") from error
+
+
+def _warn_of_unstable(tasks: Sequence[Task]) -> None:
+    for task in {(task.method, repr(task.point)): task for task in tasks}.values():
+        topology = parse_topology(task.experiment.topology, task.experiment.gamma)
+        if advice := analysis.advice(task.experiment.rule, task.experiment.hyperparameters, topology):
+            warnings.warn(f"{task.method}: {advice}", stacklevel=2)
+
+
+def _run(tasks: Sequence[Task], file: Path, out: Path, jobs: int, threads: int) -> None:
+    """Runs what is missing in the folder, and keeps the file there. Exit code 1 if a run failed, 130 on Ctrl-C."""
+    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
+    finished = len(tasks) - len(unfinished(tasks, out))
+    if finished:
+        console.print(f"{finished} of {len(tasks)} runs are finished already")
+    with writing():
+        out.mkdir(parents=True, exist_ok=True)
+    try:
+        with as_bad_argument(), sole_user(out), shown_on(console, len(tasks), finished) as watcher:
+            _keep(file, out / FILE)
+            failures = run_tasks(tasks, out, jobs, threads, watcher)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    if failures:
+        console.print(f"{len(failures)} runs failed, the same command tries them again")
+        raise typer.Exit(1)
+
+
+def _keep(file: Path, copy: Path) -> None:
+    """A copy of the sweep's file beside its runs, unless it lies there itself."""
+    if not (copy.exists() and copy.samefile(file)):
+        with replacing(copy) as temporary:
+            shutil.copyfile(file, temporary)
+
+
+def _cores(threads: int) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // threads)
+
+
+def _print_choices(choices: Sequence[Choice], metric: str, tries: int, console: Console) -> None:
+    table = summary.plain_table(
+        f"The best of {tries} tries each, {metric.replace('_', ' ')} on held-out samples", "method", "", "settings"
+    )
+    for choice in choices:
+        settings = ", ".join(f"{name} {value}" for name, value in choice.settings.items())
+        table.add_row(choice.label, f"{100 * choice.score:.2f} %", settings)
+    console.print(table)
+    for choice in choices:
+        if choice.at_edge:
+            console.print(
+                f"{choice.label}: the best {' and '.join(choice.at_edge)} is at the edge of what was tried",
+                soft_wrap=True,
+            )

@@ -1,8 +1,0 @@
-"""Finished experiments from plain configurations: what the command line and the demo are made of."""
-
-from __future__ import annotations
-
-from gut_fast.experiments.runner import Experiment, Run, make_simulator, train
-from gut_fast.experiments.specs import TOPOLOGIES, parse_topology
-
-__all__ = ["TOPOLOGIES", "Experiment", "Run", "make_simulator", "parse_topology", "train"]

@@ -1,0 +1,1 @@
+"""The kernels: the step that every rule is, the op that PyTorch sees, and one backend for each kind of processor."""

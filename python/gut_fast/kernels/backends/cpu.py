@@ -1,0 +1,160 @@
+"""The compiled kernel: all segments, all agents, in one pass over memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gut_fast.kernels.step import GossipStep, Instances, Rows, arithmetic
+
+__all__ = [
+    "are_plain",
+    "combine",
+    "direct_combine",
+    "direct_message",
+    "direct_step",
+    "gossip_step",
+    "message",
+    "tier",
+    "unavailable",
+    "why_missing",
+]
+
+PAIRS = (
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float32),
+    (torch.bfloat16, torch.bfloat16),
+)
+"""The dtypes of parameters and state that are compiled in."""
+
+try:
+    from gut_fast import _core
+except ImportError as error:  # a source tree without its extension still has the torch backend
+    _core = None  # type: ignore[assignment]
+    why_missing: str | None = f"the compiled extension gut_fast._core did not import ({error}); reinstall gut_fast"
+else:
+    why_missing = None
+    try:
+        _core.set_tier(os.environ.get("GUT_FAST_TIER", "") or _core.tier())
+    except ValueError as error:
+        why_missing = f"environment variable GUT_FAST_TIER: {error}"
+
+_exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10 and later
+_reader = (
+    None
+    if why_missing is not None or _exchange_api is None
+    else _core.tensor_reader(_exchange_api, [torch.Tensor, torch.nn.Parameter])
+)
+
+
+def unavailable(
+    device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
+) -> str | None:
+    """Why this backend cannot serve such tensors, or None."""
+    if why_missing is not None:
+        return why_missing
+    if device_type != "cpu":
+        return f"it computes on CPU tensors, these are on {device_type!r}"
+    instances = Instances(PAIRS, _core.MAX_STATES, _core.MAX_MESSAGES)
+    return instances.refusal(dtype, num_states, num_messages, state_dtype)
+
+
+def tier() -> str | None:
+    """The instruction tier in use, or None without the compiled extension."""
+    return _core.tier() if why_missing is None else None
+
+
+def gossip_step(step: GossipStep) -> None:
+    """One step in place, on `torch.get_num_threads()` threads."""
+    _call(_core.gossip_step, step)
+
+
+def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
+    """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
+    _half(_core.message, step, rows, residuals)
+
+
+def combine(step: GossipStep, rows: Rows) -> None:
+    """Mixes the rows and updates in place, the second half of the split form."""
+    _half(_core.combine, step, rows, ())
+
+
+def _half(half: Callable[..., None], step: GossipStep, rows: Rows, residuals: Rows) -> None:
+    dtype = next((row.dtype for row in rows if row is not None), arithmetic(step.parameters[0].dtype))
+    _call(half, step, _dtype(dtype), _addresses(rows), _addresses(residuals))
+
+
+def _addresses(rows: Rows) -> list[int]:
+    return [0 if row is None else row.data_ptr() for row in rows]
+
+
+def _call(function: Callable[..., None], step: GossipStep, *more: Any) -> None:
+    # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
+    gradients = [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
+    function(
+        *map(_dtype, step.dtypes),
+        step.num_agents,
+        [parameter.data_ptr() for parameter in step.parameters],
+        [0 if gradient is None else gradient.data_ptr() for gradient in gradients],
+        [parameter.numel() // step.num_agents for parameter in step.parameters],
+        [buffer.data_ptr() for buffer in step.state],
+        step.coefficients.data_ptr(),
+        step.num_messages,
+        step.row_start.data_ptr(),
+        step.neighbor.data_ptr(),
+        step.weight.data_ptr(),
+        0 if step.grad_scale is None else step.grad_scale.data_ptr(),
+        *more,
+        torch.get_num_threads(),
+    )
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(_core.DType, str(dtype).removeprefix("torch."))
+
+
+def direct_step(step: GossipStep) -> Callable[[], None] | None:
+    """What performs a step whose tensors are plain, contiguous ones on the CPU, just as described; None for others.
+
+    The same as checking it and `gossip_step`, without a word about what is wrong and 30 times as fast.
+    """
+    tensor_step = _tensor_step(step)
+    return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())
+
+
+def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
+    """Does `message` and returns True if the step's tensors and the rows are plain, contiguous ones on the CPU."""
+    tensor_step = _tensor_step(step)
+    return tensor_step is not None and tensor_step.message(
+        _reader, list(rows), list(residuals), torch.get_num_threads()
+    )
+
+
+def direct_combine(step: GossipStep, rows: Rows) -> bool:
+    """Does `combine`, as `direct_message` does."""
+    tensor_step = _tensor_step(step)
+    return tensor_step is not None and tensor_step.combine(_reader, list(rows), [], torch.get_num_threads())
+
+
+def _tensor_step(step: GossipStep) -> Any:
+    if _reader is None or not step.parameters:
+        return None
+    dtype, state_dtype = step.dtypes
+    if unavailable("cpu", dtype, len(step.state), step.num_messages, state_dtype) is not None:
+        return None
+    return _core.tensor_step(_reader, *step)
+
+
+def are_plain(step: GossipStep) -> bool:
+    """Whether parameters, state and gradients are plain, contiguous tensors of one device, and fit each other.
+
+    False also where this cannot be seen quickly. It looks at nothing else of the step.
+    """
+    return _reader is not None and _core.are_plain(
+        _reader, step.num_agents, step.parameters, step.state, step.gradients
+    )

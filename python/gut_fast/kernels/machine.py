@@ -1,0 +1,126 @@
+"""What a result was computed with: packages, processor, backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from pathlib import Path
+
+import torch
+
+import gut_fast
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, cpu
+
+__all__ = [
+    "OPTIONAL_PACKAGES",
+    "automatic_backend",
+    "backend_line",
+    "backend_status",
+    "gpu_line",
+    "instruction_tiers",
+    "machine_line",
+    "missing_packages",
+    "versions",
+    "wrong_tier",
+]
+
+OPTIONAL_PACKAGES = {
+    "typer": "cli",
+    "rich": "cli",
+    "matplotlib": "cli",
+    "scikit-learn": "data",
+    "torchvision": "data",
+    "triton": "triton",
+}
+"""Packages that are nice to have, and the extra of gut_fast that brings each."""
+
+
+def versions() -> dict[str, str]:
+    """Versions of gut_fast, Python and the packages that gut_fast needs."""
+    return {
+        "gut_fast": gut_fast.__version__,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "numpy", "networkx")},
+    }
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package, or None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing_packages(*modules: str) -> str | None:
+    """One line that says which of these modules are not installed and what to do, or None if all are."""
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    if not missing:
+        return None
+    return f'{" and ".join(missing)} not installed; install with: pip install "gut_fast[cli,data]"'
+
+
+def instruction_tiers() -> list[str]:
+    """The instruction tiers that the compiled kernel can use on this machine, the fastest first."""
+    if cpu.tier() is None:
+        return []
+    from gut_fast import _core
+
+    return list(_core.available_tiers())
+
+
+def backend_status(device_type: str = "cpu") -> dict[str, str | None]:
+    """Why a backend cannot serve float32 parameters on such a device, by its name; None where it can."""
+    return {name: backend.unavailable(device_type, torch.float32, 1, 1) for name, backend in BACKENDS.items()}
+
+
+def backend_line(name: str) -> str:
+    """The devices whose tensors a backend can serve, or why it can serve none."""
+    reasons = {device: backend_status(device)[name] for device in AUTOMATIC}
+    served = [device for device, reason in reasons.items() if reason is None]
+    return f"for tensors on {' and '.join(served)}" if served else "; ".join(dict.fromkeys(map(str, reasons.values())))
+
+
+def automatic_backend(device_type: str) -> str:
+    """What ``backend="auto"`` takes for float32 parameters on such a device, and why not what it would rather take."""
+    status = backend_status(device_type)
+    passed: list[str] = []
+    for name in AUTOMATIC[device_type]:
+        if status[name] is None:
+            return "; ".join([name, *passed])
+        passed.append(f"not {name}: {status[name]}")
+    raise AssertionError("the torch backend serves every device")
+
+
+def gpu_line() -> str:
+    """The CUDA devices of this machine, or why there is none."""
+    if not torch.backends.cuda.is_built():
+        return "none: this PyTorch is built without CUDA"
+    if not torch.cuda.is_available():
+        return "none that PyTorch can use"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def wrong_tier() -> str | None:
+    """What is wrong with environment variable GUT_FAST_TIER, or None; the kernel is then there, but not in use."""
+    reason = backend_status()["cpu"] or ""
+    return reason if reason.startswith("environment variable GUT_FAST_TIER") else None
+
+
+def machine_line() -> str:
+    """Processor, system, threads and instruction tier in one line."""
+    tier = cpu.tier() or ("none, GUT_FAST_TIER is wrong" if wrong_tier() else "none, compiled kernel missing")
+    system = f"{platform.system()} {platform.machine()}"
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {system}, {threads} thread{'s' * (threads != 1)}, instruction tier {tier}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or "unknown processor"

@@ -1,0 +1,172 @@
+"""Decentralized optimizers, one class for each update rule.
+
+Every parameter is stacked: shape (N, *shape), row i is agent i's. The gradient is taken at the parameters, so a normal
+``loss.backward(); optimizer.step()`` loop is the whole algorithm.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from gut_fast.optim.optimizer import GossipOptimizer
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    import torch
+    from typing_extensions import Required, Unpack
+
+    from gut_fast.topology import Topology
+
+    class Options(TypedDict, total=False):
+        """What every class below takes beside its rule's hyper-parameters: see `GossipOptimizer`."""
+
+        topology: Required[Topology]
+        weight_decay: float
+        maximize: bool
+        backend: str
+        state_dtype: torch.dtype | None
+
+
+__all__ = [
+    "D2",
+    "DSGD",
+    "GUT",
+    "QGT",
+    "DSGDm",
+    "GUTm",
+    "GossipOptimizer",
+    "GradientTracking",
+    "MomentumTracking",
+    "QGDSGDm",
+    "QGGUTm",
+]
+
+
+class DSGD(GossipOptimizer):
+    """Decentralized SGD: ``S = z − ηg;  z' = S + D`` (Lian et al., NeurIPS 2017). Arguments: see `GossipOptimizer`."""
+
+    def __init__(self, params: Any, lr: float, **options: Unpack[Options]) -> None:
+        super().__init__(params, "dsgd", lr=lr, **options)
+
+
+class GUT(GossipOptimizer):
+    """Global Update Tracking: ``S = z − η(g + μr);  z' = S + D;  r' = μr − D/η`` (Aketi et al., NeurIPS 2023).
+
+    One message a step as in DSGD, one buffer r that learns minus the local bias. μ = 0 is DSGD, μ = 1 is D². Stable on
+    a topology iff ``lambda_min(W) > −1/(1 + 2μ)``. Arguments: see `GossipOptimizer`; mu is in [0, 1].
+    """
+
+    def __init__(self, params: Any, lr: float, mu: float | Literal["auto"] = 0.9, **options: Unpack[Options]) -> None:
+        super().__init__(params, "gut", lr=lr, mu=mu, **options)
+
+
+class GUTm(GossipOptimizer):
+    """Quasi-global momentum with global update tracking beside it, a rule of our own.
+
+    ``d = g + βm + μr;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)(d − D/η);  r' = μr − D/η``. The average moves as
+    QG-DSGDm's does. Arguments: see `GossipOptimizer`; momentum β is in [0, 1), mu in [0, 1].
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        mu: float | Literal["auto"] = 0.8,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "gutm", lr=lr, momentum=momentum, mu=mu, **options)
+
+
+class QGT(GossipOptimizer):
+    """Quasi-global tracking: momentum and update tracking in one buffer, a rule of our own.
+
+    ``d = g + βm;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)d − μD/η``. μ = 1 − β is QG-DSGDm, and the average moves as
+    that does. Stable on a topology iff ``μβ < (1 + lambda_min)/(1 − lambda_min) · (1 + β(2 − β))``. Arguments: see
+    `GossipOptimizer`; momentum β is in [0, 1), mu in [0, 1].
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        mu: float | Literal["auto"] = 1.0,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "qgt", lr=lr, momentum=momentum, mu=mu, **options)
+
+
+class D2(GossipOptimizer):
+    """D² / Exact Diffusion: ``S = z − η(g + r);  z' = S + D;  r' = r − D/η`` (Tang et al., ICML 2018).
+
+    Arguments: see `GossipOptimizer`.
+    """
+
+    def __init__(self, params: Any, lr: float, **options: Unpack[Options]) -> None:
+        super().__init__(params, "d2", lr=lr, **options)
+
+
+class QGGUTm(GossipOptimizer):
+    """GUT with quasi-global momentum, as published (Aketi et al., NeurIPS 2023).
+
+    ``S = z − η(g + p);  z' = S + D;  p' = βg + (β+μ)p − μD/η − β(1+μ)c;  c' = D/η``. The average moves with
+    momentum β + μ, which must stay below 1; the fair control is ``QGGUTm(momentum=β+μ, mu=0)``. Arguments: see
+    `GossipOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        momentum: float = 0.9,
+        mu: float | Literal["auto"] = 0.06,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "qg_gutm", lr=lr, momentum=momentum, mu=mu, **options)
+
+
+class DSGDm(GossipOptimizer):
+    """DSGD with local momentum: ``S = z − η(g + βm);  z' = S + D;  m' = βm + g`` (Yu et al., ICML 2019).
+
+    With `nesterov`, ``S = z − η(g + β(βm + g))``. Arguments: see `GossipOptimizer`; momentum β is in [0, 1).
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.9, nesterov: bool = False, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(params, "dsgdm", lr=lr, momentum=momentum, nesterov=nesterov, **options)
+
+
+class QGDSGDm(GossipOptimizer):
+    """DSGD with quasi-global momentum, in the moving-average form of Lin et al., ICML 2021.
+
+    ``d = g + βm;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)(d − D/η)``; with `nesterov`, ``d = g + β(βm + g)``.
+    Arguments: see `GossipOptimizer`; momentum β is in [0, 1).
+    """
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.9, nesterov: bool = False, **options: Unpack[Options]
+    ) -> None:
+        super().__init__(params, "qg_dsgdm", lr=lr, momentum=momentum, nesterov=nesterov, **options)
+
+
+class GradientTracking(GossipOptimizer):
+    """DSGT, two messages a step: ``y = v + g − q;  z' = W(z − ηy);  v' = Wy;  q' = g`` (Pu and Nedić, 2021).
+
+    Arguments: see `GossipOptimizer`.
+    """
+
+    def __init__(self, params: Any, lr: float, **options: Unpack[Options]) -> None:
+        super().__init__(params, "gradient_tracking", lr=lr, **options)
+
+
+class MomentumTracking(GossipOptimizer):
+    """Momentum tracking, two messages a step (Takezawa et al., TMLR 2023).
+
+    ``y = v + (β−1)m + g;  z' = W(z − ηy);  v' = Wy;  m' = βm + g``. Arguments: see `GossipOptimizer`.
+    """
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, **options: Unpack[Options]) -> None:
+        super().__init__(params, "momentum_tracking", lr=lr, momentum=momentum, **options)

@@ -1,0 +1,186 @@
+"""Decentralized versions of any local optimizer, and clipping per agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gut_fast.kernels import ops
+from gut_fast.optim.optimizer import GossipOptimizer
+from gut_fast.rules import UpdateRule
+from gut_fast.topology import Topology
+
+__all__ = ["Gossip", "clip_grad_norm_per_agent_"]
+
+
+NOT_LOCAL = {
+    "LBFGS": "its step needs a closure",
+    "SparseAdam": "it takes sparse gradients only",
+    "Adafactor": "it looks at all agents' numbers together",
+    "Muon": "it looks at all agents' numbers together",
+}
+"""Torch's optimizers that cannot act on each agent by itself, and why."""
+
+
+class Gossip(GossipOptimizer):
+    """Lets an inner torch optimizer make the local move, and a rule make the agents agree.
+
+    The inner optimizer's move, divided by the learning rate, is the gradient of the rule::
+
+        g = (z − z_inner) / η,   then one step of the rule from z
+
+    so ``Gossip(torch.optim.AdamW(params, lr=1e-3), rule="gut", topology=...)`` is decentralized AdamW with tracking,
+    and with `torch.optim.SGD` inside it equals the plain class to rounding. Weight decay and momentum of the inner
+    optimizer act in its move. The learning rate is first that of the inner optimizer's groups; attach schedulers to the
+    Gossip optimizer, which hands the learning rate on at every step.
+
+    Args:
+        optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
+            by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon) would mix
+            agents outside the topology and are refused.
+        rule, topology, backend, state_dtype, **hyperparameters: as for `GossipOptimizer`, as are process_group and
+            what goes with it.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        rule: str | UpdateRule = "gut",
+        *,
+        topology: Topology,
+        backend: str = "auto",
+        state_dtype: torch.dtype | None = None,
+        **hyperparameters: Any,
+    ) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        if isinstance(optimizer, GossipOptimizer) or type(optimizer).__name__ in NOT_LOCAL:
+            reason = NOT_LOCAL.get(type(optimizer).__name__, "it mixes the agents itself")
+            raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
+        if hyperparameters.pop("capturable", False):
+            raise ValueError("Gossip: no capturable=True; a CUDA graph would keep the learning rate of its capture")
+        if hyperparameters.get("overlap"):
+            raise ValueError("Gossip: no overlap=True; what is sent is known only after the inner optimizer's step")
+        self.inner = optimizer
+        self._handed_on: list[float] = []  # the learning rate each inner group was last given
+        groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
+        super().__init__(
+            groups,
+            rule,
+            topology=topology,
+            lr=groups[0]["lr"],
+            backend=backend,
+            state_dtype=state_dtype,
+            **hyperparameters,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, to the inner optimizer too; keys besides the rule's are the inner optimizer's."""
+        if len(self.param_groups) < len(self.inner.param_groups):  # while constructing
+            super().add_param_group(param_group)
+            self._handed_on.append(param_group["lr"])
+            return
+        own = {"lr": param_group.get("lr", self.inner.defaults["lr"])}
+        own |= {name: param_group[name] for name in self.rule.hyperparameters if name in param_group}
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        super().add_param_group({"params": params, **own})
+        inner_keys = {name: value for name, value in param_group.items() if name not in self.rule.hyperparameters}
+        self.inner.add_param_group({**inner_keys, "params": params})
+        self._handed_on.append(own["lr"])
+
+    @torch.no_grad()
+    def _gradients(self) -> list[list[Tensor | None]]:
+        """Lets the inner optimizer move, takes the move back, and returns it divided by the learning rate."""
+        for index, group in enumerate(self.param_groups):
+            if group["params"]:
+                ops.check(self._group_step(index, self._coefficients(index), [None] * len(group["params"]), None))
+        self._hand_on_learning_rates()
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        before = [parameter.clone() for parameter in parameters]
+        try:
+            self.inner.step()
+            moved = iter([start - parameter for start, parameter in zip(before, parameters, strict=True)])
+        finally:
+            for start, parameter in zip(before, parameters, strict=True):
+                parameter.copy_(start)
+        return [
+            [next(moved).div_(group["lr"] or 1.0) for _ in group["params"]]  # at lr = 0 the rule ignores gradients
+            for group in self.param_groups
+        ]
+
+    def _hand_on_learning_rates(self) -> None:
+        current = [group["lr"] for group in self.inner.param_groups]
+        if current != self._handed_on:
+            raise RuntimeError(
+                f"Gossip: the inner optimizer's learning rates changed from {self._handed_on} to {current}; attach "
+                "schedulers to the Gossip optimizer, it hands the learning rate on"
+            )
+        self._handed_on = [group["lr"] for group in self.param_groups]
+        for inner_group, lr in zip(self.inner.param_groups, self._handed_on, strict=True):
+            inner_group["lr"] = lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """As `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
+        return {**super().state_dict(), "inner": self.inner.state_dict(), "inner_type": type(self.inner).__name__}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned. Raises ValueError without inner state, or as `GossipOptimizer` does."""
+        if "inner" not in state_dict:
+            raise ValueError("Gossip: the state has no 'inner' entry; it was not saved by a Gossip optimizer")
+        if state_dict.get("inner_type") != type(self.inner).__name__:
+            given, expected = state_dict.get("inner_type"), type(self.inner).__name__
+            raise ValueError(f"Gossip: the inner state is of {given}, expected {expected}")
+        self._check_state_dict(state_dict)
+        self.inner.load_state_dict(state_dict["inner"])
+        self._handed_on = [group["lr"] for group in self.inner.param_groups]
+        own = {name: value for name, value in state_dict.items() if not name.startswith("inner")}
+        super().load_state_dict(own)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "inner": self.inner, "_handed_on": self._handed_on}
+
+
+@torch.no_grad()
+def clip_grad_norm_per_agent_(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """Scales each agent's gradient, in place, so that its norm over all parameters is at most `max_norm`.
+
+    The agent's row of every stacked gradient is multiplied by ``min(1, max_norm / (norm + 1e-6))``, as
+    `torch.nn.utils.clip_grad_norm_` does for one model. Gradients that are None are left out.
+
+    Returns:
+        The norms before clipping, shape [N] (shape [0] if there is no gradient).
+
+    Raises:
+        ValueError: `max_norm` is negative or NaN, or the leading dimensions differ.
+        RuntimeError: `error_if_nonfinite` and some agent's norm is NaN or Inf; the message names the agents.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not max_norm >= 0:
+        raise ValueError(f"clip_grad_norm_per_agent_: max_norm must be >= 0, got {max_norm}")
+    if not gradients:
+        return torch.empty(0)
+    num_agents = {gradient.shape[0] if gradient.dim() else None for gradient in gradients}
+    if len(num_agents) != 1 or None in num_agents:
+        shapes = [tuple(gradient.shape) for gradient in gradients]
+        raise ValueError(f"clip_grad_norm_per_agent_: gradients must share the leading dimension N, got {shapes}")
+    rows = [gradient.reshape(len(gradient), gradient[0].numel()) for gradient in gradients]
+    per_tensor = [torch.linalg.vector_norm(row, norm_type, dim=1) for row in rows]
+    norms: Tensor = torch.linalg.vector_norm(torch.stack(per_tensor), norm_type, dim=0)
+    if error_if_nonfinite and not bool(norms.isfinite().all()):
+        bad = torch.nonzero(~norms.isfinite()).flatten().tolist()
+        raise RuntimeError(f"clip_grad_norm_per_agent_: the gradient norm of agents {bad} is not finite")
+    factors = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.dim() - 1)))
+    return norms

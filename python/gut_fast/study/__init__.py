@@ -1,0 +1,8 @@
+"""Finished experiments from plain configurations: what the command line and the demo are made of."""
+
+from __future__ import annotations
+
+from gut_fast.study.runner import Experiment, Run, make_simulator, train
+from gut_fast.topology.names import TOPOLOGIES, parse_topology
+
+__all__ = ["TOPOLOGIES", "Experiment", "Run", "make_simulator", "parse_topology", "train"]

@@ -1,0 +1,1 @@
+"""What a network of agents needs to reach a target: planned, and measured."""

@@ -1,0 +1,8 @@
+"""What a sweep came to: tables, pictures and a page, the same for the same runs whenever and wherever they are made."""
+
+from __future__ import annotations
+
+from gut_fast.study.report.study import Study, gather
+from gut_fast.study.report.write import write_report
+
+__all__ = ["Study", "gather", "write_report"]

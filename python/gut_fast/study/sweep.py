@@ -1,0 +1,236 @@
+"""A sweep, methods × grid × seeds, as one YAML file; each combination is a `Task`.
+
+::
+
+    preset: fashion-mnist-lenet5-ring16     # optional: where all runs start from, and which methods there are
+    settings: {steps: 1000, momentum: 0.9}  # of all runs; hyper-parameters go to the rules that have them
+    methods:
+      DSGD: {rule: dsgd, lr: 0.1}
+      GUT: {rule: gut, lr: 0.4, mu: 0.9}
+    grid:                                   # every combination is a point of the sweep
+      alpha: [0.01, 0.1, 1]
+      topology: ["ring:16", "ring:32"]
+    seeds: 5                                # 0 … 4; or a list
+
+What can be set are the entries of `Experiment`, the options of its partition and the hyper-parameters of its rule, all
+by their own names. Every QG-GUTm brings its control along, QG-DSGDm in the same heavy-ball form with momentum β + μ,
+unless ``controls: false``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from gut_fast.study.presets import preset_methods, preset_settings
+from gut_fast.study.runner import Experiment
+from gut_fast.study.settings import ENTRIES, as_setting, make_experiment, seeds_of
+from gut_fast.study.yaml_files import about_file, read_yaml
+
+__all__ = ["Method", "Sweep", "Task", "control_label", "make_sweep", "named_methods", "read_sweep", "section_of"]
+
+CONTROLLED = "qg_gutm"
+MAX_BYTES_OF_WORDS = 120
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run of a sweep."""
+
+    method: str
+    point: Mapping[str, Any]
+    experiment: Experiment
+    control_of: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its file: what a reader looks for, and eight digits that depend on every setting that is not a default."""
+        defaults = Experiment()
+        settings = {
+            name: value for name, value in self.experiment.as_dict().items() if value != getattr(defaults, name)
+        }
+        content = json.dumps([self.method, settings], sort_keys=True, ensure_ascii=False)
+        digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+        words = [self.method, *(f"{name}-{_in_a_name(value)}" for name, value in self.point.items())]
+        plain = (re.sub(r"[^\w.+=-]+", "-", word).strip("-.").lower() for word in words)
+        start = ".".join(filter(None, plain)).encode()[:MAX_BYTES_OF_WORDS].decode(errors="ignore")
+        return ".".join(filter(None, (start, f"seed-{self.experiment.seed}", digest)))
+
+
+def _in_a_name(value: Any) -> str:
+    return ("+".join(map(str, value)) or "none") if isinstance(value, (list, tuple)) else str(value)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method of a sweep: its label and its settings."""
+
+    label: str
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a sweep's file says.
+
+    Args:
+        settings: of all runs; a hyper-parameter goes to those rules that have it.
+        methods: each with settings of its own, which come after.
+        grid: values of further settings; every combination is a point.
+        seeds: of each method at each point.
+        controls: whether each QG-GUTm with μ > 0 brings its control along.
+
+    Raises:
+        TypeError, ValueError: an unknown or bad setting, one given twice, or nothing to run.
+    """
+
+    settings: Mapping[str, Any]
+    methods: Sequence[Method]
+    grid: Mapping[str, Sequence[Any]]
+    seeds: Sequence[int]
+    controls: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.methods or not self.seeds:
+            raise ValueError("a sweep needs at least one method and one seed")
+        if twice := _first_twice(method.label for method in self.methods):
+            raise ValueError(f"two methods are called {twice!r}")
+        for names in (self.settings, self.grid, *(method.settings for method in self.methods)):
+            if "seed" in names:
+                raise ValueError("there is no 'seed' among what can be set; section 'seeds' names them all")
+        for method in self.methods:
+            if both := method.settings.keys() & self.grid.keys():
+                raise ValueError(f"method {method.label!r} sets {', '.join(sorted(both))}, and so does the grid")
+        if twice := _first_twice(task.name for task in self.tasks()):
+            raise ValueError(f"two runs are the same, {twice}; look for a value that the grid names twice")
+
+    @property
+    def points(self) -> list[dict[str, Any]]:
+        """All combinations of the grid's values."""
+        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+
+    def tasks(self) -> list[Task]:
+        """All runs: seed after seed, so that a sweep that is stopped has whole comparisons."""
+        return [
+            task
+            for seed in self.seeds
+            for point in self.points
+            for method in self.methods
+            for task in self._method_and_control(method, point, seed)
+        ]
+
+    def _method_and_control(self, method: Method, point: Mapping[str, Any], seed: int) -> list[Task]:
+        try:
+            experiment = make_experiment(self.settings, {**method.settings, **point, "seed": seed})
+            task = Task(method.label, point, experiment)
+            control = _control(task) if self.controls else None
+        except (TypeError, ValueError) as error:
+            place = f" at {point}" if point else ""
+            raise type(error)(f"method {method.label!r}{place}: {error}") from error
+        has_own = control is not None and control.method in (other.label for other in self.methods)
+        return [task] if control is None or has_own else [task, control]
+
+
+def _first_twice(names: Any) -> str | None:
+    return next((name for name, count in Counter(names).items() if count > 1), None)
+
+
+def _control(task: Task) -> Task | None:
+    """For QG-GUTm with μ > 0 the same with momentum β + μ and μ = 0, otherwise None."""
+    values = task.experiment.hyperparameters
+    if task.experiment.rule != CONTROLLED or values["mu"] == 0:
+        return None
+    total = round(values["momentum"] + values["mu"], 12)
+    if total >= 1:
+        raise ValueError(
+            f"momentum {values['momentum']} and mu {values['mu']}: their sum, the momentum of the control and of the "
+            "agents' average, must be below 1; or say controls: false"
+        )
+    experiment = replace(task.experiment, hyperparameters={**values, "momentum": total, "mu": 0.0})
+    return Task(control_label(task.method), task.point, experiment, task.method)
+
+
+def control_label(label: str) -> str:
+    """The name of a method's control."""
+    return f"{label} control β+μ" if label != "QG-GUTm" else "QG-DSGDm β+μ"
+
+
+def read_sweep(path: str | Path) -> Sweep:
+    """The sweep that a YAML file describes; a section ``tune`` is left to `gut_fast.study.tuning`.
+
+    Raises:
+        OSError, ImportError: as `read_yaml`.
+        TypeError, ValueError: it is not YAML, or describes no sweep; the message names the file.
+    """
+    content = read_yaml(path)
+    with about_file(path):
+        return make_sweep(content, also=["tune"])
+
+
+SECTIONS = {"preset", "settings", "methods", "grid", "seeds", "controls"}
+
+
+def make_sweep(content: Mapping[str, Any], also: Sequence[str] = ()) -> Sweep:
+    """The sweep of a file's content. Sections named in `also` are left to others. Raises as `Sweep`."""
+    known = SECTIONS.union(also)
+    if unknown := [repr(name) for name in content if name not in known]:
+        raise ValueError(f"there is no section {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    of_preset = preset_settings(content["preset"]) if "preset" in content else {}
+    settings = section_of(content, "settings", {})
+    methods = [Method(label, own) for label, own in named_methods(content).items()]
+    grid = {name: _values(name, values) for name, values in section_of(content, "grid", {}).items()}
+    controls = content.get("controls", True)
+    if not isinstance(controls, bool):
+        raise TypeError(f"controls must be true or false, got {controls!r}")
+    sweep = Sweep({**of_preset, **settings}, methods, grid, seeds_of(content.get("seeds", 1)), controls)
+    _check_used(settings, sweep)
+    return sweep
+
+
+def section_of(content: Mapping[str, Any], name: str, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    """A section of names and values. Raises TypeError if it is something else, or missing without a default."""
+    section = content.get(name, default)
+    if not isinstance(section, Mapping):
+        raise TypeError(f"section {name!r} must hold names and values, got {section!r}")
+    return section
+
+
+def named_methods(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The settings of the methods by label, those of the preset where the file names none.
+
+    Raises:
+        TypeError, ValueError: it names neither, or a method without a rule.
+    """
+    methods = section_of(content, "methods", preset_methods(content["preset"]) if "preset" in content else None)
+    for label, own in methods.items():
+        if not isinstance(own, Mapping) or "rule" not in own:
+            raise TypeError(
+                f"method {label!r} must have settings with a rule, such as {{rule: gut, lr: 0.1}}, got {own!r}"
+            )
+    if twice := _first_twice(map(str, methods)):
+        raise ValueError(f"two methods are called {twice!r}")
+    return {str(label): own for label, own in methods.items()}
+
+
+def _values(name: str, values: Any) -> list[Any]:
+    if not isinstance(values, list) or not values:
+        raise TypeError(f"grid: {name} must be a list of at least one value, got {values!r}")
+    return [as_setting(name, value) for value in values]
+
+
+def _check_used(settings: Mapping[str, Any], sweep: Sweep) -> None:
+    """Raises ValueError for settings of all runs that not one run has: a misspelt name, for example."""
+    experiments = [task.experiment for task in sweep.tasks()]
+    used = set(ENTRIES).union(*(set(e.hyperparameters) | set(e.partition_options) for e in experiments))
+    if useless := [repr(name) for name in settings if name not in used]:
+        raise ValueError(
+            f"settings: no run has {', '.join(useless)}; what can be set are the entries of Experiment "
+            f"({', '.join(ENTRIES)}), the options of the partition and the hyper-parameters of the rules"
+        )
