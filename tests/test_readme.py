@@ -13,13 +13,11 @@ import typer
 import gut_fast as gf
 from gut_fast.benchmark import results
 from gut_fast.benchmark.cases import CASES, GROUPS
-from gut_fast.cli import verify_report as report
 from gut_fast.cli.app import app
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
 from gut_fast.simulation.engines import ENGINES
 from gut_fast.study.demo import METHODS, SEEDS
-from gut_fast.verify.cases import THREADS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -140,14 +138,6 @@ def test_what_the_demo_prints():
     assert f"{len(METHODS)} methods, {len(SEEDS)} seeds each" in printed
     for label, method in METHODS.items():
         assert re.search(rf"^ *{re.escape(label)} +{method.lr:g} ", printed, re.MULTILINE)
-
-
-def test_what_verify_prints():
-    printed = blocks(section("How do I know it is right"))[0]
-    for line in report.legend([], THREADS).splitlines()[:-1]:
-        assert line in printed
-    last = printed.splitlines()[-1]
-    assert re.fullmatch(rf"right: [\d,]+ comparisons of {len(RULES)} rules in \d+ s", last)
 
 
 def test_results_are_as_measured():

@@ -146,7 +146,7 @@ class UpdateRule:
 
     @property
     def source(self) -> str:
-        """Where the rule is published: the rest of the formula's docstring."""
+        """The rule's publication: the rest of the formula's docstring."""
         return " ".join((inspect.getdoc(self.formula) or "").partition("\n\n")[2].split())
 
     def check(self, hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -255,7 +255,7 @@ def _is_matrix(value: Any) -> bool:
 
 
 def _is_finite(value: float) -> bool:
-    """As math.isfinite, which torch.compile cannot trace."""
+    """Equals math.isfinite, which torch.compile cannot trace."""
     return -math.inf < value < math.inf
 
 

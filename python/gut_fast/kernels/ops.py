@@ -1,9 +1,9 @@
 """The one op PyTorch sees: an opaque, in-place gossip step.
 
 Schema, checks and the fake implementation are here; `gut_fast.kernels.backends` computes. Passing many tensors through
-PyTorch's dispatcher and checking them one by one in Python costs several times what a small step does. So a step of
-plain CPU tensors that nobody traces goes straight to the compiled kernel (`backends.cpu.direct_step`); the op is for
-everything else: torch.compile, fake tensors, other devices and backends, and whatever has to be copied or refused.
+PyTorch's dispatcher and checking them one by one in Python costs several times as much as a small step. So a step of
+plain CPU tensors that nothing traces goes straight to the compiled kernel (`backends.cpu.direct_step`); the op is for
+everything else: torch.compile, fake tensors, other devices and backends, and tensors that must be copied or refused.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def gossip_step_(
 
 
 def prepare(step: GossipStep, backend: str) -> Callable[[], None]:
-    """Checks a step and returns what performs it, so that several can be checked before one changes anything.
+    """Checks a step and returns a function that performs it: several can be checked before one changes anything.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`.
@@ -104,7 +104,7 @@ def prepare(step: GossipStep, backend: str) -> Callable[[], None]:
 
 
 def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
-    """What performs a step of plain tensors without PyTorch's dispatcher; None for others, or if it is traced."""
+    """A function that performs a step of plain tensors without PyTorch's dispatcher; None for others or if traced."""
     if torch._C._len_torch_dispatch_stack():
         return None
     compute = cpu.direct_step(step) if backend in ("auto", "cpu") else None
@@ -121,7 +121,7 @@ def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
 
 
 def _are_of_torch(step: GossipStep) -> bool:
-    """Whether no tensor is of a class that may compute elsewhere."""
+    """True if no tensor is of a subclass, which may compute in its own way."""
     plain = {torch.Tensor, torch.nn.Parameter, type(None)}
     return {*map(type, step.parameters), *map(type, step.state), *map(type, step.gradients)} <= plain
 
@@ -148,13 +148,13 @@ def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: R
     segment, and changes nothing else. Mixing weights are not read.
 
     Args:
-        step: of the N agents that are here.
-        rows: N contiguous tensors [M ΣD], of the parameters' dtype or that of arithmetic (float32 for half-width ones),
-            or of bfloat16 beside parameters of float32; None for an agent that sends nothing to another rank.
+        step: the step of the N agents that are here.
+        rows: N contiguous tensors [M ΣD], of the parameters' dtype or the dtype of arithmetic (float32 for half-width
+            parameters), or of bfloat16 beside parameters of float32; None for an agent that sends nothing elsewhere.
         backend: as in `gossip_step_`.
-        residuals: what rounding has left of the messages so far, one tensor like the row, of the dtype of arithmetic,
-            for each agent that sends. It is added to the message, and what rounding leaves now is kept there, so that
-            the sum of all messages is right to one rounding. With rows of a narrower dtype than that.
+        residuals: the remainders that rounding has left of the messages so far: for each agent that sends, a tensor
+            of the row's shape and the dtype of arithmetic, which must be wider than the row's. A residual is added to
+            the message and then holds the new remainder, so that the sum of all messages is right to one rounding.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
@@ -171,16 +171,16 @@ def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: R
 
 @torch.no_grad()
 def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
-    """The second half, in place: mixes what was sent, and computes parameters and state anew.
+    """The second half of such a step, in place: mixes the messages, and computes parameters and state anew.
 
-    The drift is ``D(i) = Σ_j w_ij (X_j − X_i)``: of the rows as they were sent, so that their rounding does not move
+    The drift is ``D(i) = Σ_j w_ij (X_j − X_i)`` of the rows X as they were sent, so that their rounding does not move
     the mean over agents; X is S where nothing was sent. S in the outputs is computed anew. After `message` into rows of
-    the dtype of arithmetic the result is that of `gossip_step_`, bit for bit; not so for a complete graph over several
-    ranks, which the CPU and CUDA kernels sum up in another way.
+    the dtype of arithmetic the result is that of `gossip_step_`, bit for bit, but for a complete graph over several
+    ranks, which the fused CPU and CUDA kernels sum in another way.
 
     Args:
-        step: as for `message`; `neighbor` indexes into the rows.
-        rows: those of the N agents that are here, None for those that sent nothing; then received ones.
+        step: the step as given to `message`; `neighbor` indexes into the rows.
+        rows: the rows of the N agents that are here, None for an agent that sent nothing; then the received rows.
         backend: as in `gossip_step_`.
 
     Raises:
@@ -194,7 +194,7 @@ def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
 
 
 def _is_direct(backend: str) -> bool:
-    """Whether the compiled kernel is asked for, and nobody traces."""
+    """True if the compiled kernel may be chosen and nothing traces the call."""
     return backend in ("auto", "cpu") and not torch._C._len_torch_dispatch_stack()
 
 
@@ -255,7 +255,7 @@ for _key in ("CPU", "CUDA"):
     _library.impl("gossip_step_", _gossip_step_impl, _key)
 
 
-# It mutates its arguments and returns nothing, so there is no shape to infer.
+# The op mutates its arguments and returns nothing, so the fake implementation has no shape to infer.
 torch.library.register_fake("gut_fast::gossip_step_", lambda *args: None, lib=_library)
 
 
@@ -273,10 +273,10 @@ def select_backend(
 
     Raises:
         ValueError: there is no backend of that name.
-        RuntimeError: it cannot serve such tensors; the message says why.
+        RuntimeError: the backend cannot serve such tensors; the message says why.
 
     Warns:
-        UserWarning: ``"auto"`` has to do without the compiled kernel, which is missing or was not allowed to run.
+        UserWarning: ``"auto"`` has to do without the compiled kernel, which is missing or switched off.
     """
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; known are auto, {', '.join(BACKENDS)}")
@@ -338,10 +338,11 @@ def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") 
 def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str = "") -> None:
     """Raises TypeError or ValueError, its message after `where`, unless these are N agents' stacked parameters.
 
-    That is: dense and contiguous, of shape (N, ...), or any shape if N = 1, all of one floating dtype and device.
+    Stacked parameters are dense and contiguous, of shape (N, ...) or any shape if N = 1, all of one floating dtype and
+    device.
     """
     for index, parameter in enumerate(parameters):
-        # Asked at every step of every parameter, so what is right must be cheap to see; messages are made after.
+        # Every step asks this of every parameter, so the checks must be cheap; a message is made only after one fails.
         if not parameter.is_floating_point():
             raise TypeError(f"{where}parameter {index} is {parameter.dtype}; only floating-point ones can be mixed")
         if parameter.layout is not torch.strided:

@@ -1,4 +1,4 @@
-"""What every backend computes."""
+"""The step as every backend takes it, and what the backends share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 class Instances(NamedTuple):
-    """What a compiled backend has been compiled for: dtypes of parameters and state, and sizes of rules."""
+    """The steps that a backend has been compiled for: dtypes of parameters and state, and sizes of rules."""
 
     pairs: tuple[tuple[torch.dtype, torch.dtype], ...]
     max_states: int
@@ -31,7 +31,7 @@ class Instances(NamedTuple):
     def refusal(
         self, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None
     ) -> str | None:
-        """Why there is no instance for such a step, or None."""
+        """The reason why there is no instance for such a step, or None."""
         asked = dtype, state_dtype or dtype
         if asked not in self.pairs:
             served = ", ".join(map(_pair_name, self.pairs))
@@ -73,12 +73,12 @@ class GossipStep(NamedTuple):
 
     @property
     def num_agents(self) -> int:
-        """N."""
+        """The number N of agents."""
         return self.row_start.numel() - 1
 
     @property
     def dtypes(self) -> tuple[torch.dtype, torch.dtype]:
-        """Of parameters and gradients, and of the state; without state twice the same."""
+        """The dtype of parameters and gradients, and the dtype of the state; without state twice the same."""
         dtype = self.parameters[0].dtype
         return dtype, self.state[0].dtype if self.state else dtype
 
@@ -92,7 +92,11 @@ Message = Callable[[GossipStep, Sequence[Tensor]], None]
 
 
 def message_each(step: GossipStep, rows: Rows, residuals: Rows, message: Message) -> None:
-    """`message` into the rows that are not None, for a kernel that writes one for every agent, not rounded further."""
+    """Does a backend's ``message`` with a kernel that needs a row for every agent, of the parameters' dtype or wider.
+
+    If a row is None, has another dtype or a residual, the kernel's messages go to rows of their own first and are then
+    rounded into the given ones.
+    """
     first = step.parameters[0].dtype
     if not residuals and all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
         message(step, [row for row in rows if row is not None])
@@ -115,7 +119,10 @@ def store_message(row: Tensor, message: Tensor, residual: Tensor | None) -> None
 
 
 def rows_of_all(step: GossipStep, rows: Rows, message: Message) -> list[Tensor]:
-    """The rows, for a kernel that reads one of every agent, in the dtype of parameters or arithmetic."""
+    """The rows for a kernel that reads a row of every agent, in the dtype of parameters or arithmetic.
+
+    A row that is None is computed anew by `message`.
+    """
     first = step.parameters[0].dtype
     if all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
         return [row for row in rows if row is not None]

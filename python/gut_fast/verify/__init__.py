@@ -1,12 +1,12 @@
-"""Whether this installation computes what it should: every rule, backend, precision and instruction tier beside the
-reference, and the reference beside the published forms.
+"""The comparison that decides whether this installation computes what it should.
 
-`cases` says on which problems, `players` who solves them, `comparison` compares, `report` shows, `commands` is
-``gut-fast verify``.
+Every rule, backend, precision and instruction tier runs beside the reference, and the reference beside the published
+forms. `lockstep` runs one problem and measures the error, `cases` lists the problems, `comparison` goes through all of
+them, and ``gut-fast verify`` prints what it finds.
 """
 
 from __future__ import annotations
 
-from gut_fast.verify.comparison import Line, verify
+from gut_fast.verify.comparison import Candidate, Request, Result, verify
 
-__all__ = ["Line", "verify"]
+__all__ = ["Candidate", "Request", "Result", "verify"]

@@ -21,12 +21,12 @@ ODD_COLUMNS = (1, 2, 63, 4097)
 THREADS = (1, 2, 3)
 AGENTS = (1, 2, 3, 16, 257)
 ROUNDING = 1e-12
-WARM_UP_AND_DROP = (0.0, *[1.0] * 5, 0.5)
-"""Factors on the learning rate: a rule that divides by it, or keeps coefficients of an earlier step, is found out."""
+WARM_UP_AND_DROP = (0.0, 1.0, 1.0, 1.0, 0.0, 1.0, 0.5)
+"""Factors on the learning rate; they find a kernel out that divides by it or keeps coefficients of an earlier step."""
 
 
 class Case(NamedTuple):
-    """One problem, so many steps of it, and the thread counts that must give the same bits; none is the current one."""
+    """One problem, its number of steps, and the thread counts that must give the same bits (empty: the current one)."""
 
     label: str
     problem: Problem
@@ -35,7 +35,7 @@ class Case(NamedTuple):
 
 
 def cases(rule: UpdateRule, seed: int, full: bool) -> Iterator[Case]:
-    """The cases of a rule; `full` adds larger graphs, every size for itself, and runs longer."""
+    """Yields the cases of a rule; `full` adds larger graphs and every size for itself, and runs longer."""
     num_steps = 60 if full else 12
     graphs = {**_graphs(seed), **(_more_graphs(seed) if full else {})}
     for name, mixing in graphs.items():
@@ -81,7 +81,7 @@ def _more_graphs(seed: int) -> dict[str, Topology]:
 
 
 def _variants(rule: UpdateRule, seed: int) -> Iterator[tuple[str, Problem]]:
-    """What else a step has, all on one graph."""
+    """Problems on one graph, each with one of the other features of a step, and their labels."""
     ring, columns = _lazy(topology.ring(16)), (*COLUMNS, 5)
     scale = seeded(16, seed=seed).abs()
     scale[3] = 0.0

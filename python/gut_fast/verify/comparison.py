@@ -1,36 +1,44 @@
-"""All comparisons, gathered in one line for each rule, backend and precision."""
+"""All comparisons, gathered in one `Candidate` for each rule, backend, device and precision."""
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from gut_fast import topology
+from gut_fast.kernels.backends import BACKENDS, cpu
+from gut_fast.reference import PUBLISHED
 from gut_fast.rules import UpdateRule
-from gut_fast.verify import players
 from gut_fast.verify.cases import Case, cases
-from gut_fast.verify.lockstep import EXACT, LIMIT, OpRun, Precision, excess_error
-from gut_fast.verify.published import published_errors
+from gut_fast.verify.lockstep import EXACT, LIMIT, ROUNDINGS, OpRun, Precision, Problem, excess_error, same_bits
 
-__all__ = ["Line", "Request", "Result", "num_cases", "verify"]
+__all__ = ["Candidate", "Request", "Result", "Setting", "devices", "num_cases", "settings", "verify"]
 
-PUBLISHED = "published"
+BACKENDS_WITH_TIERS = ("cpu",)
+
+PUBLISHED_FORM = "published"
 """Stands in the place of a backend where the reference is compared with the published form."""
+
+HALF_THE_BITS = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
 
 
 @dataclass
-class Line:
-    """What was found of one rule on one backend in one precision.
+class Candidate:
+    """One implementation under test: a rule on a backend and device in one precision, and what was found of it.
 
     Attributes:
         error: the worst `excess_error`.
         worst_case: label of the case where it was found.
         num_comparisons: tensors (z and each state, for every case, tier and thread count) that were compared.
-        faults: what no size of error measures: bits that differ between tiers, threads or runs, writes beside the
-            buffers, steps that fail.
+        faults: everything that no size of error measures: bits that differ between tiers, threads or runs, writes
+            beside the buffers, steps that fail.
     """
 
     rule: str
@@ -49,7 +57,7 @@ class Line:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing is wrong."""
+        """True if nothing is wrong."""
         return self.error <= LIMIT and not self.faults
 
     def add(self, label: str, error: float, num_comparisons: int = 1) -> None:
@@ -59,9 +67,51 @@ class Line:
             self.error, self.worst_case = error, label
 
 
+class Setting(NamedTuple):
+    """The circumstances of a run, which must not change a single bit; None leaves the tier or threads as they are."""
+
+    tier: str | None = None
+    threads: int | None = None
+    repeat: int = 0
+
+    def __str__(self) -> str:
+        tier = "" if self.tier is None else f"tier {self.tier}"
+        threads = "" if self.threads is None else f"{self.threads} thread{'s' * (self.threads != 1)}"
+        repeat = "" if self.repeat == 0 else "once more"
+        return ", ".join(filter(None, (tier, threads, repeat))) or "as it is"
+
+    @contextlib.contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Sets the tier and the thread count, and puts both back at the end."""
+        tier_before, threads_before = cpu.tier(), torch.get_num_threads()
+        try:
+            if self.tier is not None:
+                cpu.set_tier(self.tier)
+            torch.set_num_threads(self.threads or threads_before)
+            yield
+        finally:
+            torch.set_num_threads(threads_before)
+            if self.tier is not None and tier_before is not None:
+                cpu.set_tier(tier_before)
+
+
+def settings(backend: str, tiers: Sequence[str], threads: Sequence[int], device: str = "cpu") -> list[Setting]:
+    """All settings in which a backend must give the same bits; on another device it simply has to do so twice."""
+    if device != "cpu":
+        return [Setting(), Setting(repeat=1)]
+    if backend not in BACKENDS_WITH_TIERS:
+        return [Setting()]
+    return [Setting(tier, count) for tier in tiers for count in threads or (None,)]
+
+
+def devices() -> list[str]:
+    """The devices of this machine that tensors can be put on."""
+    return ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
 @dataclass(frozen=True)
 class Request:
-    """What to compare."""
+    """The rules, backends, precisions, instruction tiers and devices to compare."""
 
     rules: Sequence[UpdateRule]
     backends: Sequence[str]
@@ -69,101 +119,137 @@ class Request:
     tiers: Sequence[str]
     seed: int = 0
     full: bool = False
-    devices: Sequence[str] = field(default_factory=players.devices)
+    devices: Sequence[str] = field(default_factory=devices)
 
 
 @dataclass(frozen=True)
 class Result:
-    """Lines in the order of rules, and what could not be compared: precisions by backend and its reason."""
+    """The candidates in the order of rules, and the precisions that no device serves, by backend and its reason."""
 
-    lines: list[Line]
+    candidates: list[Candidate]
     missing: dict[tuple[str, str], list[str]]
 
     @property
     def passed(self) -> bool:
-        """Whether every line has passed."""
-        return all(line.passed for line in self.lines)
+        """True if every candidate has passed."""
+        return all(candidate.passed for candidate in self.candidates)
 
 
 def num_cases(request: Request) -> int:
-    """How often `verify` calls back."""
+    """The number of times `verify` calls `on_case`."""
     return sum(1 for rule in request.rules for _ in cases(rule, request.seed, request.full))
 
 
 def verify(request: Request, on_case: Callable[[str], object] = lambda label: None) -> Result:
-    """Compares; calls `on_case` with the name of what comes next."""
-    lines: list[Line] = []
+    """Compares all that is asked for; calls `on_case` with the name of each case before it runs."""
+    found: list[Candidate] = []
     missing: dict[tuple[str, str], list[str]] = defaultdict(list)
     for rule in request.rules:
         if EXACT in request.precisions:
-            lines += _compare_published(rule, request)
-        servers = _servers(rule, request, missing)
+            found += _compare_published(rule, request)
+        candidates = _candidates(rule, request, missing)
         for case in cases(rule, request.seed, request.full):
             on_case(f"{rule.name} on {case.label}")
-            _compare_case(case, request, servers)
-        found = [line for pairs in servers.values() for line in pairs]
-        lines += sorted(found, key=lambda line: request.backends.index(line.backend))
-    return Result(lines, {key: list(dict.fromkeys(names)) for key, names in missing.items()})
+            _compare_case(case, request, candidates)
+        compared = [candidate for each in candidates.values() for candidate in each]
+        found += sorted(compared, key=lambda candidate: request.backends.index(candidate.backend))
+    return Result(found, {key: list(dict.fromkeys(names)) for key, names in missing.items()})
 
 
-def _compare_published(rule: UpdateRule, request: Request) -> list[Line]:
-    line = Line(rule.name, PUBLISHED, "cpu", str(EXACT))
-    for label, error in published_errors(rule, request.seed, num_steps=300 if request.full else 40):
-        line.add(label, error)
-    return [line] if line.num_comparisons else []
-
-
-def _servers(
+def _candidates(
     rule: UpdateRule, request: Request, missing: dict[tuple[str, str], list[str]]
-) -> dict[Precision, list[Line]]:
-    """An empty line for each backend and device that can serve the rule, by precision; the others go to `missing`."""
-    different = [precision for precision in request.precisions if rule.states or len(set(precision)) == 1]
-    servers: dict[Precision, list[Line]] = {precision: [] for precision in different}
+) -> dict[Precision, list[Candidate]]:
+    """A new candidate for each backend and device that can serve the rule, by precision; the others go to `missing`."""
+    precisions = [precision for precision in request.precisions if rule.states or len(set(precision)) == 1]
+    candidates: dict[Precision, list[Candidate]] = {precision: [] for precision in precisions}
     for backend in request.backends:
-        for precision in different:
-            reasons = {device: players.unavailable(rule, precision, backend, device) for device in request.devices}
+        for precision in precisions:
+            dtype, state_dtype = precision
+            reasons: dict[str, str | None] = {
+                device: BACKENDS[backend].unavailable(device, dtype, len(rule.states), rule.num_messages, state_dtype)
+                for device in request.devices
+            }
             able = [device for device, reason in reasons.items() if reason is None]
-            servers[precision] += [Line(rule.name, backend, device, str(precision)) for device in able]
+            candidates[precision] += [Candidate(rule.name, backend, device, str(precision)) for device in able]
             if not able:
                 missing[backend, str(reasons[request.devices[-1]])].append(str(precision))
-    return servers
+    return candidates
 
 
-def _compare_case(case: Case, request: Request, servers: dict[Precision, list[Line]]) -> None:
+def _compare_case(case: Case, request: Request, candidates: dict[Precision, list[Candidate]]) -> None:
     exact = case.problem.run_reference(case.num_steps)
-    for precision, lines in servers.items():
-        if not lines:
+    for precision, able in candidates.items():
+        if not able:
             continue
         plain = exact if precision == EXACT else case.problem.run_reference(case.num_steps, precision)
-        for line in lines:
-            settings = players.settings(line.backend, request.tiers, case.threads, line.device)
-            _compare_settings(case, precision, line, settings, exact, plain)
+        for candidate in able:
+            _compare_settings(case, precision, candidate, request.tiers, exact, plain)
 
 
 def _compare_settings(
     case: Case,
     precision: Precision,
-    line: Line,
-    settings: Iterable[players.Setting],
+    candidate: Candidate,
+    tiers: Sequence[str],
     exact: Sequence[Tensor],
     plain: Sequence[Tensor],
 ) -> None:
-    first: tuple[players.Setting, list[Tensor]] | None = None
-    for setting in settings:
+    first: tuple[Setting, list[Tensor]] | None = None
+    for setting in settings(candidate.backend, tiers, case.threads, candidate.device):
         try:
             with setting.in_force():
-                run = OpRun(case.problem, precision, line.backend, line.device).run(case.num_steps)
+                run = OpRun(case.problem, precision, candidate.backend, candidate.device).run(case.num_steps)
             rows = run.rows()
-        except Exception as error:  # of a compiler's or a device's, of any kind
-            line.faults.append(f"{case.label}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")
+        except Exception as error:  # a compiler or a device may raise anything
+            first_line = str(error).strip().partition("\n")[0]
+            candidate.faults.append(f"{case.label}: {type(error).__name__}: {first_line}")
             return
-        line.add(case.label, excess_error(rows, exact, plain, case.problem.lr), len(rows))
+        candidate.add(case.label, excess_error(rows, exact, plain, case.problem.lr), len(rows))
         if not run.guards_intact():
-            line.faults.append(f"{case.label}: writes beside its buffers")
+            candidate.faults.append(f"{case.label}: writes beside its buffers")
         first = first or (setting, rows)
-        if not all(_same_bits(a, b) for a, b in zip(rows, first[1], strict=True)):
-            line.faults.append(f"{case.label}: other bits with {setting} than with {first[0]}")
+        if not same_bits(rows, first[1]):
+            candidate.faults.append(f"{case.label}: other bits with {setting} than with {first[0]}")
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+def _compare_published(rule: UpdateRule, request: Request) -> list[Candidate]:
+    """The reference beside the form in the paper, in float64; empty for a rule that has no published form."""
+    if rule.name not in PUBLISHED:
+        return []
+    candidate = Candidate(rule.name, PUBLISHED_FORM, "cpu", str(EXACT))
+    flags = [{}, *({name: not value} for name, value in rule.hyperparameters.items() if isinstance(value, bool))]
+    for graph in (
+        topology.ring(5),
+        topology.torus(3, 3),
+        topology.star(6),
+        topology.petersen(),
+        topology.erdos_renyi(7, 0.5, request.seed),
+    ):
+        for changed in flags:
+            problem = Problem(rule, graph.lazy(0.5), (101,), {**rule.hyperparameters, **changed}, seed=request.seed)
+            problem.start = problem.start[:1].expand_as(problem.start)
+            error = _published_error(problem, num_steps=300 if request.full else 40)
+            candidate.add(", ".join((graph.name, *changed)), error)
+    return [candidate]
+
+
+def _published_error(problem: Problem, num_steps: int) -> float:
+    """The largest difference between z of the reference and of the published form, in float64.
+
+    Its unit is the loss of the published form: nothing is more exact than float64, but in float32 the form loses 2²⁹
+    times as much, and that can be measured.
+    """
+    z = problem.run_reference(num_steps)[0]
+    exact, single = (_run_published(problem, num_steps, dtype) for dtype in (torch.float64, torch.float32))
+    lost = (single - exact).abs().max().item()
+    floor = ROUNDINGS[torch.float64] * torch.finfo(torch.float64).eps * exact.abs().max().item()
+    error = (z - exact).abs().max().item()
+    return error / max(HALF_THE_BITS * lost, floor) if math.isfinite(error) else math.inf
+
+
+def _run_published(problem: Problem, num_steps: int, dtype: torch.dtype) -> Tensor:
+    W, x = problem.topology.matrix().to(dtype), problem.start.to(dtype)
+    method = PUBLISHED[problem.rule.name](W, x, problem.lr, **problem.hyperparameters)
+    for _ in range(num_steps):
+        method.step(problem.gradient(method.z))
+    return method.z

@@ -32,21 +32,22 @@ __all__ = [
     "Problem",
     "compare",
     "excess_error",
+    "same_bits",
     "seeded",
 ]
 
 LIMIT = 2.0
-"""Largest `excess_error` of a right kernel: its sums may run in another order than plain PyTorch's."""
+"""The largest `excess_error` of a right kernel: its sums may run in another order than plain PyTorch's."""
 
 ROUNDINGS = {torch.float64: 32, torch.float32: 4, torch.bfloat16: 1, torch.float16: 1}
-"""The unit is at least so many roundings of the largest entry; in float64, which has no truth above it, it is that."""
+"""The smallest unit of error, in roundings of the largest entry; in float64 it is the unit: there is no truth above."""
 
 GUARD = 7.5
 GUARD_LENGTH = 64
 
 
 class Precision(NamedTuple):
-    """How parameters and state are stored. The arithmetic on half-width numbers is that of float32."""
+    """The dtypes in which parameters and state are stored; half-width numbers are computed with in float32."""
 
     dtype: torch.dtype
     state_dtype: torch.dtype
@@ -76,19 +77,19 @@ PRECISIONS: dict[str, Precision] = {
         Precision(torch.float16, torch.float32),
     )
 }
-"""All precisions that a kernel may serve, by name: that of the parameters, after a slash that of the state."""
+"""All precisions that a kernel may serve, by name: the parameters' dtype, and after a slash the state's."""
 
 
 @dataclass
 class Problem:
-    """N agents with segments of `columns` numbers each, on quadratics of their own: g_i = h_i (z_i − b_i).
+    """N agents with segments of `columns` numbers each, every agent on a quadratic of its own: g_i = h_i (z_i − b_i).
 
     Start, curvatures h and optima b are numbers that bfloat16 and float16 hold, so all precisions solve the same
     problem. The curvatures are a few hundredths of 1/η, so that no learning rate diverges.
 
     Attributes:
-        hyperparameters: those of the rule, and ``weight_decay``.
-        lr_factors: of step 0, 1, …; the last one holds from there on.
+        hyperparameters: the rule's own, and perhaps ``weight_decay`` and ``maximize``.
+        lr_factors: factors on the learning rate of step 0, 1, …; the last one holds from there on.
         grad_scale: float64 [N], or None.
         idle: indices of the segments that never get a gradient.
         settings: learning rate and hyper-parameters.
@@ -118,16 +119,16 @@ class Problem:
 
     @property
     def num_agents(self) -> int:
-        """N."""
+        """The number N of agents."""
         return self.topology.num_agents
 
     def settings_at(self, step: int) -> dict[str, Any]:
-        """The settings of a step."""
+        """The learning rate and hyper-parameters of a step."""
         factor = self.lr_factors[min(step, len(self.lr_factors) - 1)]
         return {**self.settings, "lr": self.settings["lr"] * factor}
 
     def coefficients(self, step: int) -> Tensor:
-        """Those of the rule at a step, as the op takes them."""
+        """The rule's coefficients at a step, as the op takes them."""
         settings = self.settings_at(step)
         if settings["lr"] not in self._coefficients:
             flat = self.rule.coefficients(**settings).flat()
@@ -135,12 +136,12 @@ class Problem:
         return self._coefficients[settings["lr"]]
 
     def gradient(self, z: Tensor) -> Tensor:
-        """At z [N, ΣD], in its dtype; half-width numbers are rounded once, at the end."""
+        """The gradients at z [N, ΣD], in z's dtype; half-width numbers are rounded once, at the end."""
         kind = arithmetic(z.dtype)
         return (self.curvature.to(kind) * (z.to(kind) - self.optimum.to(kind))).to(z.dtype)
 
     def run_reference(self, num_steps: int, precision: Precision = EXACT) -> list[Tensor]:
-        """z and every state, each [N, ΣD], after plain PyTorch's steps: rounded to `precision` when they are stored."""
+        """Returns z and every state, each [N, ΣD], after steps in plain PyTorch, rounded to `precision` when stored."""
         kind = precision.arithmetic
         z = self.start.to(precision.dtype)
         state = {name: value.to(precision.state_dtype) for name, value in reference.zero_state(self.rule, z).items()}
@@ -178,13 +179,13 @@ class OpRun:
         self.state = [self._guarded(precision.state_dtype) for _ in problem.rule.states]
 
     def run(self, num_steps: int) -> OpRun:
-        """So many steps from step 0."""
+        """Takes `num_steps` steps from step 0 on."""
         for step in range(num_steps):
             self.step(step)
         return self
 
     def step(self, step: int = 0) -> None:
-        """One step, with the learning rate and W of step `step`."""
+        """Takes one step, with the learning rate and W of step `step`."""
         problem = self.problem
         gradient = problem.gradient(torch.cat(self.parameters, dim=1).cpu()).to(self.device)
         gradients = [block.contiguous() for block in gradient.split(problem.columns, dim=1)]
@@ -202,11 +203,11 @@ class OpRun:
         )
 
     def rows(self) -> list[Tensor]:
-        """z and every state, each [N, ΣD], on the CPU."""
+        """Returns z and every state, each [N, ΣD], on the CPU."""
         return [torch.cat(self._segments(flat), dim=1).cpu() for flat in (self.flat, *self.state)]
 
     def guards_intact(self) -> bool:
-        """Whether what lies before and behind the buffers has not been written to."""
+        """True if nothing before and behind the buffers has been written to."""
         zones = [whole[place] for whole in self._wholes for place in (slice(GUARD_LENGTH), slice(-GUARD_LENGTH, None))]
         return all(bool((zone == GUARD).all()) for zone in zones)
 
@@ -224,8 +225,8 @@ class OpRun:
 def excess_error(rows: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequence[Tensor], lr: float) -> float:
     """The worst error of z and all state, in units of what plain PyTorch in the same precision loses.
 
-    Infinite where something is not finite that should be. A rounding of z is one of z/η in the state, so that is what
-    a state is measured by where it is small.
+    It is infinite where something is not finite that should be. A rounding of z is a rounding of z/η in the state, so a
+    small state is measured in roundings of 1/η.
     """
     worst = 0.0
     for index, (mine, truth, twin) in enumerate(zip(rows, exact, plain, strict=True)):
@@ -240,7 +241,7 @@ def excess_error(rows: Sequence[Tensor], exact: Sequence[Tensor], plain: Sequenc
 
 
 def compare(problem: Problem, precision: Precision, backend: str, *, num_steps: int = 30, device: str = "cpu") -> float:
-    """`excess_error` of a backend on a device.
+    """The `excess_error` of a backend on a device after `num_steps` steps.
 
     Raises:
         RuntimeError: the backend is not available.
@@ -251,5 +252,10 @@ def compare(problem: Problem, precision: Precision, backend: str, *, num_steps: 
 
 
 def seeded(*shape: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers, always the same ones."""
+    """Standard normal numbers, the same ones for the same seed."""
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def same_bits(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """True if tensors of the same shapes and dtypes are equal bit for bit, NaNs and the sign of zero included."""
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(some, others, strict=True))

@@ -110,10 +110,10 @@ def verify(part: Part) -> str:
     """As ``gut-fast verify``, on this device alone: every rule in float32, then in the next precision, and so on."""
     where, tiers = part.device.torch_device.type, machine.instruction_tiers()[:1]
     kinds = [(rule, precision) for precision in PRECISIONS.values() for rule in part.plan.rules]
-    lines: list[comparison.Line] = []
+    lines: list[comparison.Candidate] = []
     for (rule, precision), _ in part.while_time(kinds, lambda kind: f"{kind[0]} in {kind[1]}"):
         request = comparison.Request([RULES[rule]], AUTOMATIC[where], [precision], tiers, devices=[where])
-        lines += comparison.verify(request).lines
+        lines += comparison.verify(request).candidates
         part.put(limit=LIMIT, lines=[dataclasses.asdict(line) | {"passed": line.passed} for line in lines])
     return DONE if all(line.passed for line in lines) else WRONG
 

@@ -1,15 +1,15 @@
-"""Who can compute a gossip step: one module per backend, each with the same functions.
+"""The backends, each of which can compute a gossip step: one module per backend, all with the same functions.
 
 ``unavailable(device_type, dtype, num_states, num_messages, state_dtype) -> str | None`` says why the backend cannot
-serve such tensors, or None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have been
-checked.
+serve such tensors, or returns None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have
+been checked.
 
 The split form is for agents on several ranks. ``message(step, rows, residuals)`` writes what agent i sends into
-``rows[i]``, the M messages one after the other, each the whole model, segment after segment. ``residuals[i]``, if there
-are any, is added before, and then holds what rounding took. ``combine(step, rows)`` mixes and updates in
-place: ``step.neighbor`` indexes into the rows, the local agents' own first, received ones after them. The drift is
-``Σ_j w_ij (rows[j] − rows[i])``, of the rows as they were sent, so that their rounding does not move the mean over
-agents. A backend without the two has no split form.
+``rows[i]``, the M messages one after the other, each the whole model, segment after segment. ``residuals[i]``, if
+given, is added to the message first, and then holds what rounding took. ``combine(step, rows)`` mixes and updates:
+``step.neighbor`` indexes into the rows, first those of the agents that are here, then received ones. The drift is
+``Σ_j w_ij (rows[j] − rows[i])`` of the rows as they were sent, so that their rounding does not move the mean over
+agents. A backend without ``message`` and ``combine`` has no split form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gut_fast.kernels.step import HALVES, GossipStep, Rows, arithmetic
 __all__ = ["AUTOMATIC", "BACKENDS", "HALVES", "GossipStep", "Rows", "arithmetic"]
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": plain_torch}
-"""Backends by name."""
+"""All backends by name."""
 
 AUTOMATIC: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
-"""Which of them ``"auto"`` tries, in this order, by the type of the tensors' device; elsewhere it is ``"torch"``."""
+"""The backends that ``"auto"`` tries in turn, by the type of the tensors' device; elsewhere it is ``"torch"``."""

@@ -18,6 +18,7 @@ __all__ = [
     "direct_step",
     "gossip_step",
     "message",
+    "set_tier",
     "tier",
     "unavailable",
     "why_missing",
@@ -30,7 +31,7 @@ PAIRS = (
     (torch.bfloat16, torch.float32),
     (torch.bfloat16, torch.bfloat16),
 )
-"""The dtypes of parameters and state that are compiled in."""
+"""The pairs of dtypes, of parameters and of state, that are compiled in."""
 
 try:
     from gut_fast import _core
@@ -55,7 +56,7 @@ _reader = (
 def unavailable(
     device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why this backend cannot serve such tensors, or None."""
+    """The reason why this backend cannot serve such tensors, or None."""
     if why_missing is not None:
         return why_missing
     if device_type != "cpu":
@@ -67,6 +68,11 @@ def unavailable(
 def tier() -> str | None:
     """The instruction tier in use, or None without the compiled extension."""
     return _core.tier() if why_missing is None else None
+
+
+def set_tier(name: str) -> None:
+    """Makes all later steps use this instruction tier. Raises ValueError if the machine does not have it."""
+    _core.set_tier(name)
 
 
 def gossip_step(step: GossipStep) -> None:
@@ -94,7 +100,7 @@ def _addresses(rows: Rows) -> list[int]:
 
 
 def _call(function: Callable[..., None], step: GossipStep, *more: Any) -> None:
-    # None of these copies unless a gradient is not contiguous; the list keeps such copies alive during the call.
+    # Only a gradient that is not contiguous is copied; the list keeps such copies alive during the call.
     gradients = [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
     function(
         *map(_dtype, step.dtypes),
@@ -119,16 +125,16 @@ def _dtype(dtype: torch.dtype) -> Any:
 
 
 def direct_step(step: GossipStep) -> Callable[[], None] | None:
-    """What performs a step whose tensors are plain, contiguous ones on the CPU, just as described; None for others.
+    """A function that performs a step of plain, contiguous CPU tensors that are as the op describes; None for others.
 
-    The same as checking it and `gossip_step`, without a word about what is wrong and 30 times as fast.
+    It does the same as the op's checks and `gossip_step`, 30 times as fast, but cannot say what is wrong with a step.
     """
     tensor_step = _tensor_step(step)
     return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())
 
 
 def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
-    """Does `message` and returns True if the step's tensors and the rows are plain, contiguous ones on the CPU."""
+    """Does `message` and returns True if the step's tensors and the rows are plain, contiguous CPU tensors."""
     tensor_step = _tensor_step(step)
     return tensor_step is not None and tensor_step.message(
         _reader, list(rows), list(residuals), torch.get_num_threads()
@@ -136,7 +142,7 @@ def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
 
 
 def direct_combine(step: GossipStep, rows: Rows) -> bool:
-    """Does `combine`, as `direct_message` does."""
+    """Does `combine` and returns True if the step's tensors and the rows are plain, contiguous CPU tensors."""
     tensor_step = _tensor_step(step)
     return tensor_step is not None and tensor_step.combine(_reader, list(rows), [], torch.get_num_threads())
 
@@ -151,9 +157,9 @@ def _tensor_step(step: GossipStep) -> Any:
 
 
 def are_plain(step: GossipStep) -> bool:
-    """Whether parameters, state and gradients are plain, contiguous tensors of one device, and fit each other.
+    """True if parameters, state and gradients are plain, contiguous tensors of one device that fit each other.
 
-    False also where this cannot be seen quickly. It looks at nothing else of the step.
+    It is False also where this cannot be seen quickly. Nothing else of the step is looked at.
     """
     return _reader is not None and _core.are_plain(
         _reader, step.num_agents, step.parameters, step.state, step.gradients

@@ -22,7 +22,7 @@ PAIRS = (
     *((torch.float32, half) for half in HALVES),
     *((half, torch.float32) for half in HALVES),
 )
-"""The dtypes of parameters and state that are compiled in."""
+"""The pairs of dtypes, of parameters and of state, that are compiled in."""
 
 try:
     from gut_fast import _cuda
@@ -38,7 +38,7 @@ else:
 def unavailable(
     device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why this backend cannot serve such tensors, or None."""
+    """The reason why this backend cannot serve such tensors, or None."""
     if why_missing is not None:
         return why_missing
     if device_type != DEVICE_TYPE:
@@ -78,7 +78,7 @@ def combine(step: GossipStep, rows: Rows) -> None:
 
 def _split(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor]) -> None:
     gradients = _dense_gradients(step)
-    # Room for the addresses of more rows than a kernel's arguments hold; freed when queued, as gradients are.
+    # Room for the addresses of more rows than a kernel's arguments hold; like a gradient's copy it may be freed early.
     length = len(rows) if len(rows) > _cuda.FEW_ROWS else 0
     table = torch.empty(length, dtype=torch.int64, device=step.parameters[0].device)
     addresses = [row.data_ptr() for row in rows]
@@ -86,7 +86,7 @@ def _split(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor]) 
 
 
 def _refusal() -> str:
-    """Why the current device cannot run the kernels, or nothing, as where there is no device to ask."""
+    """The reason why the current device cannot run the kernels; empty if it can, or if there is no device to ask."""
     return _cuda.refusal(torch.cuda.current_device()) if torch.cuda.is_available() else ""
 
 
@@ -108,7 +108,10 @@ def _compiled(dtype: torch.dtype) -> _cuda.DType:
 
 
 def _dense_gradients(step: GossipStep) -> list[Tensor | None]:
-    """Contiguous ones. A copy may be freed once its reader is queued: memory is reused in the stream's order."""
+    """The gradients, copied where they are not contiguous; None for an empty one.
+
+    A copy may be freed once the kernel that reads it is queued: memory is reused in the stream's order.
+    """
     return [
         None if gradient is None or not gradient.numel() else gradient.resolve_neg().contiguous()
         for gradient in step.gradients

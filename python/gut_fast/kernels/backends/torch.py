@@ -22,7 +22,7 @@ Row = Sequence["float | Tensor"]
 def unavailable(
     device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why this backend cannot serve such tensors, or None."""
+    """The reason why this backend cannot serve such tensors, or None."""
     return None if dtype.is_floating_point else f"it computes in floating point, not in {dtype}"
 
 
@@ -88,15 +88,20 @@ class _Coefficients(NamedTuple):
 
 
 class _Segment(NamedTuple):
-    """One segment of all agents: where z and the states lie, [N, d] each, and u in the dtype of arithmetic."""
+    """One segment of all agents.
+
+    Attributes:
+        places: z and the states as they are stored, [N, d] each.
+        inputs: the inputs u in the dtype of arithmetic.
+        column: the column of the segment's first number in one agent's whole model.
+    """
 
     places: list[Tensor]
     inputs: list[Tensor]
     column: int
-    """Of its first number in one agent's whole model."""
 
     def of(self, row: Tensor, m: int, num_messages: int) -> Tensor:
-        """This segment [d] of message m in an agent's row of messages."""
+        """The segment [d] of message m in an agent's row of messages."""
         return row.view(num_messages, -1)[m, self.column : self.column + self.places[0].shape[1]]
 
     def store(self, coefficients: _Coefficients, messages: list[Tensor], drifts: list[Tensor]) -> None:
@@ -121,7 +126,7 @@ def _segments(step: GossipStep) -> Iterator[_Segment]:
 
 
 def _check_edges(step: GossipStep, num_rows: int) -> None:
-    """As the compiled kernel does; on a GPU it would wait for the device."""
+    """Raises ValueError for edges that name no other row; not on a GPU, where the check would wait for the device."""
     if step.row_start.device.type != "cpu":
         return
     degree = step.row_start.diff()

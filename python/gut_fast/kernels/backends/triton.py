@@ -1,12 +1,12 @@
 """The step as one Triton kernel, for every GPU that Triton and PyTorch drive; `triton_kernel` holds the kernel.
 
-One launch does the whole step of a model. What it is about, the tensors' addresses above all, lies in a small table on
-the device. A table is made anew only when an address changes; it is copied without waiting for the device, and in the
-capture of a CUDA graph written by kernels whose arguments hold the numbers, so that no host memory has to outlive it.
-Take one step before a capture: the first one compiles.
+One launch does the whole step of a model. It reads the tensors' addresses and sizes from a small table on the device.
+The table is made anew only when an address changes. It is copied without waiting for the device; in the capture of a
+CUDA graph it is written by kernels whose arguments hold the numbers, so that no host memory has to outlive the graph.
+Take one step before a capture: the first step compiles.
 
-With the environment variable ``TRITON_INTERPRET=1`` the same kernel runs on CPU tensors, thread by thread in NumPy: to
-test its numerics without a GPU.
+With the environment variable ``TRITON_INTERPRET=1`` the same kernel runs on CPU tensors, in NumPy, so that its numerics
+can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ why_missing: str | None = (
 def unavailable(
     device_type: str, dtype: torch.dtype, num_states: int, num_messages: int, state_dtype: torch.dtype | None = None
 ) -> str | None:
-    """Why this backend cannot serve such tensors, or None. Any rule can be compiled."""
+    """The reason why this backend cannot serve such tensors, or None. Any rule can be compiled."""
     if why_missing is not None:
         return why_missing
     if device_type == "cpu" and not os.environ.get("TRITON_INTERPRET"):
@@ -89,25 +89,26 @@ def combine(step: GossipStep, rows: Rows) -> None:
 
 
 class Chip(NamedTuple):
-    """What the launch depends on."""
+    """The properties of a GPU that the launch depends on; the cache is the L2 cache."""
 
     num_processors: int
     cache_bytes: int
-    """Of the L2 cache."""
 
 
 class Launch(NamedTuple):
-    """How a step is cut: tiles of `block_columns` of all agents, in blocks of `block_agents`."""
+    """The cut of a step: tiles of `block_columns` columns of all agents, in blocks of `block_agents` agents.
+
+    At most `num_programs` programs run; they take the tiles in turn.
+    """
 
     block_agents: int
     block_columns: int
     num_warps: int
     num_programs: int
-    """At most; programs take tiles in turn."""
 
 
 def launch(num_agents: int, bytes_per_number: int, chip: Chip) -> Launch:
-    """How to cut a step of N agents, where one number of one agent is `bytes_per_number` of inputs and messages.
+    """The cut of a step of N agents whose inputs and messages take `bytes_per_number` for one number of one agent.
 
     Every thread has 8 numbers of a block, in float32 two accesses of 16 bytes to each tensor, and there are 16 warps on
     every processor: as many as fit at 128 registers a thread, so that no program waits for another one to end.
@@ -146,7 +147,7 @@ def _run(step: GossipStep, rows: Sequence[Tensor] | None, *, sends: bool, mixes:
     if not any(parameter.numel() for parameter in step.parameters):
         return
     device = step.parameters[0].device
-    # None of these copies unless a gradient is not contiguous; the list keeps such copies alive until the launch.
+    # Only a gradient that is not contiguous is copied; the list keeps such copies alive until the launch.
     given = [None if g is None or g.numel() == 0 else g.resolve_neg().contiguous() for g in step.gradients]
     step = step._replace(gradients=given)
     with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
@@ -201,7 +202,7 @@ def _bytes_per_number(step: GossipStep, compute: torch.dtype) -> int:
 
 
 def _table(step: GossipStep, block_columns: int) -> tuple[int, ...]:
-    """What the kernel calls ``table``; its last number is that of all tiles."""
+    """The kernel's argument ``table``; its last number is the number of all tiles."""
     words = [buffer.data_ptr() for buffer in step.state]
     num_columns = num_tiles = 0
     for parameter, gradient in zip(step.parameters, step.gradients, strict=True):
@@ -213,7 +214,7 @@ def _table(step: GossipStep, block_columns: int) -> tuple[int, ...]:
 
 
 def _alignment(step: GossipStep, rows: Sequence[int], row_dtype: torch.dtype) -> int:
-    """How many numbers, up to 16 bytes of them, all accesses of the kernel may take at once."""
+    """The number of numbers, up to 16 bytes of them, that every access of the kernel may take at once."""
     dtype, state_dtype = step.dtypes
     return math.gcd(
         16 // dtype.itemsize,
@@ -232,9 +233,9 @@ def _coefficients(step: GossipStep, device: torch.device) -> Tensor:
 
 
 def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of these, without waiting for the device.
+    """A tensor of the values on the device, made without waiting for the device.
 
-    In a capture the graph itself has to write them, at every replay, by kernels that have the values as arguments: a
+    In a capture the graph itself has to write the values, at every replay, by kernels that have them as arguments: a
     copy would read host memory that may be gone by then.
     """
     if device.type == "cpu":
@@ -248,5 +249,5 @@ def _on_device(values: tuple[float, ...], dtype: torch.dtype, device: torch.devi
 
 @lru_cache(maxsize=128)
 def _copied(values: tuple[float, ...], dtype: torch.dtype, device: torch.device, stream: int) -> Tensor:
-    """Kept for the stream on which it was copied: others could read it too early, or after it is gone."""
+    """The values on the device, kept for the stream that copied them: another one could read them too early or late."""
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

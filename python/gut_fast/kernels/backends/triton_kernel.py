@@ -51,7 +51,7 @@ def gossip_kernel(
     ONE_BLOCK: tl.constexpr,
     BY_HAND: tl.constexpr,
 ):
-    """A step (it `SENDS` and `MIXES`), or one half of it.
+    """Computes a step (`SENDS` and `MIXES`), or one half of it.
 
     Args:
         table: int64 [q + 4 (P + 1)]: addresses of the states; for each of P segments addresses of parameters and
@@ -63,21 +63,21 @@ def gossip_kernel(
         row_start: int64 [N + 1], with the next two the CSR rows of W.
         neighbor: int64 [edges].
         weight: float64 [edges].
-        num_rows: neighbours are below it; another one makes the agent's drift NaN.
+        num_rows: every neighbour's index is below it; an index that is not makes the agent's drift NaN.
         rows: scratch [programs, M, agents, columns]; in the split form int64 [num_rows], addresses of rows [M ΣD].
         Q: number of states.
         M: number of messages.
-        DTYPE: of parameters and gradients.
-        STATE_DTYPE: of the state.
-        ROW_DTYPE: of messages, where `rows` says.
+        DTYPE: dtype of parameters and gradients.
+        STATE_DTYPE: dtype of the state.
+        ROW_DTYPE: dtype of the messages in the rows of the split form.
         COMPUTE: dtype of arithmetic.
-        SENDS: whether messages are written.
-        MIXES: whether parameters and state are.
+        SENDS: true if messages are written.
+        MIXES: true if parameters and state are written.
         ALIGNMENT: divides all segments' columns; addresses are multiples of the space of so many numbers.
-        BLOCK_AGENTS: agents of a block.
-        BLOCK_COLUMNS: columns of a tile.
-        ONE_BLOCK: all agents are one block, which stays in registers from message to mixing.
-        BY_HAND: rounds to bfloat16 by integer operations.
+        BLOCK_AGENTS: number of agents in a block.
+        BLOCK_COLUMNS: number of columns in a tile.
+        ONE_BLOCK: true if all agents are one block, which stays in registers from message to mixing.
+        BY_HAND: true if bfloat16 is rounded to by integer operations.
     """
     program = tl.program_id(0)
     end = table + Q + 4 * num_segments
@@ -126,7 +126,7 @@ def _scalars(source, COUNT: tl.constexpr, COMPUTE: tl.constexpr):
 
 @triton.jit
 def _links(first, num_agents, row_start, BLOCK_AGENTS: tl.constexpr):
-    """Of a block of agents: where their CSR rows start, how many neighbours they have, and the most of these."""
+    """The starts of the CSR rows of a block of agents, their numbers of neighbours, and the largest number."""
     agents = first + tl.arange(0, BLOCK_AGENTS)
     start = tl.load(row_start + agents, agents < num_agents, 0)
     degree = tl.load(row_start + agents + 1, agents < num_agents, 0) - start
@@ -145,7 +145,7 @@ def _tile(
     ALIGNMENT: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """Where the segment's z, states and gradient begin, its width, and the tile's columns in segment and model."""
+    """The tile's place: where the segment's z, states and gradient begin, its width, columns in segment and model."""
     segments = table + Q
     place = segments + 4 * _segment_of(index, segments, num_segments)
     before = tl.multiple_of(tl.load(place + 2), ALIGNMENT)
@@ -188,7 +188,7 @@ def _own(
     COMPUTE: tl.constexpr,
     BLOCK_AGENTS: tl.constexpr,
 ):
-    """A block of agents: who, which numbers are there, where z and states lie, inputs u and messages S."""
+    """A block of agents: their indices, which numbers are there, where z and states lie, inputs u and messages S."""
     bases, gradient, has_gradient, width, columns, _ = tile
     agents = first + tl.arange(0, BLOCK_AGENTS).to(tl.int64)
     is_agent = agents < num_agents
@@ -220,7 +220,7 @@ def _sum(total, factors, FIRST: tl.constexpr, terms, COUNT: tl.constexpr):
 
 @triton.jit
 def _messages_of(agents, is_there, tile, channel, ROW_DTYPE: tl.constexpr, ALIGNMENT: tl.constexpr):
-    """Where the first messages of these agents lie, [agents, columns]."""
+    """The addresses of the first messages of these agents, [agents, columns]."""
     rows, _, _ = channel
     _, _, _, _, columns, in_model = tile
     if rows.dtype.element_ty == tl.int64:  # the split form
@@ -295,7 +295,7 @@ def _drift(m: tl.constexpr, own, tile, channel, links, edges, ROW_DTYPE: tl.cons
 
 @triton.jit
 def _rounded(value, DTYPE: tl.constexpr, BY_HAND: tl.constexpr):
-    """To the nearest, ties to even, as compiled casts do; the interpreter's cast to bfloat16 truncates."""
+    """The value rounded to nearest, ties to even, as compiled casts do; the interpreter's bfloat16 cast truncates."""
     if BY_HAND and tl.bfloat16 == DTYPE:
         bits = value.to(tl.int32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
