@@ -1,5 +1,6 @@
 """The op as PyTorch sees it: checks before changes, version counters, fake tensors, torch.compile."""
 
+import os
 import subprocess
 import sys
 
@@ -215,7 +216,11 @@ def test_the_environment_forces_a_tier(tier):
         "print(ops.select_backend('auto', 'cpu', torch.float32, 1, 1).__name__)"
     )
     result = subprocess.run(
-        [sys.executable, "-c", script], env={"GUT_FAST_TIER": tier}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", script],
+        env={**os.environ, "GUT_FAST_TIER": tier},
+        capture_output=True,
+        text=True,
+        check=True,
     )
     if tier == "baseline":
         assert result.stdout.split("\n")[:2] == ["baseline | None", "gut_fast.kernels.backends.cpu"]
