@@ -1,8 +1,9 @@
-"""Draws docs/topologies.png: some of the graphs of `gut_fast.topology`, with the gap that rules how fast they mix."""
+"""Draws docs/topologies.png: some graphs of `gut_fast.topology`, with the spectral gap that says how fast they mix."""
 
 from pathlib import Path
 
-from gut_fast.study import parse_topology, plots
+from gut_fast.study import plots
+from gut_fast.topology.names import parse_topology
 
 SPECS = (
     "ring:16",

@@ -24,11 +24,11 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 
+from gut_fast.arguments import as_integer
 from gut_fast.distributed.consolidation import given_group
 from gut_fast.distributed.files import remove_leftovers, sync
 from gut_fast.distributed.group import Group
 from gut_fast.distributed.shards import DamagedError, Shard, check_loadable, read_shard, write_shard
-from gut_fast.topology.mixing import as_integer
 
 __all__ = ["Checkpoints"]
 

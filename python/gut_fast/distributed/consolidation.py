@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from gut_fast.arguments import as_integer
 from gut_fast.distributed.errors import MismatchError, PeerError
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
-from gut_fast.topology.mixing import as_integer
 
 __all__ = ["consolidate", "given_group"]
 

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gut_fast.arguments import as_integer, as_number
 from gut_fast.distributed.agreement import check_agreement, check_welcome, fingerprint
 from gut_fast.distributed.exchange import Exchange
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
@@ -18,7 +19,7 @@ from gut_fast.distributed.overlap import Overlap
 from gut_fast.kernels.backends import GossipStep, arithmetic
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
-from gut_fast.topology.mixing import CSR, as_integer, as_number
+from gut_fast.topology.mixing import CSR
 
 __all__ = ["RankOptions", "Ranks"]
 

@@ -1,7 +1,6 @@
 """Topologies: which agents talk to each other at each step, and with what weights."""
 
 from gut_fast.topology.graphs import (
-    Topology,
     chain,
     circulant,
     complete,
@@ -21,6 +20,7 @@ from gut_fast.topology.graphs import (
     torus,
 )
 from gut_fast.topology.mixing import CSR
+from gut_fast.topology.topology import Topology
 
 __all__ = [
     "CSR",

@@ -1,42 +1,32 @@
-"""Topologies: which agents talk to each other at each step, and with what weights.
+"""The graphs by name, and topologies of one's own: every constructor of `Topology`.
 
-A `Topology` gives a mixing matrix W [N, N] for every step. Graphs get Metropolis–Hastings weights
-``W[i, j] = 1 / (1 + max(deg_i, deg_j))``: symmetric, doubly stochastic, and uniform, ``1 / (1 + deg)``, where the graph
-is regular. Other weights: `Topology.with_weights`, `Topology.lazy`, `from_matrix`.
+Graphs get Metropolis–Hastings weights ``W[i, j] = 1 / (1 + max(deg_i, deg_j))``: symmetric, doubly stochastic, and
+uniform, ``1 / (1 + deg)``, where the graph is regular. `Topology.with_weights`, `Topology.lazy` and `from_matrix` give
+other weights.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import networkx as nx
-import torch
-from torch import Tensor
 
+from gut_fast.arguments import as_integer, as_number
 from gut_fast.topology.mixing import (
-    CSR,
-    WEIGHTS,
-    MixingMatrix,
     RandomMatching,
-    as_integer,
-    as_number,
     check_connected,
     from_dense,
     from_graph,
-    listed,
     numbered,
     one_peer,
     warn_if_asymmetric,
 )
+from gut_fast.topology.topology import Topology
 
 __all__ = [
-    "CSR",
-    "Topology",
     "chain",
     "circulant",
     "complete",
@@ -62,167 +52,14 @@ DRAWS = 1000
 AS_A_STEP = "as one step of a sequence it may stay so with connected=False"
 
 
-@dataclass(frozen=True, repr=False)
-class Topology:
-    """A cycle of k mixing matrices: step t mixes with number t mod k. A static topology has k = 1.
-
-    Made by the functions of this module. Immutable; equal to another one of the same name that mixes in the same way.
-
-    Args:
-        name: the call that makes it, for example ``"ring(16).lazy(0.5)"``.
-        cycle: the mixing matrices; a `RandomMatching` among them draws a new one at each of its steps.
-    """
-
-    name: str
-    cycle: tuple[MixingMatrix | RandomMatching, ...]
-
-    def __repr__(self) -> str:
-        return self.name
-
-    @property
-    def num_agents(self) -> int:
-        """N."""
-        return self.cycle[0].num_agents
-
-    @property
-    def period(self) -> int | None:
-        """After how many steps it repeats: 1 if it is static, None if never."""
-        return len(self.cycle) if all(isinstance(mixing, MixingMatrix) for mixing in self.cycle) else None
-
-    @property
-    def is_static(self) -> bool:
-        """Whether all steps are the same."""
-        return self.period == 1
-
-    @property
-    def graph(self) -> nx.Graph:
-        """All pairs that ever talk: a new graph on the agents 0 … N − 1; if some talk one way, with edges j → i."""
-        graphs = [mixing.graph() for mixing in self.cycle]
-        if any(graph.is_directed() for graph in graphs):
-            graphs = [graph.to_directed() for graph in graphs]
-        return nx.compose_all(graphs)
-
-    def matrix(self, step: int = 0) -> Tensor:
-        """W at a step: a new float64 [N, N] tensor on the CPU."""
-        return self._mixing_at(step).dense()
-
-    def csr(self, step: int = 0, device: str | torch.device = "cpu") -> CSR:
-        """The off-diagonal nonzeros of W at a step, on `device`; kept, so that the next call costs a look-up."""
-        return self._mixing_at(step).on(device)
-
-    def neighbors(self, i: int, step: int = 0) -> list[int]:
-        """The agents that agent i hears at a step, ascending, itself not among them."""
-        agent = as_integer(i, f"{self.name}: agent", minimum=0)
-        if agent >= self.num_agents:
-            raise ValueError(f"{self.name} has no agent {agent}; its agents are 0 … {self.num_agents - 1}")
-        return self._mixing_at(step).neighbors(agent)
-
-    def lazy(self, gamma: float) -> Topology:
-        """The topology with ``W_γ = I + γ (W − I)`` at every step, γ in (0, 1].
-
-        Raises:
-            TypeError, ValueError: γ is not a number or not in (0, 1].
-        """
-        gamma = as_number(gamma, f"{self.name}.lazy: gamma")
-        if not 0 < gamma <= 1:
-            raise ValueError(f"{self.name}.lazy: gamma must be in (0, 1], got {gamma}")
-        return Topology(f"{self.name}.lazy({gamma})", tuple(mixing.lazy(gamma) for mixing in self.cycle))
-
-    def with_weights(self, weights: str) -> Topology:
-        """The same graph with "metropolis" or "uniform" weights; those it had, lazy ones too, are replaced.
-
-        Raises:
-            ValueError: unknown weights, or a directed graph.
-
-        Warns:
-            UserWarning: W is asymmetric, as with uniform weights on a graph that is not regular.
-        """
-        if weights not in WEIGHTS:
-            raise ValueError(f"{self.name}: unknown weights {weights!r}; known are {', '.join(map(repr, WEIGHTS))}")
-        name = f"{self.name}.with_weights({weights!r})"
-        topology = Topology(name, tuple(mixing.with_weights(weights) for mixing in self.cycle))
-        for step in range(len(self.cycle)):
-            warn_if_asymmetric(topology._mixing_at(step), name, stacklevel=2)
-        return topology
-
-    def without(self, agents: Iterable[int]) -> Topology:
-        """The topology of the agents that are left, renumbered in order, doubly stochastic at every step.
-
-        Pairs that talked still do, both ways. Weights are Metropolis–Hastings ones, whatever they were; the γ of `lazy`
-        is kept. Random matchings are drawn anew among those left.
-
-        Raises:
-            TypeError, ValueError: there is no such agent, or nobody is left.
-
-        Warns:
-            UserWarning: the graph falls apart; the message lists the components, by the agents' numbers here.
-        """
-        gone = sorted({as_integer(agent, f"{self.name}.without: agent", minimum=0) for agent in agents})
-        if gone and gone[-1] >= self.num_agents:
-            raise ValueError(f"{self.name} has no agent {gone[-1]}; its agents are 0 … {self.num_agents - 1}")
-        if len(gone) == self.num_agents:
-            raise ValueError(f"{self.name}.without: nobody is left of {self.num_agents} agents")
-        graph = self.graph.to_undirected()
-        graph.remove_nodes_from(gone)
-        components = list(nx.connected_components(graph))
-        if len(components) > 1:
-            warnings.warn(f"{self.name} without {gone} falls into {listed(components)}", UserWarning, stacklevel=2)
-        return Topology(f"{self.name}.without({gone})", tuple(mixing.without(gone) for mixing in self.cycle))
-
-    @property
-    def eigenvalues(self) -> Tensor:
-        """The N eigenvalues of W by descending real part: float64 [N] where W is symmetric, else complex128.
-
-        From a Fourier transform, at any size, on ring, torus, complete, hypercube, exponential and circulant; elsewhere
-        by dense linear algebra in O(N³): on two cores 1 s at 2,048 agents, 4 s at 4,096. Computed once.
-
-        Raises:
-            RuntimeError: the topology is not static; so do the three below.
-        """
-        return self._spectrum().clone()
-
-    @property
-    def lambda_2(self) -> float:
-        """Largest real part of the eigenvalues but the leading 1; 0 for a single agent, which has no other."""
-        return float(self._consensus_spectrum()[0].real)
-
-    @property
-    def lambda_min(self) -> float:
-        """Smallest real part of the eigenvalues but the leading 1; 0 for a single agent, which has no other."""
-        return float(self._consensus_spectrum()[-1].real)
-
-    @property
-    def spectral_gap(self) -> float:
-        """1 minus the largest modulus of the eigenvalues but the leading 1: ``1 − max(|λ_2|, |λ_min|)`` if W = Wᵀ.
-
-        That modulus is the factor by which a step of plain gossip shrinks the slowest consensus mode.
-        """
-        return 1 - float(self._consensus_spectrum().abs().max())
-
-    def _mixing_at(self, step: int) -> MixingMatrix:
-        step = as_integer(step, "step", minimum=0)
-        return self.cycle[step % len(self.cycle)].at(step)
-
-    def _spectrum(self) -> Tensor:
-        if not self.is_static:
-            raise RuntimeError(
-                f"{self.name} changes from step to step and has no single spectrum; look at one step with "
-                "torch.linalg.eigvals(topology.matrix(step))"
-            )
-        return self._mixing_at(0).eigenvalues
-
-    def _consensus_spectrum(self) -> Tensor:
-        return self._spectrum()[1:] if self.num_agents > 1 else torch.zeros(1, dtype=torch.float64)
-
-
 def ring(n: int) -> Topology:
-    """Every agent between two neighbours; two agents share one edge, one agent stands alone (``W = [[1]]``)."""
+    """The cycle 0, 1, …, N − 1, 0; two agents share one edge, one agent stands alone (``W = [[1]]``)."""
     n = as_integer(n, "ring: n", minimum=1)
     return _circulant(f"ring({n})", n, [1])
 
 
 def torus(rows: int, cols: int) -> Topology:
-    """The two-dimensional periodic grid: agent ``r * cols + c`` meets those above, below, left and right.
+    """The two-dimensional periodic grid: agent ``r * cols + c`` meets the agents above, below, left and right.
 
     Sides of length 2 have single edges, sides of length 1 none: ``torus(1, n)`` mixes as ``ring(n)``.
     """
@@ -242,7 +79,7 @@ def dyck() -> Topology:
 
 
 def complete(n: int) -> Topology:
-    """Everyone with everyone, ``W = 11ᵀ/N``: exact averaging at every step."""
+    """The complete graph, ``W = 11ᵀ/N``: exact averaging at every step."""
     n = as_integer(n, "complete: n", minimum=1)
     return _static(f"complete({n})", nx.complete_graph(n), (n,))
 
@@ -260,7 +97,7 @@ def star(n: int) -> Topology:
 
 
 def hypercube(k: int) -> Topology:
-    """``2^k`` agents; those whose numbers differ in one bit are neighbours."""
+    """The hypercube of ``2^k`` agents; agents whose numbers differ in one bit are neighbours."""
     k = as_integer(k, "hypercube: k", minimum=0)
     graph = nx.empty_graph(2**k)
     graph.add_edges_from((agent, agent ^ 1 << bit) for agent in graph for bit in range(k))
@@ -278,7 +115,7 @@ def exponential(n: int) -> Topology:
 
 
 def circulant(n: int, offsets: Iterable[int]) -> Topology:
-    """Agent i meets ``i ± k mod N`` for every offset k in 1 … N − 1.
+    """The circulant graph: agent i meets ``i ± k mod N`` for every given offset k in 1 … N − 1.
 
     ``circulant(n, (1, 4))`` is what the experiments of the GUT paper's authors call a torus; `torus` is the grid.
 
@@ -293,7 +130,7 @@ def circulant(n: int, offsets: Iterable[int]) -> Topology:
 
 
 def erdos_renyi(n: int, p: float, seed: int) -> Topology:
-    """Every pair is an edge with probability p; drawn anew, as the seed determines, until connected.
+    """A random graph in which every pair is an edge with probability p; drawn anew from the seed until connected.
 
     Raises:
         TypeError, ValueError: p is not a probability, or so small that no draw is connected.
@@ -312,10 +149,10 @@ def erdos_renyi(n: int, p: float, seed: int) -> Topology:
 
 
 def random_regular(n: int, d: int, seed: int) -> Topology:
-    """A random graph of degree d; drawn anew, as the seed determines, until connected.
+    """A random graph of degree d; drawn anew from the seed until connected.
 
     Raises:
-        TypeError, ValueError: not integers, or there is no connected graph of this degree.
+        TypeError, ValueError: an argument is not an integer, or there is no connected graph of this degree.
     """
     n, d = as_integer(n, "random_regular: n", minimum=1), as_integer(d, "random_regular: d", minimum=0)
     seed = as_integer(seed, "random_regular: seed", minimum=0)
@@ -332,9 +169,9 @@ def random_regular(n: int, d: int, seed: int) -> Topology:
 
 
 def from_networkx(graph: nx.Graph, *, connected: bool = True, name: str | None = None) -> Topology:
-    """Any undirected networkx graph, with Metropolis–Hastings weights; attributes of its edges are not read.
+    """A topology of any undirected networkx graph, with Metropolis–Hastings weights; edge attributes are not read.
 
-    Agents have the numbers of the nodes if these are 0 … N − 1, else their places in ``graph.nodes``.
+    An agent has the number of its node if the nodes are 0 … N − 1, otherwise the node's place in ``graph.nodes``.
 
     Args:
         graph: the graph, which is not kept.
@@ -342,18 +179,18 @@ def from_networkx(graph: nx.Graph, *, connected: bool = True, name: str | None =
         name: what to call the topology.
 
     Raises:
-        TypeError: not a graph, a directed graph or a multigraph.
-        ValueError: no node, a self loop, or not connected; the message lists the components.
+        TypeError: the graph is no networkx graph, directed or a multigraph.
+        ValueError: the graph has no node, has a self loop, or is not connected; the message lists the components.
     """
     agents = numbered(graph, "from_networkx")
     return _static(name or f"from_networkx({len(agents)} agents)", agents, connected=connected)
 
 
 def from_matrix(W: Any, *, connected: bool = True, name: str | None = None) -> Topology:
-    """An explicit mixing matrix: agent i gives weight ``W[i, j]`` to what it receives from agent j.
+    """A topology of an explicit mixing matrix: agent i gives weight ``W[i, j]`` to what it receives from agent j.
 
-    Entries may be negative as long as mixing does not diverge. The diagonal is what the rest of a row leaves to one, so
-    `matrix` returns W up to rounding.
+    Entries may be negative as long as mixing does not diverge. The diagonal is computed as one minus the rest
+    of the row, so `matrix` returns W up to rounding.
 
     Args:
         W: [N, N] tensor, array or nested sequences.
@@ -377,14 +214,14 @@ def from_matrix(W: Any, *, connected: bool = True, name: str | None = None) -> T
 
 
 def sequence(topologies: Sequence[Topology]) -> Topology:
-    """Takes turns among k topologies: step t belongs to number t mod k.
+    """The topology that takes turns among k topologies: step t belongs to number t mod k.
 
-    One that varies goes on from turn to turn: a periodic one by one step of its own, a random matching draws anew.
-    Single steps may be disconnected (``connected=False`` of `from_matrix` and `from_networkx`), their union may not.
+    A member that varies moves on from turn to turn: a periodic one by one step, a random matching draws anew. Members
+    may be disconnected (``connected=False`` of `from_matrix` and `from_networkx`), but their union may not.
 
     Raises:
         TypeError: a member is not a Topology.
-        ValueError: no members, different numbers of agents, or the union is not connected.
+        ValueError: there is no member, the members differ in their number of agents, or their union is not connected.
     """
     members = tuple(topologies)
     if not members:
@@ -405,10 +242,11 @@ def sequence(topologies: Sequence[Topology]) -> Topology:
 
 
 def one_peer_exponential(n: int) -> Topology:
-    """At step t agent i averages with agent ``i + 2^(t mod τ) mod N``, τ = ⌈log2 N⌉, weights 1/2 and 1/2.
+    """The one-peer exponential graph: at step t agent i averages with agent ``i + 2^(t mod τ) mod N``, τ = ⌈log2 N⌉.
 
-    Directed and doubly stochastic; τ steps average exactly if N is a power of two. Source: Ying et al., "Exponential
-    Graph is Provably Efficient for Decentralized Deep Training", NeurIPS 2021.
+    Both weights are 1/2. The graph is directed and doubly stochastic; τ steps average exactly if N is a power of two.
+
+    Source: Ying et al., "Exponential Graph is Provably Efficient for Decentralized Deep Training", NeurIPS 2021.
     """
     n = as_integer(n, "one_peer_exponential: n", minimum=1)
     cycle = tuple(one_peer(n, hop) for hop in _powers_of_two_below(n)) or complete(1).cycle
@@ -416,9 +254,9 @@ def one_peer_exponential(n: int) -> Topology:
 
 
 def random_matching(n: int, seed: int) -> Topology:
-    """At every step a uniformly random maximal matching: pairs average, an odd agent out rests.
+    """A uniformly random maximal matching at every step: pairs average, an odd agent out rests.
 
-    A step's pairs depend on the seed and the step alone, so all processes draw the same.
+    The pairs of a step depend on the seed and the step alone, so all processes draw the same.
     """
     n, seed = as_integer(n, "random_matching: n", minimum=1), as_integer(seed, "random_matching: seed", minimum=0)
     return Topology(f"random_matching({n}, seed={seed})", (RandomMatching(n, seed),))

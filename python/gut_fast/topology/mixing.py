@@ -2,12 +2,11 @@
 
 A mixing matrix ``W`` [N, N] has rows that sum to one; ``W[i, j]`` is the weight that agent i gives to what it receives
 from agent j. Gossip is ``x_i ← x_i + Σ_j W[i, j] (x_j − x_i)``, so only the off-diagonal entries ever act: they are
-stored, as CSR, and the diagonal is what they leave of each row, ``W[i, i] = 1 − Σ_{j≠i} W[i, j]``.
+stored, as CSR, and the diagonal follows from them, ``W[i, i] = 1 − Σ_{j≠i} W[i, j]``.
 """
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ __all__ = [
     "WEIGHTS",
     "MixingMatrix",
     "RandomMatching",
-    "as_integer",
-    "as_number",
     "check_connected",
     "from_dense",
     "from_graph",
@@ -36,37 +33,37 @@ __all__ = [
 ]
 
 WEIGHTS = ("metropolis", "uniform")
-"""Weights that a graph determines: ``1 / (1 + max(deg_i, deg_j))`` and ``1 / (1 + deg_i)``."""
+"""The weights that a graph determines: ``1 / (1 + max(deg_i, deg_j))`` and ``1 / (1 + deg_i)``."""
 
 TOLERANCE = 1e-6
-"""How far a row sum, a symmetric pair or an eigenvalue may be off: loose enough for a W made in float32."""
+"""The largest accepted error of a row sum, a symmetric pair or an eigenvalue: enough for a W made in float32."""
 
 
 class CSR(NamedTuple):
     """The off-diagonal nonzeros of W, row by row in ascending column order.
 
-    Row i is ``neighbor[row_start[i] : row_start[i + 1]]``, its weights stand at the same places. The tensors are
-    shared: read them, never write to them.
+    Row i is ``neighbor[row_start[i] : row_start[i + 1]]``, with its weights at the same places. The tensors are shared:
+    read them, never write to them.
     """
 
     row_start: Tensor
-    """int64 [N + 1]"""
+    """The first entry of each row, and the number of entries: int64 [N + 1]."""
     neighbor: Tensor
-    """int64 [nnz]"""
+    """The column j of each entry: int64 [nnz]."""
     weight: Tensor
-    """float64 [nnz]"""
+    """The weight W[i, j] of each entry: float64 [nnz]."""
 
 
 @dataclass(frozen=True, eq=False)
 class MixingMatrix:
-    """One mixing matrix W, stored sparsely; spectrum and copies on other devices are made once, when asked for.
+    """One mixing matrix W, stored sparsely; its spectrum and copies on other devices are made at the first use.
 
     Args:
         csr: the off-diagonal entries, on the CPU.
         group: sizes (n_1, …, n_k), Πn = N, if W is symmetric and invariant under the shifts of the periodic grid
-            n_1 × … × n_k that the agents form in row-major order, as on rings, tori and hypercubes. Its eigenvalues
-            are then the Fourier transform of its first row: exact, and fast at any size.
-        gamma: γ, if it was made by `lazy`.
+            n_1 × … × n_k that the agents form in row-major order, as on rings, tori and hypercubes. The eigenvalues
+            of W are then the Fourier transform of its first row: exact, and fast at any size.
+        gamma: the averaging rate γ that `lazy` has applied.
     """
 
     csr: CSR
@@ -86,11 +83,11 @@ class MixingMatrix:
 
     @property
     def num_agents(self) -> int:
-        """N."""
+        """The number of agents N."""
         return len(self.csr.row_start) - 1
 
     def at(self, step: int) -> MixingMatrix:
-        """Itself, at every step."""
+        """The matrix itself, at every step."""
         return self
 
     def on(self, device: str | torch.device) -> CSR:
@@ -113,17 +110,17 @@ class MixingMatrix:
 
     @cached_property
     def rows(self) -> Tensor:
-        """int64 [nnz]: the row of every entry of the CSR arrays."""
+        """The row of every entry of the CSR arrays, int64 [nnz]."""
         return torch.arange(self.num_agents, device="cpu").repeat_interleave(self.csr.row_start.diff())
 
     def dense(self) -> Tensor:
-        """W as a new float64 [N, N] tensor."""
+        """The matrix W as a new float64 [N, N] tensor."""
         W = torch.diag(1 - _sums(self.num_agents, self.rows, self.csr.weight))
         W[self.rows, self.csr.neighbor] = self.csr.weight
         return W
 
     def dense_row(self, agent: int) -> Tensor:
-        """One row of W as a new float64 [N] tensor."""
+        """A row of W as a new float64 [N] tensor."""
         start, end = self.csr.row_start[agent : agent + 2].tolist()
         row = torch.zeros(self.num_agents, dtype=torch.float64, device="cpu")
         row[self.csr.neighbor[start:end]] = self.csr.weight[start:end]
@@ -137,24 +134,26 @@ class MixingMatrix:
         return neighbors
 
     def graph(self) -> nx.Graph:
-        """The nonzeros as a new graph: undirected if their pattern is symmetric, else edge j → i where i hears j."""
+        """A new graph of the nonzeros: undirected if their pattern is symmetric, else with edges j → i where i hears j."""
         graph: nx.Graph = nx.Graph() if self._has_symmetric_pattern else nx.DiGraph()
         graph.add_nodes_from(range(self.num_agents))
         graph.add_edges_from(zip(self.csr.neighbor.tolist(), self.rows.tolist(), strict=True))
         return graph
 
     def lazy(self, gamma: float) -> MixingMatrix:
-        """``I + γ (W − I)``."""
+        """The matrix ``I + γ (W − I)``."""
         return MixingMatrix(self.csr._replace(weight=gamma * self.csr.weight), self.group, gamma * self.gamma)
 
     def without(self, agents: Collection[int]) -> MixingMatrix:
-        """Of the other agents, renumbered in order: the same pairs, both ways, Metropolis–Hastings weights, as lazy."""
+        """The matrix of the other agents, renumbered in order: the same pairs in both directions, Metropolis–Hastings
+        weights, the same γ.
+        """
         graph = self.graph().to_undirected()
         graph.remove_nodes_from(agents)
         return from_graph(nx.convert_node_labels_to_integers(graph), "metropolis").lazy(self.gamma)
 
     def with_weights(self, weights: str) -> MixingMatrix:
-        """The same graph with weights of its own. Raises ValueError if it is directed."""
+        """The matrix of the same graph with these weights; raises ValueError if the graph is directed."""
         graph = self.graph()
         if graph.is_directed():
             raise ValueError(f"the graph is directed; {weights} weights need an undirected one")
@@ -175,15 +174,16 @@ class MixingMatrix:
 
     @property
     def is_doubly_stochastic(self) -> bool:
-        """Whether the columns sum to one as the rows do, so that mixing keeps the average over agents."""
+        """Whether the columns sum to one, as the rows do, so that mixing keeps the average over agents."""
         given, taken = (_sums(self.num_agents, index, self.csr.weight) for index in (self.csr.neighbor, self.rows))
         return _close(given, taken)
 
     @cached_property
     def eigenvalues(self) -> Tensor:
-        """All N by descending real part: float64 where W is symmetric, else complex128."""
+        """All N eigenvalues by descending real part: float64 where W is symmetric, else complex128."""
         if self.group is not None:
-            eigenvalues = _fourier_transform(self.dense_row(0).reshape(self.group)).real.flatten()
+            transformed = np.fft.fftn(self.dense_row(0).reshape(self.group).numpy()).real
+            eigenvalues = torch.from_numpy(transformed.flatten())
         elif self.is_symmetric:
             eigenvalues = torch.linalg.eigvalsh(self.dense())
         else:
@@ -193,35 +193,35 @@ class MixingMatrix:
 
 @dataclass(frozen=True)
 class RandomMatching:
-    """At every step a uniformly random maximal matching: pairs mix with weights γ/2, an odd agent out rests."""
+    """A uniformly random maximal matching at every step: pairs mix with weights γ/2, an odd agent out rests."""
 
     num_agents: int
     seed: int
     gamma: float = 1.0
 
     def at(self, step: int) -> MixingMatrix:
-        """The matching of a step, a function of the seed and the step alone."""
+        """The matching of a step: a function of the seed and the step alone."""
         return _matching(self.num_agents, self.seed, step, self.gamma)
 
     def graph(self) -> nx.Graph:
-        """The complete graph: every pair meets in time."""
+        """The complete graph, since every pair meets in time."""
         graph: nx.Graph = nx.complete_graph(self.num_agents)
         return graph
 
     def lazy(self, gamma: float) -> RandomMatching:
-        """``I + γ (W − I)`` at every step."""
+        """The matchings with ``I + γ (W − I)`` at every step."""
         return RandomMatching(self.num_agents, self.seed, gamma * self.gamma)
 
     def without(self, agents: Collection[int]) -> RandomMatching:
-        """Matchings of the other agents, drawn anew."""
+        """New matchings of the other agents."""
         return RandomMatching(self.num_agents - len(agents), self.seed, self.gamma)
 
     def with_weights(self, weights: str) -> RandomMatching:
-        """Metropolis–Hastings and uniform weights are both 1/2 on a pair."""
+        """The matchings with weights 1/2, which Metropolis–Hastings and uniform weights both are on a pair."""
         return RandomMatching(self.num_agents, self.seed)
 
 
-@lru_cache(maxsize=64)  # all parameters of a step share it; a step that is over rarely comes back
+@lru_cache(maxsize=64)  # all parameters of a step share its matching; a past step rarely comes back
 def _matching(num_agents: int, seed: int, step: int, gamma: float) -> MixingMatrix:
     order = np.random.default_rng((seed, step)).permutation(num_agents)
     one, other = order[: num_agents // 2 * 2].reshape(-1, 2).T
@@ -234,17 +234,19 @@ def _matching(num_agents: int, seed: int, step: int, gamma: float) -> MixingMatr
 
 
 def one_peer(num_agents: int, hop: int) -> MixingMatrix:
-    """Agent i averages with agent ``(i + hop) mod N``, ``0 < hop < N``, weights 1/2 and 1/2: directed."""
+    """The directed W in which agent i averages with agent ``(i + hop) mod N``, 0 < hop < N, with weights 1/2."""
     agents = torch.arange(num_agents, device="cpu")
     weight = torch.full((num_agents,), 0.5, dtype=torch.float64, device="cpu")
     return MixingMatrix(_sorted_csr(num_agents, agents, (agents + hop) % num_agents, weight))
 
 
 def from_graph(graph: nx.Graph, weights: str, group: tuple[int, ...] | None = None) -> MixingMatrix:
-    """W of an undirected graph on the nodes 0 … N − 1 without self loops, with `weights` out of `WEIGHTS`.
+    """The W of an undirected graph on the nodes 0 … N − 1 without self loops, with `weights` out of `WEIGHTS`.
 
     Metropolis–Hastings weights ``1 / (1 + max(deg_i, deg_j))`` are symmetric on any graph; uniform weights
-    ``1 / (1 + deg_i)`` equal them where all degrees are the same. Source: Xiao, Boyd, Kim, "Distributed average
+    ``1 / (1 + deg_i)`` equal them where all degrees are the same.
+
+    Source: Xiao, Boyd, Kim, "Distributed average
     consensus with least-mean-square deviation", JPDC 2007.
     """
     num_agents = graph.number_of_nodes()
@@ -255,32 +257,12 @@ def from_graph(graph: nx.Graph, weights: str, group: tuple[int, ...] | None = No
     return MixingMatrix(_sorted_csr(num_agents, rows, columns, 1 / (1 + counted.double())), group)
 
 
-def as_integer(value: Any, what: str, minimum: int) -> int:
-    """The integer, at least `minimum`, that `value` is; else raises TypeError or ValueError about `what`."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{what} must be an integer, got {value!r}")
-    if number < minimum:
-        raise ValueError(f"{what} must be at least {minimum}, got {number}")
-    return number
-
-
-def as_number(value: Any, what: str) -> float:
-    """The float that `value` is; else raises TypeError about `what`."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{what} must be a number, got {value!r}")
-    return float(value)
-
-
 def numbered(graph: nx.Graph, name: str) -> nx.Graph:
-    """The graph with agents for nodes: 0 … N − 1 as they are, any others by their places in ``graph.nodes``.
+    """The graph with agents for nodes: nodes 0 … N − 1 keep their names, others get their places in ``graph.nodes``.
 
     Raises:
-        TypeError: not a graph, a directed graph or a multigraph; `name` opens the message.
-        ValueError: no node or a self loop.
+        TypeError: the graph is no networkx graph, directed or a multigraph; `name` opens the message.
+        ValueError: the graph has no node, or has a self loop.
     """
     if not isinstance(graph, nx.Graph) or graph.is_directed() or graph.is_multigraph():
         raise TypeError(
@@ -349,7 +331,7 @@ def _check_bounded(mixing: MixingMatrix, name: str) -> None:
 
 
 def check_connected(graph: nx.Graph, name: str, advice: str = "") -> None:
-    """Raises ValueError unless every agent hears of every other in time; the message lists the components."""
+    """Raises ValueError with a list of the components unless every agent hears of every other in time."""
     directed = graph.is_directed()
     find_components: Any = nx.strongly_connected_components if directed else nx.connected_components
     components = list(find_components(graph))
@@ -361,13 +343,13 @@ def check_connected(graph: nx.Graph, name: str, advice: str = "") -> None:
 
 
 def listed(components: Collection[Collection[int]]) -> str:
-    """How many components there are, and the first of them."""
+    """A text that says how many components there are, and describes the first eight."""
     parts = [f"{len(component)} with agent {min(component)}" for component in sorted(components, key=min)]
     return f"{len(parts)} components, of sizes {', '.join(parts[:8])}{', …' if len(parts) > 8 else ''}"
 
 
 def warn_if_asymmetric(mixing: MixingMatrix, name: str, stacklevel: int) -> None:
-    """Warns of what is lost where W is not symmetric."""
+    """Warns if W is not symmetric, and says what is lost."""
     if mixing.is_symmetric:
         return
     if mixing.is_doubly_stochastic:
@@ -385,13 +367,6 @@ def warn_if_asymmetric(mixing: MixingMatrix, name: str, stacklevel: int) -> None
 
 def _sums(num_agents: int, index: Tensor, weight: Tensor) -> Tensor:
     return torch.zeros(num_agents, dtype=torch.float64, device="cpu").index_add(0, index, weight)
-
-
-def _fourier_transform(values: Tensor) -> Tensor:
-    values = values.to(torch.complex128)
-    for axis in range(values.dim()):  # one at a time: fftn stops at 7 axes, a hypercube has more
-        values = torch.fft.fft(values, dim=axis)
-    return values
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

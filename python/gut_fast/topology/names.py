@@ -1,4 +1,4 @@
-"""Topologies as words of a command line: ``ring:16``, ``torus:4x8``, ``erdos-renyi:16:0.3:1``."""
+"""Names of topologies on a command line: ``ring:16``, ``torus:4x8``, ``erdos-renyi:16:0.3:1``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["TOPOLOGIES", "Form", "parse_topology"]
 
 MAX_AGENTS = 100_000
 MAX_AGENTS_ALL_PAIRS = 4_000
-"""Where every pair of agents is an edge: 8 million."""
+"""The limit for graphs in which every pair of agents may be an edge: 8 million edges."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Form:
     arguments: tuple[str, ...]
     example: str
     make: Callable[..., Topology]
-    """Of the arguments as strings."""
+    """Makes the topology from its arguments, which are strings."""
 
     def usage(self, name: str) -> str:
-        """For example ``erdos-renyi:N:P:SEED``."""
+        """The form in one line, for example ``erdos-renyi:N:P:SEED``."""
         return ":".join((name, *self.arguments))
 
 
@@ -47,7 +47,7 @@ def parse_topology(spec: str, gamma: float = 1.0) -> Topology:
     if name not in TOPOLOGIES:
         raise ValueError(f"unknown topology {name!r} in {spec!r}; known are {', '.join(TOPOLOGIES)}")
     form = TOPOLOGIES[name]
-    # The last argument takes what is left, so that file names and the members of a sequence may contain colons.
+    # The last argument takes the rest of the text, so that file names and members of a sequence may contain colons.
     arguments = rest[0].split(":", len(form.arguments) - 1) if rest and form.arguments else rest
     expected = f"expected {form.usage(name)}, for example {form.example}"
     if len(arguments) != len(form.arguments) or not all(arguments):
@@ -60,7 +60,7 @@ def parse_topology(spec: str, gamma: float = 1.0) -> Topology:
 
 
 class ArgumentError(Exception):
-    """An argument of a spec cannot be read as what it should be."""
+    """The error for an argument of a spec that cannot be read; `parse_topology` adds the expected form."""
 
 
 def _integer(text: str) -> int:
@@ -126,7 +126,7 @@ def _from_graph_file(file: str) -> Topology:
     try:
         graph = GRAPH_READERS[path.suffix](path)
     except (nx.NetworkXException, ValueError, TypeError, LookupError, SyntaxError) as error:
-        # The error of XML that is not well-formed is a SyntaxError.
+        # XML that is not well-formed raises a SyntaxError.
         raise ArgumentError(f"{file} cannot be read as a graph ({error})") from error
     if set(graph) == {str(agent) for agent in range(len(graph))}:
         graph = nx.relabel_nodes(graph, int)

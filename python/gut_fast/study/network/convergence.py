@@ -33,9 +33,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from gut_fast.arguments import as_integer, as_number
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
-from gut_fast.topology.mixing import MixingMatrix, RandomMatching, as_integer, as_number
+from gut_fast.topology.mixing import MixingMatrix, RandomMatching
 
 __all__ = ["Convergence", "Spectrum", "Task", "consensus_spectrum", "excess_losses", "steps_to_target"]
 

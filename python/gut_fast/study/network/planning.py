@@ -30,10 +30,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gut_fast.arguments import as_integer, as_number
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.study.network.convergence import Convergence, Spectrum, Task, consensus_spectrum, steps_to_target
 from gut_fast.topology import CSR, Topology
-from gut_fast.topology.mixing import as_integer, as_number
 
 __all__ = [
     "ALLREDUCE",
