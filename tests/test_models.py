@@ -10,7 +10,7 @@ from torch.nn.functional import conv2d, cross_entropy, relu
 import gut_fast as gf
 from gut_fast import models
 from gut_fast.models import NORMS, EvoNormS0
-from gut_fast.models.mobilenet import InvertedResidual
+from gut_fast.models.deep import InvertedResidual
 from gut_fast.simulation.engines import make_engine
 
 

@@ -1,4 +1,4 @@
-"""The table of the networks: each by name, for the inputs and classes of a data set."""
+"""The table of the networks by name, and `build`, which makes one for the inputs and classes of a data set."""
 
 from __future__ import annotations
 
@@ -8,12 +8,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from gut_fast.models.lenet import LENET5_PADDING, lenet5
-from gut_fast.models.mobilenet import mobilenet_v2
-from gut_fast.models.norms import get_norm
-from gut_fast.models.perceptron import mlp
-from gut_fast.models.resnet import resnet20, resnet32, resnet56
-from gut_fast.models.vgg import VGG11_MIN_SIZE, vgg11
+from gut_fast.models.deep import VGG11_MIN_SIZE, mobilenet_v2, resnet20, resnet32, resnet56, vgg11
+from gut_fast.models.layers import get_norm
+from gut_fast.models.small import LENET5_PADDING, lenet5, mlp
 
 __all__ = ["MODELS", "Network", "build"]
 
@@ -25,10 +22,10 @@ class Network:
     """One row of `MODELS`.
 
     Attributes:
-        make: the network as a function of (input_shape, num_classes, norm, argument); it raises ValueError where it
+        make: builds the network from (input_shape, num_classes, norm, argument); raises ValueError if the network
             cannot take the shape, the norm or the argument.
-        norm: the norm it has unless another is asked for.
-        argument: what stands behind the colon unless something is written there; empty where nothing can.
+        norm: name of the default norm.
+        argument: default of the text behind the colon; empty if the network takes none.
     """
 
     make: Callable[[Shape, int, str, str], nn.Module]
@@ -92,7 +89,7 @@ MODELS: dict[str, Network] = {
 }
 """All networks by name.
 
-The deep ones have group normalisation by default, which is the same in training and evaluation and, unlike batch
+The deep networks have group normalisation by default, which is the same in training and evaluation and, unlike batch
 normalisation, does not carry an agent's own mix of classes. GUT's publication has ``"evonorm"``.
 """
 
@@ -103,12 +100,12 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int, norm: str | N
     Args:
         spec: a name from `MODELS`. Behind a colon "mlp" takes the widths of its hidden layers (``"mlp:128-64"``; "mlp"
             is ``"mlp:32"``) and "vgg11" a factor on its channels (``"vgg11:0.25"``; "vgg11" is ``"vgg11:1"``).
-        input_shape: of one sample: (channels, height, width), for "mlp" any shape.
-        num_classes: how many outputs.
-        norm: a name from `NORMS`; None is the network's own, see `MODELS`.
+        input_shape: shape of one sample: (channels, height, width); any shape for "mlp".
+        num_classes: number of outputs.
+        norm: a name from `NORMS`; None is the network's default, see `MODELS`.
 
     Raises:
-        ValueError: an unknown name or norm, or an argument, a norm or a shape that the network cannot take.
+        ValueError: the name or norm is unknown, or the network cannot take the argument, the norm or the shape.
     """
     name, colon, argument = spec.partition(":")
     if name not in MODELS:

@@ -134,7 +134,7 @@ class MixingMatrix:
         return neighbors
 
     def graph(self) -> nx.Graph:
-        """A new graph of the nonzeros: undirected if their pattern is symmetric, else with edges j → i where i hears j."""
+        """A new graph of the nonzeros: undirected for a symmetric pattern, else with edges j → i where i hears j."""
         graph: nx.Graph = nx.Graph() if self._has_symmetric_pattern else nx.DiGraph()
         graph.add_nodes_from(range(self.num_agents))
         graph.add_edges_from(zip(self.csr.neighbor.tolist(), self.rows.tolist(), strict=True))

@@ -1,13 +1,13 @@
-"""Norms: what stands behind the convolutions of a network, by the place where it stands.
+"""The layers that the networks are made of: a convolution, and the norm and activation that follow it.
 
-A network asks its `Norm` for a module of so many channels in each of four places::
+A network asks its `Norm` for a module in each of four places::
 
     hidden       behind a convolution that is followed by an activation: norm and activation together
     linear       behind a convolution without activation, such as a shortcut's projection: the norm alone
     branch       behind the last convolution of a residual branch, before the addition: the norm alone
     activation   behind the addition
 
-so that norms which bring their own activation, and networks without a norm, are rows of the table like the others.
+so that norms which bring their own activation, and networks without a norm, are rows of `NORMS` like the others.
 """
 
 from __future__ import annotations
@@ -15,19 +15,54 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NORMS", "NUM_GROUPS", "EvoNormS0", "Norm", "ScaleAndShift", "get_norm", "group_norm"]
+__all__ = ["NORMS", "NUM_GROUPS", "Convolution", "EvoNormS0", "Norm", "ScaleAndShift", "get_norm", "group_norm"]
 
 NUM_GROUPS = 8
-"""Of group normalisation and EvoNorm-S0; with channels that 8 does not divide, their greatest common divisor."""
+"""Groups of group normalisation and EvoNorm-S0; their gcd with the channels if 8 does not divide these."""
+
+
+class Convolution(nn.Conv2d):
+    """A convolution with a padding of half its kernel, and He's initialisation.
+
+    Weights are drawn with variance 2 / fan-in and biases are zero, so that ReLU networks keep the size of their signals
+    with or without a norm; `torch.nn` draws with 1 / (3 fan-in).
+
+    Args:
+        inputs, outputs, kernel_size, stride, groups, bias: as in `torch.nn.Conv2d`.
+        behind_relu: whether the inputs come out of an activation; if not, the variance is 1 / fan-in.
+
+    Source: He et al., "Delving Deep into Rectifiers", ICCV 2015, equation 10.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        behind_relu: bool = True,
+    ) -> None:
+        self.nonlinearity: Literal["relu", "linear"] = "relu" if behind_relu else "linear"
+        super().__init__(inputs, outputs, kernel_size, stride, kernel_size // 2, groups=groups, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draws the weights anew."""
+        nn.init.kaiming_normal_(self.weight, nonlinearity=self.nonlinearity)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 @dataclass(frozen=True)
 class Norm:
-    """What stands in each place of a network; `hidden`, `linear` and `branch` are given the number of channels."""
+    """The module for each place of a network; `hidden`, `linear` and `branch` take the number of channels."""
 
     hidden: Callable[[int], nn.Module]
     linear: Callable[[int], nn.Module]
@@ -57,13 +92,13 @@ class EvoNormS0(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """v = 1, weight = 1, bias = 0."""
+        """Sets v = 1, weight = 1, bias = 0."""
         nn.init.ones_(self.v)
         nn.init.ones_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of images [B, channels, height, width]."""
+        """The output for images [B, channels, height, width]."""
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         v, weight, bias = (parameter.view(-1, 1, 1) for parameter in (self.v, self.weight, self.bias))
         groups = wide.unflatten(1, (self.num_groups, -1))
@@ -74,15 +109,15 @@ class EvoNormS0(nn.Module):
         return normalised.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """What the module's representation shows."""
+        """The arguments in the module's representation."""
         return f"{len(self.v)}, num_groups={self.num_groups}, eps={self.eps}"
 
 
 class ScaleAndShift(nn.Module):
-    """x · weight + bias, one of each per channel and both 0 at the start.
+    """The module computes x · weight + bias, one of each per channel and both 0 at the start.
 
-    At the end of a residual branch: every block begins as its shortcut, so that signals and gradients pass through any
-    number of blocks without a norm.
+    It ends a residual branch without a norm: every block begins as its shortcut, so that signals and gradients pass
+    through any number of blocks.
 
     Source: De and Smith, "Batch Normalization Biases Residual Blocks Towards the Identity Function in Deep Networks",
     NeurIPS 2020, section 3 (SkipInit; there with one weight per branch and no bias).
@@ -95,12 +130,12 @@ class ScaleAndShift(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """weight = 0, bias = 0."""
+        """Sets weight = 0, bias = 0."""
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of images [B, channels, height, width]."""
+        """The output for images [B, channels, height, width]."""
         return x * self.weight.view(-1, 1, 1) + self.bias.view(-1, 1, 1)
 
 
@@ -110,7 +145,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def _with_relu(norm: Callable[[int], nn.Module]) -> Norm:
-    """A norm as published networks have it, with ReLU for its activation."""
+    """The norm with ReLU for its activation, as published networks have it."""
     return Norm(lambda channels: nn.Sequential(norm(channels), nn.ReLU()), norm, norm, nn.ReLU)
 
 
@@ -122,16 +157,16 @@ NORMS: dict[str, Norm] = {
 }
 """All norms by name.
 
-``"evonorm"`` has EvoNorm-S0 wherever a norm stands, its activation with it, and nothing behind the addition, which is
-how the experiments of decentralized learning use it: EvoNorm-S0 for every batch normalisation, and every ReLU left out.
+``"evonorm"`` puts EvoNorm-S0, with its own activation, wherever a norm stands, and nothing behind the addition, as the
+experiments of decentralized learning do: EvoNorm-S0 for every batch normalisation, and every ReLU left out.
 """
 
 
 def get_norm(name: str) -> Norm:
-    """The norm of that name.
+    """The norm called `name`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such norm.
     """
     if name not in NORMS:
         raise ValueError(f"unknown norm {name!r}; known are {', '.join(NORMS)}")
