@@ -1,4 +1,4 @@
-"""Before a run: what an update rule does on a topology, from its coefficients and the eigenvalues of W alone.
+"""The behaviour of an update rule on a topology before a run, from its coefficients and the eigenvalues of W alone.
 
 Where every agent has the gradient ``g = h z`` (curvature h), one step of a rule acts on the component of ``(z, state)``
 along an eigenvector of W of eigenvalue λ as the small matrix
@@ -9,20 +9,19 @@ Its eigenvalues are the rule's *modes*; a mode of modulus above one grows withou
 modes, the disagreement between agents; λ = 1 the average mode, how the agents' average moves. At curvature zero the
 modes do not depend on the learning rate.
 
-Two things at λ = 1 are no instability and are left out: the eigenvalue 1 of a free translation of all agents (z is in
+Two modes at λ = 1 are no instability and are left out: the eigenvalue 1 of a free translation of all agents (z is in
 the null space of a flat loss), and directions that no gradient ever reaches from zero state, such as the mean of GUT's
 r or gradient tracking's difference of mean v and mean q, which stay zero.
 
-Where the modes decay, the same matrices say what a rule settles to: its bias and its answer to gradient noise. Agents
-that differ in curvature are outside this view. `predict` gathers everything; ``gut-fast topology`` prints it.
+Where the modes decay, the same matrices give what a rule settles to: its bias and its answer to gradient noise. Agents
+that differ in curvature are outside this analysis. `predict` gathers all results; ``gut-fast topology`` prints it.
 """
 
-from gut_fast.analysis.advising import advice
-from gut_fast.analysis.choice import auto_mu, with_auto_mu
+from gut_fast.analysis.choice import advice, auto_mu, with_auto_mu
 from gut_fast.analysis.limits import Stability, averaging_rate_limit, learning_rate_limit, stability, stability_limit
-from gut_fast.analysis.linear import modes
 from gut_fast.analysis.prediction import Prediction, predict
 from gut_fast.analysis.steady import Noise, bias_factor, noise, noise_amplification, step_gain
+from gut_fast.analysis.transition import modes
 
 __all__ = [
     "Noise",

@@ -1,4 +1,4 @@
-"""Whether a rule is stable on a topology, how fast its modes decay, and up to which values of what it stays so."""
+"""Whether a rule is stable on a topology, how fast its modes decay, and the limits up to which it stays stable."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gut_fast.analysis.linear import TOLERANCE, Array, coefficients_of, radius, reachable, transitions
-from gut_fast.analysis.spectrum import spectrum_of
+from gut_fast.analysis.transition import TOLERANCE, Array, coefficients_of, radius, reachable, spectrum_of, transitions
 from gut_fast.rules import Coefficients, UpdateRule, get_rule
 from gut_fast.topology import Topology
 
@@ -31,23 +30,23 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Stability:
-    """How the modes of a rule on a topology behave."""
+    """The rates at which the modes of a rule on a topology grow or decay."""
 
     consensus_rate: float
-    """Largest modulus of the consensus modes: the factor of the disagreement between agents per step."""
+    """The largest modulus of the consensus modes: the factor of the disagreement between agents per step."""
     average_rate: float
-    """Largest modulus of the average mode, such as the momentum of the agents' average."""
+    """The largest modulus of the average mode, such as the momentum of the agents' average."""
     worst_eigenvalue: complex
     """The eigenvalue λ of W with the largest mode, 1 if that is the average mode; a float where W is symmetric."""
 
     @property
     def spectral_radius(self) -> float:
-        """Largest modulus of all modes."""
+        """The largest modulus of all modes."""
         return max(self.consensus_rate, self.average_rate)
 
     @property
     def verdict(self) -> str:
-        """Either "stable", every mode decays, or "unstable", one grows, or "marginal" between the two."""
+        """The text "stable" if every mode decays, "unstable" if one grows, "marginal" between the two."""
         if abs(self.spectral_radius - 1) <= TOLERANCE:
             return "marginal"
         return "stable" if self.spectral_radius < 1 else "unstable"
@@ -56,13 +55,14 @@ class Stability:
 def stability(
     rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 0.0
 ) -> Stability:
-    """How `rule` behaves on `topology` where every agent's loss has this `curvature`; arguments as in `modes`.
+    """The rates of `rule` on `topology` where every agent's loss has this `curvature`; see `modes` for the arguments.
 
-    Exact, but for unstructured graphs of more than 512 agents: there the ends of W's spectrum are estimated (to about
-    1e-4, at graphs without a bottleneck far closer) and the modes are taken at eigenvalues all over the interval.
+    They are exact except for unstructured graphs of more than 512 agents: there the ends of W's spectrum are estimated
+    (to about 1e-4, far closer on graphs without a bottleneck) and the modes are taken at eigenvalues all over the
+    interval.
 
     Raises:
-        TypeError, ValueError: a bad rule or hyper-parameter; the topology is not static.
+        TypeError, ValueError: the rule or a hyper-parameter is bad, or the topology is not static.
     """
     return stability_of(coefficients_of(rule, hyperparameters), spectrum_of(topology).eigenvalues, curvature)
 
@@ -75,12 +75,13 @@ def stability_limit(
 ) -> float:
     """The largest value of the hyper-parameter `name` up to which the rule is stable on `topology`.
 
-    That is the end of the stable interval that begins at the low end of the hyper-parameter's domain: the high end if
-    all of the domain is stable, NaN if its low end is not. At the limit itself the rule is marginal. `hyperparameters`
-    holds the others, as in `modes`.
+    The limit is the end of the stable interval that begins at the low end of the hyper-parameter's domain: the high end
+    if all of the domain is stable, NaN if its low end is not. At the limit itself the rule is marginal.
+    `hyperparameters` holds the other hyper-parameters, as in `modes`.
 
     Raises:
-        TypeError, ValueError: a bad rule or hyper-parameter, no bounded domain of `name`; the topology is not static.
+        TypeError, ValueError: the rule or a hyper-parameter is bad, the domain of `name` has no ends, or the topology
+            is not static.
     """
     return hyperparameter_limit(get_rule(rule), hyperparameters or {}, name, spectrum_of(topology).thinned())
 
@@ -88,10 +89,10 @@ def stability_limit(
 def averaging_rate_limit(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology) -> float:
     """The largest averaging rate γ in (0, 1] at which the rule is stable on ``topology.lazy(γ)``; NaN if there is none.
 
-    It need not be stable at all smaller ones: GUTm with μ > 0.93 at β = 0.9 is not at very small γ.
+    The rule need not be stable at every smaller γ: GUTm with μ > 0.93 at β = 0.9 is unstable at very small γ.
 
     Raises:
-        TypeError, ValueError: as `stability`.
+        TypeError, ValueError: an argument of `stability` is bad.
     """
     coefficients, eigenvalues = coefficients_of(rule, hyperparameters), spectrum_of(topology).thinned()
 
@@ -109,18 +110,18 @@ def learning_rate_limit(
 ) -> float:
     """The learning rate up to which the rule is stable where every agent's loss has this curvature h > 0.
 
-    The end of the stable interval that begins at zero: ``2/h`` for DSGD, NaN if there is none, infinity if it lies
-    beyond ``1000/h``. A rule whose state is in gradient units depends on ηh alone, so that smaller curvatures are
-    stable too. The ``lr`` among the hyper-parameters is not looked at; weight decay adds to h.
+    The limit is the end of the stable interval that begins at zero: ``2/h`` for DSGD, NaN if there is no such interval,
+    infinity if it ends beyond ``1000/h``. A rule whose state is in gradient units depends on ηh alone, so smaller
+    curvatures are stable too. An ``lr`` among the hyper-parameters is ignored; weight decay adds to h.
 
     Raises:
-        TypeError, ValueError: as `stability`; the curvature is not positive.
+        TypeError, ValueError: an argument of `stability` is bad, or the curvature is not positive.
     """
     return learning_rate_limit_of(rule, hyperparameters, spectrum_of(topology).thinned(), curvature)
 
 
 def stability_of(coefficients: Coefficients, eigenvalues: Array, curvature: float = 0.0) -> Stability:
-    """As `stability`, from the coefficients of a step and the consensus eigenvalues."""
+    """The rates that `stability` gives, from the coefficients of a step and the consensus eigenvalues."""
     average_rate = _average_rate(coefficients, curvature)
     if not len(eigenvalues):
         return Stability(0.0, average_rate, 1.0)
@@ -131,7 +132,10 @@ def stability_of(coefficients: Coefficients, eigenvalues: Array, curvature: floa
 
 
 def _average_rate(coefficients: Coefficients, curvature: float) -> float:
-    """Largest modulus of the average mode on what z and the gradients reach from zero state, free translation aside."""
+    """The average mode's largest modulus on the space that z and the gradients reach from zero state.
+
+    The eigenvalue 1 of a free translation of all agents is left out.
+    """
     transition, gradient = transitions(coefficients, 1.0, curvature)
     translation = np.eye(len(transition))[0]
     basis = reachable(transition, [translation, gradient])
@@ -142,7 +146,7 @@ def _average_rate(coefficients: Coefficients, curvature: float) -> float:
 
 
 def hyperparameter_limit(rule: UpdateRule, hyperparameters: Mapping[str, Any], name: str, eigenvalues: Array) -> float:
-    """As `stability_limit`, from the consensus eigenvalues."""
+    """The limit that `stability_limit` gives, from the consensus eigenvalues."""
 
     def is_stable(value: float) -> bool:
         return stability_of(coefficients_of(rule, {**hyperparameters, name: value}), eigenvalues).verdict != "unstable"
@@ -154,7 +158,7 @@ def hyperparameter_limit(rule: UpdateRule, hyperparameters: Mapping[str, Any], n
 def learning_rate_limit_of(
     rule: str | UpdateRule, hyperparameters: Mapping[str, Any], eigenvalues: Array, curvature: float
 ) -> float:
-    """As `learning_rate_limit`, from the consensus eigenvalues."""
+    """The limit that `learning_rate_limit` gives, from the consensus eigenvalues."""
     if not 0 < curvature < math.inf:
         raise ValueError(f"curvature must be positive and finite to limit the learning rate, got {curvature}")
 
@@ -166,7 +170,7 @@ def learning_rate_limit_of(
 
 
 def domain_ends(rule: UpdateRule, name: str) -> tuple[float, float]:
-    """The ends of the hyper-parameter's domain, both inside."""
+    """The smallest and the largest value in the hyper-parameter's domain."""
     if name not in rule.hyperparameters:
         known = ", ".join(rule.hyperparameters) or "none"
         raise ValueError(f"rule {rule.name!r} has no hyper-parameter {name!r}; it has: {known}")
@@ -179,7 +183,7 @@ def domain_ends(rule: UpdateRule, name: str) -> tuple[float, float]:
 
 
 def end_of_interval(holds: Callable[[float], bool], values: Array, beyond: float) -> float:
-    """Up to where it holds from the first of the values on: NaN if not even there, `beyond` if at all of them."""
+    """The value up to which `holds` is true from values[0] on: NaN if false there, `beyond` if true at all values."""
     if not holds(float(values[0])):
         return math.nan
     change = _first_change(holds, values)
@@ -187,7 +191,7 @@ def end_of_interval(holds: Callable[[float], bool], values: Array, beyond: float
 
 
 def _first_change(holds: Callable[[float], bool], values: Iterable[float]) -> float | None:
-    """On the way along the values, where it first begins or ceases to hold: a point where it holds, or None."""
+    """The first point along the values where `holds` changes, on the side where it is true; None if there is none."""
     before, *others = map(float, values)
     holds_at_start = holds(before)
     for value in others:
@@ -205,5 +209,5 @@ def _bisect(holds: Callable[[float], bool], inside: float, outside: float) -> fl
 
 
 def round_down(limit: float) -> float:
-    """The number of three decimals below `limit`: a value that is stable, not marginal."""
+    """The largest number of three decimals safely below `limit`, so that it is stable and not marginal."""
     return math.floor((limit - 1e-6) * 1000) / 1000

@@ -1,4 +1,4 @@
-"""Everything that is known of a rule on a topology before a run, in one place."""
+"""All results of the analysis for one rule on one topology."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 
 from gut_fast.analysis.choice import auto_mu_of, with_auto_mu
 from gut_fast.analysis.limits import Stability, hyperparameter_limit, learning_rate_limit_of, stability_of
-from gut_fast.analysis.linear import coefficients_of
-from gut_fast.analysis.spectrum import spectrum_of
 from gut_fast.analysis.steady import Noise, bias_factor_of, noise_amplification_of, step_gain
+from gut_fast.analysis.transition import coefficients_of, spectrum_of
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
 
@@ -19,40 +18,40 @@ __all__ = ["Prediction", "predict"]
 
 @dataclass(frozen=True)
 class Prediction:
-    """What `predict` finds; each entry is that of the function named."""
+    """The results of `predict`; each entry is the result of the function of that name."""
 
     rule: str
     hyperparameters: Mapping[str, Any]
-    """The rule's own, defaults filled in."""
+    """The rule's hyper-parameters, with defaults filled in."""
     topology: str
     curvature: float
     stability: Stability
-    """`stability` at curvature zero."""
+    """The result of `stability` at curvature zero."""
     learning_rate_limit: float
-    """`learning_rate_limit` at the curvature."""
+    """The result of `learning_rate_limit` at the given curvature."""
     mu_limit: float | None
-    """`stability_limit` of μ, None for a rule without it."""
+    """The `stability_limit` of μ; None for a rule without μ."""
     auto_mu: float | None
-    """`auto_mu`, None for a rule without it, NaN where no μ is stable."""
+    """The result of `auto_mu`; None for a rule without μ, NaN if no μ is stable."""
     bias_factor: float
     step_gain: float
     noise: Noise
-    """`noise_amplification` at the learning rate and the curvature."""
+    """The result of `noise_amplification` at the given learning rate and curvature."""
 
 
 def predict(
     rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 1.0
 ) -> Prediction:
-    """Everything of this package about one rule on one topology.
+    """All results of this package for one rule on one topology.
 
     Args:
         rule: a rule or its name.
-        hyperparameters: as in `modes`; ``mu="auto"`` is chosen.
-        topology: a static one.
+        hyperparameters: those of `modes`; ``mu="auto"`` is replaced by `auto_mu`.
+        topology: a static topology.
         curvature: h > 0, for the learning rate's limit and the noise, in units of one over the learning rate.
 
     Raises:
-        TypeError, ValueError: a bad rule, hyper-parameter or curvature; the topology is not static.
+        TypeError, ValueError: the rule, a hyper-parameter or the curvature is bad, or the topology is not static.
     """
     rule = get_rule(rule)
     hyperparameters = with_auto_mu(rule, hyperparameters, topology)

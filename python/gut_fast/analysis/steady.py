@@ -1,7 +1,7 @@
 """What a stable rule settles to: its bias at rest, the length of the average's steps, and its answer to noise.
 
-All three are what a linear system does under a steady or a white input, mode by mode, with the input taken as the
-agents' gradients. Each is compared with DSGD at the same learning rate.
+All three follow from linear systems theory, mode by mode: the response of a linear system to a steady or a white input,
+here the agents' gradients. Each is compared with DSGD at the same learning rate.
 """
 
 from __future__ import annotations
@@ -13,8 +13,17 @@ from typing import Any
 
 import numpy as np
 
-from gut_fast.analysis.linear import TOLERANCE, Array, coefficients_of, radius, reachable, transitions, without_decay
-from gut_fast.analysis.spectrum import Spectrum, spectrum_of
+from gut_fast.analysis.transition import (
+    TOLERANCE,
+    Array,
+    Spectrum,
+    coefficients_of,
+    radius,
+    reachable,
+    spectrum_of,
+    transitions,
+    without_decay,
+)
 from gut_fast.rules import Coefficients, UpdateRule
 from gut_fast.topology import Topology
 
@@ -29,38 +38,38 @@ __all__ = [
 ]
 
 COMMON = ("lr", "weight_decay", "maximize")
-"""The hyper-parameters of every rule, which DSGD shares with the one it is compared with."""
+"""The hyper-parameters that every rule has, which DSGD takes from the rule that it is compared with."""
 
 ROUNDING = 1e-12
-"""What rounding leaves of a disagreement of zero, in units of the learning rate."""
+"""The size of a disagreement of zero after rounding, in units of the learning rate."""
 
 
 @dataclass(frozen=True)
 class Noise:
-    """What white noise in the agents' gradients does in the long run, of the average and of the disagreement."""
+    """The variances in the long run under white noise in the agents' gradients."""
 
     average: float
-    """Of E (z̄ − rest)², z̄ the agents' average, for each coordinate; NaN where W's columns do not sum to one."""
+    """The variance E (z̄ − rest)² of the agents' average z̄ per coordinate; NaN if W's columns do not sum to one."""
     disagreement: float
-    """Of E (1/N) Σ_i (z_i − z̄)², the consensus error, for each coordinate; NaN where W is not normal."""
+    """The consensus error E (1/N) Σ_i (z_i − z̄)² per coordinate; NaN if W is not normal."""
 
 
 def bias_factor(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology) -> float:
     """How far apart the agents rest because their data differ, where DSGD at the same learning rate has 1.
 
-    With full gradients ``g_i = h (z_i − b_i)`` a rule rests at ``x = F(λ) x + G(λ) g`` on the mode of eigenvalue λ, x
-    being (z, state), F its transition and G its gradient column. To first order in η that is
+    With full gradients ``g_i = h (z_i − b_i)`` a rule rests at ``x = F(λ) x + G(λ) g`` on the mode of eigenvalue λ,
+    where x is (z, state), F the rule's transition and G its gradient column. To first order in η that is
     ``z(λ) = [(I − F(λ))⁻¹ G(λ)]_0 g(λ)``, with g the local gradients at the average; DSGD has ``−ηλ/(1−λ)``. The factor
     is the ratio of the two disagreements ``Σ_λ |z(λ)|²``, root mean square over local gradients that are independent.
 
-    A rule of the table has the same ratio in every mode, so that it rests exactly where DSGD does at `factor` times the
-    learning rate: GUT and GUTm at ``1 − μ``, QGT at ``(1 − β)/((1 − β)² + βμ)``, QG-GUTm at ``(1 − μ)/(1 + μβ)``,
+    A rule of the table has the same ratio in every mode, so it rests exactly where DSGD rests with the learning rate
+    times this factor: GUT and GUTm at ``1 − μ``, QGT at ``(1 − β)/((1 − β)² + βμ)``, QG-GUTm at ``(1 − μ)/(1 + μβ)``,
     QG-DSGDm at 1, DSGDm at ``1/(1 − β)``, D², gradient and momentum tracking at 0. NaN where DSGD has no bias (one
     agent, the complete graph), where the rule has no single resting point, or where the ratio differs between the modes
-    of a W that is not normal. Whether the rule gets there is for `stability` to say.
+    of a W that is not normal. `stability` says whether the rule gets to rest.
 
     Raises:
-        TypeError, ValueError: a bad rule or hyper-parameter; the topology is not static.
+        TypeError, ValueError: the rule or a hyper-parameter is bad, or the topology is not static.
     """
     return bias_factor_of(rule, hyperparameters, spectrum_of(topology))
 
@@ -72,7 +81,7 @@ def step_gain(rule: str | UpdateRule, hyperparameters: Mapping[str, Any]) -> flo
     does not decay, NaN for a rule under which a translation of all agents is not free.
 
     Raises:
-        TypeError, ValueError: a bad rule or hyper-parameter.
+        TypeError, ValueError: the rule or a hyper-parameter is bad.
     """
     coefficients = coefficients_of(rule, without_decay(hyperparameters))
     transition, gradient = transitions(coefficients, 1.0)
@@ -92,13 +101,13 @@ def noise(
 ) -> Noise:
     """Variances in the long run where every agent's gradient is ``h (z_i − b_i) + ξ_i``, curvature h.
 
-    ξ_i is independent over agents, steps and coordinates, of mean zero and variance one. On a mode
+    The noise ξ_i is independent over agents, steps and coordinates, with mean zero and variance one. On a mode
     ``x' = T(λ) x + G(λ) ξ`` has the covariance ``P = T P Tᴴ + G Gᴴ`` (a discrete Lyapunov equation); the average has
-    ``P(1)_00 / N``, the disagreement ``(1/N) Σ_λ P(λ)_00``. Infinite where a mode does not decay, as the average at
-    curvature zero.
+    ``P(1)_00 / N``, the disagreement ``(1/N) Σ_λ P(λ)_00``. They are infinite where a mode does not decay, as the
+    average at curvature zero.
 
     Raises:
-        TypeError, ValueError: as `stability`.
+        TypeError, ValueError: an argument of `stability` is bad.
     """
     spectrum = spectrum_of(topology)
     result = _noise(coefficients_of(rule, hyperparameters), spectrum, curvature)
@@ -108,19 +117,19 @@ def noise(
 def noise_amplification(
     rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 1.0
 ) -> Noise:
-    """`noise` in units of that of DSGD with the same learning rate and weight decay.
+    """The variances of `noise` divided by those of DSGD with the same learning rate and weight decay.
 
-    As ηh falls, the average's tends to the `step_gain`, which is its value at curvature zero. The disagreement's is NaN
-    where DSGD has none (one agent, the complete graph).
+    As ηh falls, the ratio of the average tends to the `step_gain`, its value at curvature zero. The ratio of the
+    disagreement is NaN where DSGD has none (one agent, the complete graph).
 
     Raises:
-        TypeError, ValueError: as `stability`.
+        TypeError, ValueError: an argument of `stability` is bad.
     """
     return noise_amplification_of(rule, hyperparameters, spectrum_of(topology), curvature)
 
 
 def bias_factor_of(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], spectrum: Spectrum) -> float:
-    """As `bias_factor`, from the spectrum."""
+    """The factor that `bias_factor` gives, from the spectrum."""
     hyperparameters, lr = without_decay(hyperparameters), _learning_rate(hyperparameters)
     ours, theirs = (
         _at_rest(each, spectrum.eigenvalues) / lr
@@ -133,7 +142,7 @@ def bias_factor_of(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], s
 
 
 def _at_rest(coefficients: Coefficients, eigenvalues: Array) -> Array:
-    """|z| on each mode at rest under a gradient of one, all NaN if one does not rest."""
+    """The modulus |z| of each mode at rest under a gradient of one; all NaN if a mode does not rest."""
     matrices, gradient = transitions(coefficients, eigenvalues)
     try:
         rest = np.linalg.solve(np.eye(matrices.shape[-1]) - matrices, gradient[..., None])[..., 0, 0]
@@ -146,7 +155,7 @@ def _at_rest(coefficients: Coefficients, eigenvalues: Array) -> Array:
 def noise_amplification_of(
     rule: str | UpdateRule, hyperparameters: Mapping[str, Any], spectrum: Spectrum, curvature: float
 ) -> Noise:
-    """As `noise_amplification`, from the spectrum."""
+    """The ratios that `noise_amplification` gives, from the spectrum."""
     ours = _noise(coefficients_of(rule, hyperparameters), spectrum, curvature)
     theirs = _noise(_dsgd(hyperparameters), spectrum, curvature)
     is_flat = curvature + hyperparameters.get("weight_decay", 0.0) == 0
@@ -156,7 +165,7 @@ def noise_amplification_of(
 
 
 def _noise(coefficients: Coefficients, spectrum: Spectrum, curvature: float) -> Noise:
-    """As `noise`, but the average's for a single agent."""
+    """The variances that `noise` gives, except that the average is that of a single agent."""
     transition, gradient = transitions(coefficients, 1.0, curvature)
     basis = reachable(transition, [gradient])
     reduced = (basis @ transition @ basis.T)[None], (basis @ gradient)[None], basis[:, 0]
@@ -168,7 +177,10 @@ def _noise(coefficients: Coefficients, spectrum: Spectrum, curvature: float) -> 
 
 
 def _variance(matrices: Array, gradients: Array, output: Array, weights: Array) -> float:
-    """Σ weights · outputᵀ P output, where P = T P Tᴴ + G Gᴴ for each T [k, n, n] and G [k, n]; inf where one grows."""
+    """The sum Σ weights · outputᵀ P output, where P = T P Tᴴ + G Gᴴ for each T [k, n, n] and G [k, n].
+
+    It is infinite if a mode does not decay.
+    """
     if not (radius(matrices) < 1 - TOLERANCE).all():
         return math.inf
     size = len(output)
@@ -187,7 +199,7 @@ def _dsgd(hyperparameters: Mapping[str, Any]) -> Coefficients:
 
 
 def _ratio(ours: float, theirs: float) -> float:
-    """Ours over theirs; of a DSGD without disagreement it is NaN, or infinite where ours has some."""
+    """The ratio ours / theirs; if theirs is zero it is infinite where ours is not, else NaN."""
     if theirs > ROUNDING:
         return ours / theirs
     return math.inf if ours > ROUNDING else math.nan
