@@ -4,8 +4,8 @@ GUT's bias is ``1 − μ`` times DSGD's, so as much tracking as possible is want
 well: tracking is an integrator in a feedback loop, and as μ grows the loop's slowest mode, at one end of W's spectrum
 or the other, decays more and more slowly, until it does not decay at all. A slow mode prolongs the transient after
 every change of the gradients and stores up their noise. So ``mu="auto"`` is the largest μ that keeps two quantities
-within a factor of two (`COST`) of their values without tracking, at the low end of its domain, where GUT is DSGD, GUTm is
-QG-DSGDm, and QGT has momentum that is never averaged:
+within a factor of two (`COST`) of their values without tracking, at the low end of its domain, where GUT is DSGD, GUTm
+is QG-DSGDm, and QGT has momentum that is never averaged:
 
 1. the time that disagreement takes to die out, ``1/(1 − rate)`` steps;
 2. the step of the average under a steady gradient, which grows in rules that track through their momentum: the average
