@@ -15,7 +15,7 @@ from gut_fast import cli
 from gut_fast.cli import sweep_progress
 from gut_fast.study import Run, jobs, make_simulator, train
 from gut_fast.study.jobs import Failure, check_no_others, run_tasks, sole_user, unfinished
-from gut_fast.study.records import read_record, record_file
+from gut_fast.study.results import append_run, finished_runs, lines_of, read_results
 from gut_fast.study.sweep import make_sweep, read_sweep
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
@@ -69,6 +69,12 @@ def rows_of(task):
     return train(task.experiment, make_simulator(task.experiment), progress=False).history
 
 
+def stored_rows(folder, task):
+    """The history of the finished run in the folder."""
+    history = read_results(folder).history
+    return history[history["run"] == task.name].drop(columns="run").to_dict("records")
+
+
 def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "SECONDS_BETWEEN_LOOKS", 0.01)
     tasks = tasks_of(LONG)
@@ -98,10 +104,10 @@ def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_historie
     assert unfinished(tasks, tmp_path) == []
     assert not (tmp_path / "checkpoints").exists()
     for task in tasks:
-        assert read_record(record_file(tmp_path, task.name)).run.history == rows_of(task)
-    before = {file: file.read_bytes() for file in (tmp_path / "runs").iterdir()}
+        assert stored_rows(tmp_path, task) == rows_of(task)
+    (before,) = (file.read_bytes() for file in tmp_path.iterdir())
     assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
-    assert {file: file.read_bytes() for file in (tmp_path / "runs").iterdir()} == before
+    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
     assert len(watcher.ended) == len(set(watcher.ended))
 
 
@@ -119,7 +125,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on_to_the_same_histories(tmp_
     code, _, _ = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
     assert code == 0
     for task in tasks:
-        assert read_record(record_file(tmp_path, task.name)).run.history == rows_of(task)
+        assert stored_rows(tmp_path, task) == rows_of(task)
 
 
 def wait_until(condition):
@@ -131,8 +137,7 @@ def wait_until(condition):
 
 def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts(tmp_path, monkeypatch):
     (task,) = tasks_of(methods={"GUT": {"rule": "gut"}})
-    for name in ("runs", "checkpoints"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoints").mkdir()
 
     def stop(step):
         raise KeyboardInterrupt
@@ -147,18 +152,18 @@ def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts(tmp_path, 
     monkeypatch.setattr(jobs, "_show_step", lambda step: None)
     run = jobs._train(task, tmp_path)
     assert 1000 < run.seconds < 1000 + SECONDS
-    assert read_record(record_file(tmp_path, task.name)).run.seconds == round(run.seconds, 2)
-    assert not any((tmp_path / "checkpoints").iterdir())
 
 
 def test_checkpoints_of_finished_runs_and_half_written_files_are_removed(tmp_path):
     (task,) = tasks_of(methods={"GUT": {"rule": "gut"}})
-    for file in (record_file(tmp_path, task.name), checkpoint_of(tmp_path, task)):
-        file.parent.mkdir()
-        file.touch()
+    run = Run(task.experiment, [{"step": 10}], "loop", 1.0)
+    append_run(tmp_path, lines_of(task, run) + lines_of(task, run)[:-9])
+    checkpoint_of(tmp_path, task).parent.mkdir()
+    checkpoint_of(tmp_path, task).touch()
     (tmp_path / "checkpoints" / f".{task.name}.pt.123.tmp").touch()
     assert run_tasks([task], tmp_path, 1, 1, Watching()) == []
-    assert not (tmp_path / "checkpoints").exists()
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.csv.zst"]
+    assert finished_runs(tmp_path) == {task.name}
 
 
 def test_only_one_sweep_at_a_time_is_in_a_folder(tmp_path, gut_fast):
@@ -177,12 +182,11 @@ def test_only_one_sweep_at_a_time_is_in_a_folder(tmp_path, gut_fast):
 def test_runs_of_another_file_are_not_mixed_in(tmp_path):
     tasks = tasks_of()
     for task in tasks:
-        record_file(tmp_path, task.name).parent.mkdir(exist_ok=True)
-        record_file(tmp_path, task.name).touch()
+        append_run(tmp_path, lines_of(task, Run(task.experiment, [{"step": 10}], "loop", 1.0)))
     check_no_others(tasks, tmp_path)
     check_no_others(tasks_of(seeds=3), tmp_path)
     check_no_others(tasks, tmp_path / "new")
-    with pytest.raises(FileExistsError, match=f"holds 1 finished runs of another sweep, such as {tasks[1].name}.jsonl"):
+    with pytest.raises(FileExistsError, match=f"holds 1 finished runs of another sweep, such as {tasks[1].name}"):
         check_no_others(tasks[:1], tmp_path)
 
 
@@ -203,13 +207,14 @@ def test_a_sweep_in_new_processes(gut_fast, tmp_path):
     assert err.splitlines()[-1].endswith(" s; 4 agents had a loss of NaN or infinity")
     assert (tmp_path / "a/b/sweep.yaml").read_text() == text
     tasks = read_sweep(tmp_path / "file.yaml").tasks()
-    records = [read_record(record_file(tmp_path / "a/b", task.name)) for task in tasks]
-    assert [(r.method, r.run.experiment, r.run.history) for r in records[:1]] == [
-        (task.method, task.experiment, rows_of(task)) for task in tasks[:1]
-    ]
-    assert '"test_loss": null' in record_file(tmp_path / "a/b", tasks[1].name).read_text()
-    assert records[0].versions["gut_fast"]
-    assert "1 thread" in records[0].machine
+    assert stored_rows(tmp_path / "a/b", tasks[0]) == rows_of(tasks[0])
+    results = read_results(tmp_path / "a/b")
+    assert results.experiments == {task.name: task.experiment for task in tasks}
+    assert results.final().loc[tasks[1].name].isna()["test_loss"]
+    first = results.runs.loc[tasks[0].name]
+    assert first["method"] == "GUT"
+    assert "gut_fast" in first["versions"]
+    assert "1 thread" in first["machine"]
 
 
 def test_a_bad_checkpoint_fails_its_run_alone(gut_fast, tmp_path):
@@ -243,9 +248,7 @@ def test_tune_writes_a_sweep_with_the_best_tries(gut_fast, tmp_path):
     assert "2/2  QG-GUTm, try 1, seed 5: " in err
     assert "The best of 2 tries each, test accuracy on held-out samples" in " ".join(out.split())
     chosen = read_yaml(tmp_path / "tuned" / "tuned.yaml")
-    accuracies = [
-        read_record(file).run.final["test_accuracy"] for file in sorted((tmp_path / "tuned" / "runs").iterdir())
-    ]
+    accuracies = list(read_results(tmp_path / "tuned").final()["test_accuracy"])
     tries = (tmp_path / "tuned" / "tries.csv").read_text().splitlines()
     assert tries[0] == "method,try,score,lr,mu"
     assert [line.rsplit(",", 2)[1:] for line in tries[1:]] == [["0.3", "0.01"], ["0.3", "0.05"]]

@@ -22,7 +22,8 @@ from gut_fast.simulation import write_csv
 from gut_fast.study import summary
 from gut_fast.study.folder import check_writable
 from gut_fast.study.jobs import check_no_others, run_tasks, sole_user, unfinished
-from gut_fast.study.records import read_record, record_file
+from gut_fast.study.records import records_of
+from gut_fast.study.results import read_results
 from gut_fast.study.runner import make_simulator
 from gut_fast.study.sweep import Task, read_sweep
 from gut_fast.study.tuning import Choice, choose, make_tuning, tried_rows, tuned_content
@@ -82,7 +83,7 @@ def tune(
         _missing(tasks, out, folder, download)
     _run(tasks, file, out, jobs or _cores(threads), threads)
     with as_bad_argument():
-        choices = choose(tuning, [read_record(record_file(out, task.name)) for task in tasks])
+        choices = choose(tuning, records_of(read_results(out)))
     tuned = out / "tuned.yaml"
     with writing():
         write_yaml(tuned_content(content, choices), tuned)

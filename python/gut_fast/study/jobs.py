@@ -1,7 +1,7 @@
 """Runs of a sweep, several at a time in processes of their own, in a folder from which they can go on.
 
-A finished run is a file of its own (`gut_fast.study.records`), written whole at its end. A run that is stopped or
-killed leaves its checkpoint, and the next call goes on from there: with a named engine to the same history bit for bit.
+A finished run is appended to the results of the folder (`gut_fast.study.results`). A run that is stopped or killed
+leaves its checkpoint, and the next call goes on from there: with a named engine to the same history bit for bit.
 Each process holds the data set in its own memory.
 """
 
@@ -25,9 +25,8 @@ import torch
 
 from gut_fast.distributed.files import remove_leftovers, replacing
 from gut_fast.distributed.processes import end_with_parent
-from gut_fast.kernels import machine
 from gut_fast.simulation import Simulator
-from gut_fast.study.records import RUNS, Record, record_file, write_record
+from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, remove_half_written, write_table
 from gut_fast.study.runner import Run, make_simulator, train
 from gut_fast.study.sweep import Task
 
@@ -52,15 +51,16 @@ class Watcher(Protocol):
         """The task is at that step; called again and again."""
 
     def finished(self, task: Task, run: Run) -> None:
-        """The run has ended and its record is written."""
+        """The run has ended and its results are written."""
 
     def failed(self, failure: Failure) -> None:
-        """The run has ended without a record."""
+        """The run has ended without results."""
 
 
 def unfinished(tasks: Sequence[Task], folder: Path) -> list[Task]:
-    """Those without a record in the folder."""
-    return [task for task in tasks if not record_file(folder, task.name).exists()]
+    """The tasks that have no results in the folder. Raises as `read_results`."""
+    finished = finished_runs(folder)
+    return [task for task in tasks if task.name not in finished]
 
 
 def check_no_others(tasks: Sequence[Task], folder: Path) -> None:
@@ -68,11 +68,10 @@ def check_no_others(tasks: Sequence[Task], folder: Path) -> None:
 
     Whoever reads the folder would take them for runs of this sweep.
     """
-    own = {record_file(folder, task.name) for task in tasks}
-    if others := sorted(set((folder / RUNS).glob("*.jsonl")) - own):
+    if others := sorted(finished_runs(folder) - {task.name for task in tasks}):
         raise FileExistsError(
-            f"{folder} holds {len(others)} finished runs of another sweep, such as {others[0].name}; take a folder of "
-            "its own for each sweep, or remove these runs"
+            f"{folder} holds {len(others)} finished runs of another sweep, such as {others[0]}; take a folder of its "
+            "own for each sweep"
         )
 
 
@@ -104,14 +103,18 @@ def run_tasks(tasks: Sequence[Task], folder: Path, jobs: int, threads: int, watc
     Raises:
         OSError: the folder cannot be written.
     """
-    for place in (folder / RUNS, folder / CHECKPOINTS):
-        place.mkdir(parents=True, exist_ok=True)
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    remove_half_written(folder)
+    missing = unfinished(tasks, folder)
     for task in tasks:
-        if record_file(folder, task.name).exists():  # killed just after it was written
+        if task not in missing:  # killed just after its results were written
             _Files(folder, task).remove()
     workers = [_Worker(folder, threads) for _ in range(jobs)]
     try:
-        return list(_work(workers, iter(unfinished(tasks, folder)), watcher))
+        failures = list(_work(workers, iter(missing), watcher, folder))
+        if not failures and (folder / LINES).exists():
+            write_table(folder)
+        return failures
     finally:
         for worker in workers:
             worker.stop()
@@ -121,10 +124,10 @@ def run_tasks(tasks: Sequence[Task], folder: Path, jobs: int, threads: int, watc
             (folder / CHECKPOINTS).rmdir()
 
 
-def _work(workers: Sequence[_Worker], tasks: Iterator[Task], watcher: Watcher) -> Iterator[Failure]:
+def _work(workers: Sequence[_Worker], tasks: Iterator[Task], watcher: Watcher, folder: Path) -> Iterator[Failure]:
     """Keeps every worker busy until there is no task left."""
     idle = list(workers)
-    at_work: dict[Future[Run], tuple[_Worker, Task]] = {}
+    at_work: dict[Future[tuple[Run, str]], tuple[_Worker, Task]] = {}
     while True:
         while idle and (task := next(tasks, None)) is not None:
             worker = idle.pop()
@@ -139,7 +142,10 @@ def _work(workers: Sequence[_Worker], tasks: Iterator[Task], watcher: Watcher) -
             worker, task = at_work.pop(future)
             idle.append(worker)
             if (error := future.exception()) is None:
-                watcher.finished(task, future.result())
+                run, lines = future.result()
+                append_run(folder, lines)
+                _Files(folder, task).remove()
+                watcher.finished(task, run)
             else:
                 is_dead = isinstance(error, BrokenProcessPool)
                 failure = Failure(task, "its process was killed, or ran out of memory" if is_dead else str(error))
@@ -164,7 +170,7 @@ class _Worker:
         """Of the task at work."""
         return int(self._step.value)
 
-    def start(self, task: Task) -> Future[Run]:
+    def start(self, task: Task) -> Future[tuple[Run, str]]:
         """Begins a task."""
         self._step.value = 0
         try:
@@ -173,7 +179,7 @@ class _Worker:
             self.close()
             return self._submit(task)
 
-    def _submit(self, task: Task) -> Future[Run]:
+    def _submit(self, task: Task) -> Future[tuple[Run, str]]:
         if self._executor is None:
             shared = (self._step, self._stop, self._threads)
             self._executor = ProcessPoolExecutor(1, self._context, _start_worker, shared)
@@ -214,9 +220,10 @@ class _TaskError(Exception):
     """An error in a run as text, which goes from process to process whatever it was."""
 
 
-def _run_task(task: Task, folder: Path) -> Run:
+def _run_task(task: Task, folder: Path) -> tuple[Run, str]:
     try:
-        return _train(task, folder)
+        run = _train(task, folder)
+        return run, lines_of(task, run)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
@@ -254,10 +261,9 @@ class _Files:
 
 
 def _train(task: Task, folder: Path) -> Run:
-    """Trains from the checkpoint, if there is one, to the end, and writes the record."""
-    files, record = _Files(folder, task), record_file(folder, task.name)
-    for file in (files.checkpoint, record):
-        remove_leftovers(file)
+    """Trains from the checkpoint, if there is one, to the end."""
+    files = _Files(folder, task)
+    remove_leftovers(files.checkpoint)
     before, start = files.seconds, time.perf_counter()
     simulator = make_simulator(task.experiment)
     if files.checkpoint.exists():
@@ -278,12 +284,7 @@ def _train(task: Task, folder: Path) -> Run:
     except KeyboardInterrupt:
         save_seconds()
         raise
-    run = replace(run, seconds=before + run.seconds)
-    write_record(
-        Record(task.method, task.point, run, task.control_of, machine.versions(), machine.machine_line()), record
-    )
-    files.remove()
-    return run
+    return replace(run, seconds=before + run.seconds)
 
 
 def _load(simulator: Simulator, checkpoint: Path) -> None:

@@ -37,7 +37,8 @@ from gut_fast.study.yaml_files import about_file, read_yaml
 __all__ = ["Method", "Sweep", "Task", "control_label", "make_sweep", "named_methods", "read_sweep", "section_of"]
 
 CONTROLLED = "qg_gutm"
-MAX_BYTES_OF_WORDS = 120
+MAX_LENGTH_OF_WORDS = 120
+GREEK = str.maketrans({"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "μ": "mu"})
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Task:
 
     @property
     def name(self) -> str:
-        """Of its file: what a reader looks for, and eight digits that depend on every setting that is not a default."""
+        """The run's name in ASCII: method, point and seed, and eight digits that depend on every setting."""
         defaults = Experiment()
         settings = {
             name: value for name, value in self.experiment.as_dict().items() if value != getattr(defaults, name)
@@ -59,8 +60,8 @@ class Task:
         content = json.dumps([self.method, settings], sort_keys=True, ensure_ascii=False)
         digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
         words = [self.method, *(f"{name}-{_in_a_name(value)}" for name, value in self.point.items())]
-        plain = (re.sub(r"[^\w.+=-]+", "-", word).strip("-.").lower() for word in words)
-        start = ".".join(filter(None, plain)).encode()[:MAX_BYTES_OF_WORDS].decode(errors="ignore")
+        plain = (re.sub(r"[^a-z0-9_.+=-]+", "-", word.lower().translate(GREEK)).strip("-.") for word in words)
+        start = ".".join(filter(None, plain))[:MAX_LENGTH_OF_WORDS].strip("-.")
         return ".".join(filter(None, (start, f"seed-{self.experiment.seed}", digest)))
 
 

@@ -1,0 +1,309 @@
+"""The finished runs of a sweep as two tables, and the files that keep them.
+
+While a sweep runs, every run that ends is appended to ``runs.jsonl``: a line of JSON that says what was run and with
+what, then a line for each row of its history. When the sweep is complete, ``runs.csv.zst`` takes the place of that
+file: one row for each row of a history, with the columns of its run before it. `pandas.read_csv` reads it alone.
+`read_results` reads both, and the folder ``runs`` of earlier versions, which holds a file of such lines for each run.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import zstandard
+
+from gut_fast.distributed.files import replacing
+from gut_fast.kernels import machine
+from gut_fast.rules import RULES
+from gut_fast.simulation.history import json_line
+from gut_fast.study.runner import Experiment, Run
+from gut_fast.study.sweep import Task
+
+__all__ = [
+    "LINES",
+    "TABLE",
+    "Results",
+    "ResultsError",
+    "append_run",
+    "finished_runs",
+    "lines_of",
+    "read_results",
+    "remove_half_written",
+    "results_of",
+    "write_table",
+]
+
+TABLE = "runs.csv.zst"
+LINES = "runs.jsonl"
+FORMAT = "gut_fast run 1"
+JSON_COLUMNS = ("point", "experiment", "versions")
+RUN_COLUMNS = ("run", "method", "control_of", "seed", *JSON_COLUMNS, "engine", "seconds", "machine")
+"""The columns of a run in ``runs.csv.zst``; those of the history follow."""
+
+Row = Mapping[str, Any]
+"""One row of a history, as `Simulator.evaluate` makes it."""
+
+
+class ResultsError(ValueError):
+    """A file does not hold what a sweep has written; the message names the file and the line."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """The finished runs of a sweep.
+
+    Runs of the same ``point`` and seed are paired: they differ in their method alone.
+
+    Attributes:
+        runs: one row a run, indexed by the run's name: ``method``, ``control_of`` (the method for which this one is the
+            control, or None), ``seed``, ``point`` (what the sweep varies beside methods and seeds, as JSON), ``engine``
+            (the one that computed), ``seconds``, ``versions`` (JSON), ``machine``, then a column for each variable of
+            the points and each setting: ``rule``, ``lr``, ``mu``, ``alpha``, ``topology``, … (NaN or None where a run
+            does not have it).
+        history: one row an evaluation: ``run``, ``step`` and the other columns of `Simulator.history`; numbers that
+            are NaN or infinite are NaN.
+        experiments: the settings of each run by its name.
+    """
+
+    runs: pd.DataFrame
+    history: pd.DataFrame
+    experiments: Mapping[str, Experiment]
+
+    def experiment(self, run: str) -> Experiment:
+        """The settings of the run with this name."""
+        return self.experiments[run]
+
+    def point(self, run: str) -> dict[str, Any]:
+        """The point of the run with this name, such as ``{"alpha": 0.1}``."""
+        point: dict[str, Any] = json.loads(self.runs.loc[run, "point"])
+        return point
+
+    @property
+    def point_variables(self) -> list[str]:
+        """What the sweep varies beside methods and seeds, each a column of `runs`."""
+        return list(dict.fromkeys(name for point in self.runs["point"].unique() for name in json.loads(point)))
+
+    def final(self) -> pd.DataFrame:
+        """The last row of the history of each run, indexed by the run's name."""
+        return self.history.groupby("run", sort=False).tail(1).set_index("run")
+
+
+def lines_of(task: Task, run: Run) -> str:
+    """The run as lines of JSON: what was run, with which versions, on this machine; then the rows of its history."""
+    return "".join(map(json_line, (_head(task, run), *run.history)))
+
+
+def _head(task: Task, run: Run) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "method": task.method,
+        "point": dict(task.point),
+        "control_of": task.control_of,
+        "experiment": run.experiment.as_dict(),
+        "engine": run.engine,
+        "seconds": round(run.seconds, 2),
+        "versions": machine.versions(),
+        "machine": machine.machine_line(),
+        "rows": len(run.history),
+    }
+
+
+def append_run(folder: Path, lines: str) -> None:
+    """Appends the lines of a finished run; the caller is the folder's sole user."""
+    with (folder / LINES).open("a", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def remove_half_written(folder: Path) -> None:
+    """Removes the last run of ``runs.jsonl`` where a killed process has left it half written.
+
+    Raises:
+        ResultsError: the file is broken in another place.
+    """
+    file = folder / LINES
+    if file.exists() and (size := _read_lines(file)[1]) < file.stat().st_size:
+        os.truncate(file, size)
+
+
+def finished_runs(folder: Path) -> set[str]:
+    """The names of the finished runs in a folder, which need not exist. Raises as `read_results`."""
+    try:
+        return set(read_results(folder).runs.index)
+    except FileNotFoundError:
+        return set()
+
+
+def write_table(folder: Path) -> None:
+    """Writes all runs of the folder as ``runs.csv.zst`` and removes ``runs.jsonl``. Raises as `read_results`."""
+    results = read_results(folder)
+    experiments = {name: json.dumps(one.as_dict(), ensure_ascii=False) for name, one in results.experiments.items()}
+    runs = results.runs.assign(experiment=pd.Series(experiments)).reset_index()[list(RUN_COLUMNS)]
+    with replacing(folder / TABLE, durable=True) as temporary:
+        text = runs.merge(results.history, on="run", validate="one_to_many").to_csv(index=False)
+        temporary.write_bytes(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text.encode()))
+    (folder / LINES).unlink(missing_ok=True)
+
+
+def read_results(folder: str | Path) -> Results:
+    """All finished runs of a sweep's folder, by their names.
+
+    Raises:
+        FileNotFoundError: there are none.
+        OSError: a file cannot be read.
+        ResultsError: a file is broken; the message names the file and the line.
+    """
+    folder = Path(folder)
+    sources: list[Iterable[_Found]] = []
+    if (folder / TABLE).exists():
+        sources.append(_read_table(folder / TABLE))
+    if (folder / LINES).exists():
+        sources.append(_read_lines(folder / LINES)[0])
+    sources += [_read_old_file(file) for file in sorted((folder / "runs").glob("*.jsonl"))]
+    found: dict[str, _Found] = {}
+    for run in itertools.chain(*sources):
+        found.setdefault(run.name, run)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no finished runs: there is no {TABLE} and no {LINES} with a whole run")
+    return _results([run for _, run in sorted(found.items())])
+
+
+def results_of(finished: Iterable[tuple[Task, Run]]) -> Results:
+    """The results of runs that have just ended, in their order."""
+    return _results([_Found(_head(task, run), run.experiment, run.history) for task, run in finished])
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A finished run as the files have it: its head, which says what was run, and the rows of its history."""
+
+    head: Row
+    experiment: Experiment
+    rows: list[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """The name of the run, which follows from its settings."""
+        return Task(self.head["method"], self.head["point"], self.experiment, self.head["control_of"]).name
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """The run as a row of `Results.runs`."""
+        settings = self.experiment.as_dict()
+        options, hyperparameters = settings.pop("partition_options"), settings.pop("hyperparameters")
+        settings = {**settings, **options, **hyperparameters, **self.head["point"]}
+        own = {name: self.head[name] for name in ("method", "control_of", "engine", "seconds", "machine")}
+        own |= {name: json.dumps(self.head[name], ensure_ascii=False) for name in ("point", "versions")}
+        plain = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+        return {**own, "seed": self.experiment.seed, **{key: plain[key] for key in plain if key not in own}}
+
+
+def _results(found: Sequence[_Found]) -> Results:
+    names = [run.name for run in found]
+    runs = pd.DataFrame([run.columns for run in found], index=pd.Index(names, name="run"))
+    rows = [{"run": name, **row} for name, run in zip(names, found, strict=True) for row in run.rows]
+    return Results(runs, pd.DataFrame(rows), {name: run.experiment for name, run in zip(names, found, strict=True)})
+
+
+def _read_table(path: Path) -> Iterator[_Found]:
+    try:
+        stream = zstandard.ZstdDecompressor().decompressobj()
+        text = stream.decompress(path.read_bytes())
+        if not stream.eof:
+            raise ValueError("it is truncated")
+        table = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, index_col=False)
+    except (zstandard.ZstdError, ValueError) as error:
+        raise ResultsError(f"{path} cannot be read as a table of runs: {error}") from error
+    if missing := [name for name in (*RUN_COLUMNS, "step") if name not in table]:
+        raise ResultsError(f"{path}, line 1: this is not a table of runs; there is no column {', '.join(missing)}")
+    numbers = table.columns.drop(list(RUN_COLUMNS))
+    for _, part in table.groupby("run", sort=False):
+        head, place = part.iloc[0].to_dict(), f"{path}, line {part.index[0] + 2}"
+        head |= {name: _object(head[name], place) for name in JSON_COLUMNS}
+        head |= {"control_of": head["control_of"] or None, "seconds": _number(head["seconds"], place)}
+        rows = [
+            {name: _number(text, f"{path}, line {index + 2}") for name, text in zip(numbers, row, strict=True)}
+            for index, *row in part[numbers].itertuples(name=None)
+        ]
+        yield _found(head, rows, place)
+
+
+def _number(text: str, place: str) -> Any:
+    """The number exactly as it was written, an integer if it was one; NaN for nothing."""
+    try:
+        return json.loads(text) if text else math.nan
+    except ValueError as error:
+        raise ResultsError(f"{place}: {text!r} is not a number") from error
+
+
+def _read_old_file(path: Path) -> list[_Found]:
+    found, size = _read_lines(path)
+    if size < path.stat().st_size or not found:
+        raise ResultsError(f"{path} does not hold a whole run; delete it, and the sweep runs it again")
+    return found
+
+
+def _read_lines(path: Path) -> tuple[list[_Found], int]:
+    """The whole runs of a file of lines, and how many bytes they take: a kill may have left half a run at the end."""
+    content = path.read_bytes()
+    starts: list[tuple[int, int, dict[str, Any], list[dict[str, Any]]]] = []
+    position = 0
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        entry = _object(line, f"{path}, line {number}")
+        if entry.get("format") == FORMAT:
+            starts.append((number, position, entry, []))
+        elif not starts:
+            raise ResultsError(f"{path}, line {number}: this is not the head of a run ({FORMAT!r})")
+        else:
+            starts[-1][3].append({name: math.nan if value is None else value for name, value in entry.items()})
+        position += len(line) + 1
+    if starts:
+        _, start, head, rows = starts[-1]
+        is_cut_off = position < len(content)
+        if len(rows) < head.get("rows", len(rows) + is_cut_off):
+            position = start
+            starts.pop()
+    return [_found(head, rows, f"{path}, line {number}") for number, _, head, rows in starts], position
+
+
+def _found(head: Row, rows: list[dict[str, Any]], place: str) -> _Found:
+    if len(rows) < head.get("rows", 1):
+        raise ResultsError(f"{place}: the history of this run has {len(rows)} rows, not {head.get('rows', 1)}")
+    try:
+        found = _Found(head, _experiment(head["experiment"]), rows)
+        steps = [row["step"] for row in rows]
+        if not found.name or not found.columns or steps != sorted(steps):
+            raise ValueError("the rows of the history are not in the order of their steps")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ResultsError(f"{place}: {type(error).__name__} {error}") from error
+    return found
+
+
+def _experiment(entries: Row) -> Experiment:
+    """The settings of a run; a rule that is not known here is taken as it was checked where it ran."""
+    if entries["rule"] in RULES:
+        return Experiment(**entries)
+    experiment = Experiment(**{**entries, "rule": "dsgd", "hyperparameters": {}})
+    for name in ("rule", "hyperparameters"):
+        object.__setattr__(experiment, name, entries[name])
+    return experiment
+
+
+def _object(text: str | bytes, place: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise ResultsError(f"{place}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ResultsError(f"{place}: expected an object, got {type(content).__name__}")
+    return content
