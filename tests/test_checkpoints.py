@@ -17,7 +17,7 @@ from torch import nn
 import ranks
 from gut_fast.distributed import Group, PeerError
 from gut_fast.distributed.checkpoints import Checkpoints
-from gut_fast.distributed.shards import DamagedError, read_shard
+from gut_fast.distributed.files import DamagedError, read_shard
 
 
 def files(folder):

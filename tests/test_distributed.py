@@ -150,8 +150,8 @@ def train_model(rank, size, how, overlap, steps=12):
         bucket_bytes=200,
     )
     left = []
-    begin = optimizer._ranks.exchange.begin
-    optimizer._ranks.exchange.begin = lambda *a: (left.append(in_backward), begin(*a))
+    begin = optimizer._exchange.begin
+    optimizer._exchange.begin = lambda *a: (left.append(in_backward), begin(*a))
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     in_backward = False
     for step in range(steps):

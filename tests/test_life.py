@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
-from gut_fast.distributed import life
+from gut_fast.distributed import notes as life
 
 pytestmark = pytest.mark.skipif(not life.own_mark(), reason="this system has no /proc")
 
-PRINT_MARK = "from gut_fast.distributed import life; print(life.own_mark(), flush=True); input()"
+PRINT_MARK = "from gut_fast.distributed import notes as life; print(life.own_mark(), flush=True); input()"
 
 
 def test_a_process_that_ends_is_seen_to_before_anybody_has_waited_for_it():

@@ -749,7 +749,7 @@ def test_capturable_steps_are_the_same_and_their_coefficients_stay_where_they_ar
     one, other = gf.GUTm(params, 0.1, topology=RING, capturable=True), gf.GUTm(twin, 0.1, topology=RING)
     train(one, params, range(3))
     train(other, twin, range(3))
-    coefficients = one._group_step(0, one._coefficients(0), [None] * len(params), None).coefficients
+    coefficients = one._prepared[0].coefficients
     before = coefficients.clone()
     for optimizer in (one, other):
         optimizer.param_groups[0]["lr"] = 0.05
@@ -759,7 +759,7 @@ def test_capturable_steps_are_the_same_and_their_coefficients_stay_where_they_ar
     train(one, params, range(3, 6))
     train(other, twin, range(3, 6))
     assert same(snapshot(one, params), snapshot(other, twin))
-    assert one._coefficients(0) is coefficients
+    assert one._prepared[0].coefficients is coefficients
     assert one.num_steps == 6
 
 

@@ -28,7 +28,7 @@ def train(rank, size, steps, phase, victim, at, rule="gut", timeout=3.0, policy=
         [parameter], rule, lr=0.1, topology=gf.topology.ring(size), process_group=dist.group.WORLD,
         timeout=timeout, on_peer_failure=policy,
     )  # fmt: skip
-    exchange = optimizer._ranks.exchange
+    exchange = optimizer._exchange
 
     def fall(_=None):
         ranks.store.set("fallen", "")

@@ -2,12 +2,10 @@
 
 from gut_fast.distributed.checkpoints import Checkpoints
 from gut_fast.distributed.consolidation import consolidate
-from gut_fast.distributed.errors import MismatchError, PeerError
 from gut_fast.distributed.exchange import Exchange
-from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
-from gut_fast.distributed.membership import rejoin
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, MismatchError, PeerError
+from gut_fast.distributed.membership import RankOptions, rejoin
 from gut_fast.distributed.overlap import SCALED
-from gut_fast.distributed.ranks import RankOptions, Ranks
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -18,7 +16,6 @@ __all__ = [
     "MismatchError",
     "PeerError",
     "RankOptions",
-    "Ranks",
     "consolidate",
     "rejoin",
 ]

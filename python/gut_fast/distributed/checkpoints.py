@@ -1,9 +1,9 @@
 """Checkpoints of several ranks: each writes a shard of its own, and they go on from a step that all of them have.
 
 To save is to write a file and to leave a note of it in the ranks' store; nobody waits for anybody. A rank removes an
-old shard once the notes say that all have newer ones. To load, the ranks compare what each has found and verified. That
-decides on a step and gives the run a new name. A shard bears the name of its run and how often ranks have left or
-joined since, so shards of two runs are never taken for one checkpoint, whatever was removed and what not.
+old shard once the notes say that all have newer ones. To load, the ranks compare what each has found and verified,
+agree on a step, and give the run a new name. A shard bears the name of its run and how often ranks have left or joined
+since, so shards of two runs are never taken for one checkpoint, whatever was removed and what not.
 """
 
 from __future__ import annotations
@@ -26,9 +26,16 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from gut_fast.arguments import as_integer
 from gut_fast.distributed.consolidation import given_group
-from gut_fast.distributed.files import remove_leftovers, sync
+from gut_fast.distributed.files import (
+    DamagedError,
+    Shard,
+    check_loadable,
+    read_shard,
+    remove_leftovers,
+    sync,
+    write_shard,
+)
 from gut_fast.distributed.group import Group
-from gut_fast.distributed.shards import DamagedError, Shard, check_loadable, read_shard, write_shard
 
 __all__ = ["Checkpoints"]
 
@@ -50,11 +57,11 @@ class Membership(NamedTuple):
 
 
 class Note(NamedTuple):
-    """What a rank says of its shards.
+    """A rank's note about its shards.
 
     Attributes:
-        steps: that it has, and where they come from: those that come from the same place belong together.
-        num_saved: how many it has saved in its life.
+        steps: the steps of which it has a shard, each with the shard's origin: see `Shard`.
+        num_saved: how many shards it has saved in its life.
     """
 
     steps: dict[int, str]
@@ -69,10 +76,10 @@ class Checkpoints:
     start anew. All ranks use their checkpoints in the same order.
 
     Args:
-        folder: made if it is not there.
-        group: whose ranks save together: an optimizer, which knows who is left after failures, a `Group` or a
+        folder: where the checkpoints are; it is made if it is not there.
+        group: the ranks that save together: an optimizer, which knows who is left after failures, a `Group` or a
             `torch.distributed` process group; None, or an optimizer of one process, is this process alone.
-        keep: how many steps that all ranks have are kept.
+        keep: how many of the steps that all ranks have are kept.
 
     Raises:
         TypeError, ValueError: a bad argument.
@@ -94,7 +101,7 @@ class Checkpoints:
 
         Args:
             step: how many steps have been taken; not less than at the save before.
-            state: tensors, numbers, strings, and dicts and lists of them.
+            state: a dict of tensors, numbers, strings, and dicts and lists of them.
 
         Raises:
             TypeError: `state` holds something that ``torch.load(weights_only=True)`` would not read.
@@ -127,10 +134,10 @@ class Checkpoints:
         self._remove_old(ranks, notes, note)
 
     def load(self) -> tuple[int, dict[str, Any]] | None:
-        """The newest step that all ranks have and what this rank saved then, tensors on the CPU; None if there is none.
+        """Returns the newest step that all ranks have, and what this rank saved then; None if there is no such step.
 
-        All ranks call this. Shards of later steps are removed. A rank that joins a run that is under way, by `rejoin`,
-        has its parameters from a neighbour and gets None.
+        All ranks call this. Tensors are on the CPU. Shards of later steps are removed. A rank that joins a run that is
+        under way, by `rejoin`, has its parameters from a neighbour and gets None.
 
         Raises:
             ValueError: the shards are of another number of ranks, or of another rank.
@@ -164,17 +171,17 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}" / f"rank-{ranks.number}.pt"
 
     def _folders(self) -> dict[int, Path]:
-        """Of all steps."""
+        """Returns the folders of all steps, by step."""
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         named = (path for path in sorted(paths) if re.fullmatch(r"step-\d{8,}", path.name))
         return {int(path.name[5:]): path for path in named if path.is_dir()}
 
     def _steps(self, ranks: Membership) -> list[int]:
-        """Of which this rank has a file, whole or not."""
+        """Returns the steps of which this rank has a file, whole or not."""
         return [step for step in self._folders() if self._path(step, ranks).is_file()]
 
     def _verified(self, ranks: Membership) -> tuple[dict[int, Shard], list[str]]:
-        """The whole shards, without their state, and what is wrong with the others."""
+        """Reads this rank's shards: the whole ones, without their state, and what is wrong with the others."""
         found, damaged = {}, []
         for step in self._steps(ranks):
             try:
@@ -184,7 +191,7 @@ class Checkpoints:
         return found, damaged
 
     def _report(self, ranks: Membership, found: Mapping[int, Shard]) -> dict[str, Any]:
-        """What the others need to know."""
+        """Describes this rank's shards to the other ranks."""
         wrong = [
             f"{self._path(step, ranks)} is of step {shard.step} of rank {shard.rank} of {shard.everyone}, but this is "
             f"rank {ranks.number} of {ranks.everyone}"
@@ -199,12 +206,12 @@ class Checkpoints:
         }
 
     def _ranks_seen(self) -> list[int]:
-        """Whose files are in the folder."""
+        """Returns the numbers of the ranks that have files in the folder."""
         names = {path.stem for folder in self._folders().values() for path in folder.glob("rank-*.pt")}
         return sorted(int(name[5:]) for name in names if name[5:].isdecimal())
 
     def _agreed(self, reports: Mapping[int, dict[str, Any]]) -> int | None:
-        """The newest common step. Raises what `load` does."""
+        """Returns the newest step that all ranks have, or None. Raises ValueError and RuntimeError as `load` does."""
         for report in reports.values():
             if report["wrong"]:
                 raise ValueError(f"{report['wrong']}; start as many ranks as before, numbered as before")
@@ -224,6 +231,7 @@ class Checkpoints:
         return None
 
     def _check_empty(self, ranks: Membership) -> None:
+        """Raises ValueError if the folder holds shards of this rank."""
         if steps := self._steps(ranks):
             raise ValueError(
                 f"{self.folder} holds checkpoints of another run, of steps {steps}; load() first, to go on from there, "
@@ -231,31 +239,32 @@ class Checkpoints:
             )
 
     def _run(self, ranks: Membership) -> tuple[str, Store]:
-        """The run's name, on which the ranks agree through the store, and where they leave their notes."""
+        """Returns the run's name, on which the ranks agree through the store, and the store of their notes."""
         store = self._store(ranks)
         run = store.compare_set("run", "", secrets.token_hex(8)).decode()
         return run, PrefixStore(run, store)
 
     def _start_run(self, ranks: Membership, run: str) -> Store:
+        """Gives the run a new name, and returns the store of its notes."""
         store = self._store(ranks)
         store.set("run", run)
         return PrefixStore(run, store)
 
     def _store(self, ranks: Membership) -> Store:
-        # Folders differ between hosts, so they go by their order, among those of the same ranks.
+        """Returns the store of this folder; as folders differ between hosts, their order tells them apart."""
         folders = _folders.setdefault(ranks.store, {})
         number = folders.setdefault(self.folder, len(folders))
         return PrefixStore(f"checkpoints {number}", ranks.store)
 
     def _own_note(self, ranks: Membership, notes: Store) -> Note | None:
-        """As far as the files are still there."""
+        """Returns this rank's note, without shards that are no longer there; None if it has left no note."""
         known, here = _read_notes(notes, [ranks.number]), set(self._steps(ranks))
         if known is None:
             return None
         return Note({step: origin for step, origin in known[0].steps.items() if step in here}, known[0].num_saved)
 
     def _join(self, ranks: Membership) -> None:
-        """Says what is left of what this rank had saved before it was lost."""
+        """Leaves a note of the shards that this rank had saved before it was lost, as far as they are still there."""
         _, notes = self._run(ranks)
         _publish(ranks, notes, self._own_note(ranks, notes) or Note({}, 0))
 
@@ -277,11 +286,13 @@ class Checkpoints:
 
     @staticmethod
     def _common(notes: Store, numbers: Sequence[int]) -> list[int]:
+        """Returns the steps that all of these ranks have according to their notes, ascending."""
         known = _read_notes(notes, numbers)
         return _common([note.steps for note in known]) if known else []
 
 
 def _ranks_of(given: Any) -> Membership:
+    """Returns the ranks of an optimizer, a `Group` or a process group; this process alone for None."""
     group = given_group(given)
     if isinstance(group, dist.ProcessGroup):
         if group not in _groups:
@@ -293,7 +304,7 @@ def _ranks_of(given: Any) -> Membership:
 
 
 def _exchange(ranks: Membership, report: dict[str, Any]) -> list[dict[str, Any]]:
-    """All ranks' reports. Raises PeerError if not all come."""
+    """Exchanges the ranks' reports. Raises PeerError if not all come."""
     if ranks.group is None:
         return [report]
     occasion = f"checkpoints, occasion {next(_occasions.setdefault(ranks.group, itertools.count()))}"
@@ -301,7 +312,7 @@ def _exchange(ranks: Membership, report: dict[str, Any]) -> list[dict[str, Any]]
 
 
 def _common(steps: Sequence[Mapping[Any, str]]) -> list[int]:
-    """The steps that all have, from the same origin, ascending."""
+    """Returns the steps that all have, from the same origin, ascending."""
     origins = defaultdict(list)
     for each in steps:
         for step, origin in each.items():
@@ -318,7 +329,7 @@ def _publish(ranks: Membership, notes: Store, note: Note) -> None:
 
 
 def _read_notes(notes: Store, numbers: Sequence[int]) -> list[Note] | None:
-    """Those of these ranks; None if one has left none. Waits for nobody."""
+    """Reads the notes of these ranks; None if one of them has left none. Waits for nobody."""
     keys = [str(number) for number in numbers]
     if not notes.check(keys):
         return None

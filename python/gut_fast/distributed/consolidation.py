@@ -12,24 +12,24 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gut_fast.arguments import as_integer
-from gut_fast.distributed.errors import MismatchError, PeerError
-from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, MismatchError, PeerError
 
 __all__ = ["consolidate", "given_group"]
 
 
 def consolidate(module: Any, group: Any = None, *, to: int | None = None) -> dict[str, Any] | None:
-    """The mean over all agents of all ranks, as a plain state dict.
+    """Averages the model over all agents of all ranks, and returns a plain state dict.
 
-    Floating-point parameters and buffers are averaged, in float64, with a single all-reduce; what else there is, such
-    as counters, is this rank's first agent's. Names, dtypes and devices are those of the module's ``state_dict()``;
-    tensors that it holds under several names are so here. Nothing is changed.
+    Floating-point parameters and buffers are averaged, in float64, with a single all-reduce; other entries, such as
+    counters, are those of this rank's first agent. Names, dtypes and devices are those of the module's
+    ``state_dict()``; a tensor that it holds under several names is one tensor in the result too. Nothing is changed.
 
     Args:
-        module: an nn.Module, one agent, or one made by `gut_fast.stack`. Ranks may hold different numbers of agents.
-        group: whose ranks are averaged: an optimizer, a `Group` or a `torch.distributed` process group; all of them
-            call this. None, or an optimizer of one process, averages what is here.
-        to: number of the only rank that gets the result; None is all.
+        module: an nn.Module, which is one agent, or what `gut_fast.stack` returns. Ranks may hold different numbers of
+            agents.
+        group: the ranks, all of which call this: an optimizer, a `Group` or a `torch.distributed` process group. None,
+            or an optimizer of one process, averages the agents of this process.
+        to: number of the only rank that gets the result; None is all ranks.
 
     Returns:
         The state dict; None on ranks other than `to`.
@@ -62,7 +62,7 @@ def consolidate(module: Any, group: Any = None, *, to: int | None = None) -> dic
 
 
 def given_group(group: Any) -> Group | dist.ProcessGroup | None:
-    """The group that is meant: itself, or an optimizer's. Raises TypeError if it is neither."""
+    """Returns the group itself, or an optimizer's group. Raises TypeError if it is neither."""
     if group is None or isinstance(group, (Group, dist.ProcessGroup)):
         return group
     if not isinstance(group, torch.optim.Optimizer) and not hasattr(group, "group"):
@@ -90,7 +90,7 @@ def _count(module: Any) -> int:
 
 @torch.no_grad()
 def _rows(module: Any) -> dict[str, Any]:
-    """The state dict of one agent's module, but with tensors (k, *shape), a row for each agent; shared ones are one."""
+    """Returns the state dict of one agent's module with a row for each agent: tensors (k, *shape), shared ones once."""
     if not isinstance(module, nn.Module) and not hasattr(module, "num_agents"):
         raise TypeError(f"expected a torch.nn.Module or what gut_fast.stack returns, got {type(module).__name__}")
     template = module if isinstance(module, nn.Module) else module.module
@@ -109,7 +109,7 @@ def _rows(module: Any) -> dict[str, Any]:
 
 
 def _flat_sum(stacked: list[Tensor], count: int, group: Group | dist.ProcessGroup | None) -> Tensor:
-    """Sums over the agents here, one after the other, and how many these are: float64, where `group` can send it."""
+    """Returns the sums over the agents here, then their number, in one float64 tensor where `group` can send it."""
     is_gloo = group.is_own if isinstance(group, Group) else group is not None and dist.get_backend(group) == "gloo"
     device = stacked[0].device if stacked and not is_gloo else torch.device("cpu")
     sums = [each.sum(0, dtype=torch.float64).flatten().to(device) for each in stacked]
@@ -117,6 +117,7 @@ def _flat_sum(stacked: list[Tensor], count: int, group: Group | dist.ProcessGrou
 
 
 def _reduce(flat: Tensor, group: Group | dist.ProcessGroup, to: int | None) -> None:
+    """Sums a tensor over the ranks, in place, on all of them or on the one at place `to`."""
     if isinstance(group, Group):
         notes = group.gather(f"consolidate {next(group.occasions)}", str(flat.numel()))
         _check_sizes([int(note) for note in notes], group.members)
@@ -132,13 +133,14 @@ def _reduce(flat: Tensor, group: Group | dist.ProcessGroup, to: int | None) -> N
 
 
 def _check_sizes(sizes: Sequence[int], ranks: Sequence[int]) -> None:
-    """Sums over tensors of different sizes would end the process."""
+    """Raises MismatchError unless all sizes are the same; reducing tensors of different sizes would end the process."""
     if len(set(sizes)) > 1:
         described = "; ".join(f"rank {rank} {size - 1:,}" for rank, size in zip(ranks, sizes, strict=True))
         raise MismatchError(f"consolidate: the ranks' models differ in their numbers to average: {described}")
 
 
 def _wait(begin: Callable[[], Any], group: dist.ProcessGroup) -> None:
+    """Begins a collective and waits for it. Raises PeerError if that fails."""
     started = time.monotonic()
     try:
         begin().wait(timedelta(seconds=DEFAULT_TIMEOUT))

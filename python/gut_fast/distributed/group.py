@@ -1,7 +1,7 @@
-"""The ranks that train together, and how messages travel among them.
+"""The ranks that train together, how messages travel among them, and the errors that name a rank.
 
 Messages of a gloo group go through connections of our own, so that they never meet the user's, and so that the ranks
-that are left can leave broken ones behind. Other backends (NCCL) serve through the group they were given with.
+that are left can leave broken connections behind. Other backends (NCCL) serve through the user's own group.
 """
 
 from __future__ import annotations
@@ -20,22 +20,53 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
 
-from gut_fast.distributed.errors import PeerError
-from gut_fast.distributed.life import has_ended, own_mark
-from gut_fast.distributed.notes import Notes
+from gut_fast.distributed.notes import Notes, has_ended, own_mark
 
-__all__ = ["Group", "Transfer", "Welcome"]
+__all__ = ["DEFAULT_TIMEOUT", "Group", "MismatchError", "PeerError", "Transfer", "Welcome"]
 
 DEFAULT_TIMEOUT = 60.0
-_numbers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The limit of any wait, in seconds, unless the user gives one."""
+_numbers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # counts the Groups of each process group
+
+
+class PeerError(RuntimeError):
+    """A rank that this one waited for died or did not come in time.
+
+    Attributes:
+        rank: number of the other rank, as at the start.
+        step: number of the step that could not be finished; None outside of steps.
+        edge: (agent that sends, agent that hears) of the message that was missing, or None.
+        is_gone: whether the connection broke, as when a process dies; else the limit passed.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        rank: int,
+        *,
+        step: int | None = None,
+        edge: tuple[int, int] | None = None,
+        is_gone: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.rank, self.step, self.edge, self.is_gone = rank, step, edge, is_gone
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {"step": self.step, "edge": self.edge, "is_gone": self.is_gone}
+        return type(self), (str(self), self.rank), state
+
+
+class MismatchError(ValueError):
+    """The ranks were started with different settings; the message names the ranks and the difference."""
 
 
 class Transfer(NamedTuple):
     """A tensor on its way to or from another rank.
 
     Attributes:
+        tensor: what is sent, or where what comes is put.
         peer: the other rank's place in the group.
-        tag: tells transfers between the same two ranks apart; those of one tag keep their order.
+        tag: tells transfers between the same two ranks apart; transfers of one tag keep their order.
     """
 
     tensor: Tensor
@@ -44,12 +75,12 @@ class Transfer(NamedTuple):
 
 
 class Welcome(NamedTuple):
-    """What a rank is told that joins a run.
+    """The note for a rank that joins a run.
 
     Attributes:
-        step: that it takes first.
+        step: number of the step that the rank takes first.
         sponsor: number of the rank whose parameters it gets.
-        settings: of the others, to compare with its own.
+        settings: the other ranks' settings, to compare with its own.
     """
 
     step: int
@@ -61,15 +92,15 @@ class Group:
     """The ranks that train together.
 
     Args:
-        store: what all ranks reach and none of them takes along when it dies.
+        store: a store that all ranks reach and none of them takes along when it dies.
         rank: this process's place, 0 … size − 1.
         members: numbers of the ranks, as they were at the start and as errors name them.
-        timeout: seconds that any wait may take.
+        timeout: limit of any wait, in seconds.
         epoch: how often ranks have left or joined.
         everyone: how many ranks there are when none is missing; None is as many as there are members.
-        welcome: what this rank was told when it joined a run that is under way.
-        process_group: carries the messages; None makes gloo connections of our own.
-        marks: of processes, by number, as far as known: see `life`.
+        welcome: the note for this rank if it joins a run that is under way.
+        process_group: the group that carries the messages; None makes gloo connections of our own.
+        marks: marks of the processes known so far, by number: see `own_mark`.
 
     Raises:
         PeerError: not all ranks were there in time.
@@ -101,7 +132,7 @@ class Group:
 
     @staticmethod
     def of(process_group: dist.ProcessGroup | Group, timeout: float = DEFAULT_TIMEOUT) -> Group:
-        """The group of a `torch.distributed` process group that this process belongs to.
+        """Returns the group of a `torch.distributed` process group that this process belongs to.
 
         Raises:
             TypeError, ValueError: not a process group, or one that this process does not belong to.
@@ -121,7 +152,7 @@ class Group:
 
     @staticmethod
     def size_of(process_group: Any) -> int:
-        """Ranks of a process group or a `Group`, missing ones too. Raises TypeError if it is neither."""
+        """Counts the ranks of a process group or a `Group`, missing ones too. Raises TypeError if it is neither."""
         if isinstance(process_group, Group):
             return process_group.everyone
         if not isinstance(process_group, dist.ProcessGroup):
@@ -132,10 +163,10 @@ class Group:
         return int(process_group.size())
 
     def take(self) -> None:
-        """For an optimizer, once it is to meet its like on the other ranks.
+        """Makes this the group of one optimizer.
 
         Raises:
-            ValueError: another one did: their messages would meet.
+            ValueError: another optimizer has taken the group: their messages would meet.
         """
         if self._is_taken:
             raise ValueError("this Group serves another optimizer; make each its own, of a PrefixStore of its own")
@@ -143,25 +174,28 @@ class Group:
 
     @property
     def size(self) -> int:
-        """How many ranks there are."""
+        """The number of ranks that are there."""
         return len(self.members)
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the ranks that are not there."""
+        """The numbers of the ranks that are not there."""
         return [number for number in range(self.everyone) if number not in self.members]
 
     @property
     def is_own(self) -> bool:
-        """Whether the connections are our own, so that ranks can leave and join."""
+        """True if the connections are our own, so that ranks can leave and join."""
         return isinstance(self._channel, _Gloo)
 
     def gather(self, what: str, note: str) -> list[str]:
-        """Every rank's note, in order; `what` names the occasion, a new name for each one.
+        """Leaves this rank's note, waits for the others', and returns all in order of rank.
+
+        Args:
+            what: a name for the occasion, another one each time.
+            note: the note of this rank.
 
         Raises:
-            PeerError: not all notes were there in time, or a rank has ended; the message names those they are missing
-                from.
+            PeerError: not all notes were there in time, or a rank has ended; the message names the missing ranks.
         """
         keys = [f"{what}/{place}" for place in range(self.size)]
         self._notes.set(keys[self.rank], note)
@@ -180,18 +214,18 @@ class Group:
         return [self._notes.get(key) for key in keys]
 
     def has_ended(self, number: int) -> bool:
-        """Whether a rank's process is known to have ended."""
+        """Returns whether a rank's process is known to have ended."""
         return has_ended(self.marks.get(number, ""))
 
     def start(self, sends: Sequence[Transfer], receives: Sequence[Transfer]) -> tuple[list[Any], list[Any]]:
-        """Begins all these transfers; `wait` for each work that is returned, one for each of them, in order."""
+        """Begins all these transfers and returns a work for each, sends and receives apart, to `wait` for."""
         return self._channel.start(sends, receives)
 
     def wait(self, work: Any, deadline: float) -> None:
         """Waits for a work until ``time.monotonic()`` passes the deadline.
 
         Raises:
-            ConnectionError: its peer is gone.
+            ConnectionError: the other rank is gone.
             TimeoutError: the deadline passed.
         """
         self._channel.wait(work, deadline)
@@ -217,7 +251,7 @@ class Group:
         self.close()
 
     def last_words(self, place: int) -> str | None:
-        """Why a rank left, if it said so."""
+        """Returns why the rank at this place left, or None if it has not said so."""
         key, notes = f"last words/{place}", self._notes.briefly()
         try:
             return notes.get(key) if notes.check(key) else None
@@ -225,12 +259,12 @@ class Group:
             return None
 
     def close(self) -> None:
-        """Breaks the connections, if they are our own: whoever waits for this rank knows at once."""
+        """Breaks the connections, if they are our own: whoever waits for this rank notices at once."""
         self._channel.close()
 
 
 class _Gloo:
-    """Connections of our own."""
+    """Gloo connections of our own among the ranks."""
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         try:
@@ -246,7 +280,7 @@ class _Gloo:
         try:
             return function([transfer.tensor], transfer.peer, transfer.tag)
         except RuntimeError as error:
-            return error.with_traceback(None)  # whose frames hold the other works: see Traffic.let_go
+            return error.with_traceback(None)  # its frames hold the other works: see Traffic.let_go
 
     def wait(self, work: Any, deadline: float) -> None:
         _wait(work, deadline)
@@ -262,10 +296,10 @@ class _Gloo:
 
 
 class _Given:
-    """The user's process group.
+    """The user's process group as a channel.
 
-    NCCL's work is done in order on a stream: to wait for it holds up the stream, not this process. Whether it was done
-    in time is seen when the next transfers start. Transfers on the CPU are waited for.
+    NCCL does its works in order on a stream: waiting for a work holds up the stream, not this process. Whether the work
+    was done in time is seen when the next transfers start. For transfers on the CPU this process waits.
     """
 
     POLL = 1e-4
@@ -319,7 +353,7 @@ class _Given:
 
 
 def _wait(work: Any, deadline: float) -> None:
-    """For a work of gloo, or the error in its place if it could not even begin; raises as `Group.wait`."""
+    """Waits for a work of gloo, or raises the error in its place if it could not even begin: see `Group.wait`."""
     if isinstance(work, TimeoutError):
         raise work
     if isinstance(work, RuntimeError):

@@ -1,23 +1,30 @@
-"""Notes in a store that all ranks see: how those agree who may have lost their connections to each other."""
+"""How ranks agree who may have lost their connections: notes in a store that all of them see, and signs of life.
+
+Whether a process of the same machine has ended is seen at once, by the mark that it has left in a note. A process of
+another machine is known to have ended only by its silence.
+"""
 
 from __future__ import annotations
 
 import copy
+import json
+import os
 import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-__all__ = ["Notes"]
+__all__ = ["Notes", "has_ended", "own_mark"]
 
 BRIEFLY = 5.0
-"""Seconds for notes that nobody depends on."""
+"""The limit, in seconds, for notes that nobody depends on."""
 POLL, LONGEST_POLL = 0.002, 0.1
-"""Seconds between two looks, first and last."""
+"""The first and the longest pause between two looks into the store, in seconds."""
 
 
 class Notes:
@@ -31,7 +38,7 @@ class Notes:
         self.store, self._limit = PrefixStore(prefix, store), limit
 
     def briefly(self) -> Notes:
-        """The same notes, with a limit for those that nobody depends on."""
+        """Returns the same notes with a shorter limit, for what nobody depends on."""
         notes = copy.copy(self)
         notes._limit = min(BRIEFLY, self._limit)
         return notes
@@ -41,15 +48,15 @@ class Notes:
         self._ask(lambda: self.store.set(key, note))
 
     def check(self, *keys: str) -> bool:
-        """Whether there are such notes."""
+        """Returns whether there is a note under each of the keys."""
         return bool(self._ask(lambda: self.store.check(list(keys))))
 
     def get(self, key: str) -> str:
-        """A note that is there."""
+        """Reads a note that is known to be there."""
         return str(self._ask(lambda: self.store.get(key)).decode())
 
     def wait(self, keys: Sequence[str], is_vain: Callable[[], bool] = lambda: False) -> bool:
-        """Until all of them are there, for as long as the limit; False if not, or as soon as it is in vain."""
+        """Waits until there is a note under each of the keys; False after the limit, or as soon as it is in vain."""
         deadline, pause = time.monotonic() + self._limit, POLL
         while not self.check(*keys):
             if time.monotonic() > deadline or is_vain():
@@ -59,7 +66,7 @@ class Notes:
         return True
 
     def decide(self, key: str, note: str) -> str:
-        """The note that is there, or else this one, which is left there then."""
+        """Leaves this note unless there is one already, and returns the one that is there: one atomic operation."""
         return str(self._ask(lambda: self.store.compare_set(key, "", note)).decode())
 
     def delete(self, key: str) -> None:
@@ -67,6 +74,7 @@ class Notes:
         self._ask(lambda: self.store.delete_key(key))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
+        """Asks the store in a thread of its own, which is left behind if there is no answer within the limit."""
         answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
 
         def ask() -> None:
@@ -85,3 +93,39 @@ class Notes:
         if error is not None:
             raise error
         return answer
+
+
+def own_mark() -> str:
+    """Returns the mark by which `has_ended` knows this process; it is empty on a system that has no /proc."""
+    try:
+        return json.dumps([*_machine(), os.getpid(), _state_and_start(os.getpid())[1]])
+    except OSError:
+        return ""
+
+
+def has_ended(mark: str) -> bool:
+    """Returns whether the process that left the mark is known to have ended; False where that cannot be seen."""
+    if not mark:
+        return False
+    *machine, pid, start = json.loads(mark)
+    try:
+        if machine != _machine():
+            return False
+        os.kill(pid, 0)
+        state, own_start = _state_and_start(pid)
+    except ProcessLookupError:
+        return True
+    except OSError:  # the process is there, but hidden
+        return False
+    return state in "ZX" or own_start != start
+
+
+def _machine() -> list[str]:
+    """Returns names of the running system and of the namespace in which its processes are numbered."""
+    return [Path("/proc/sys/kernel/random/boot_id").read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
+
+
+def _state_and_start(pid: int) -> tuple[str, str]:
+    """Returns the state and the start time of a process: see proc_pid_stat(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return fields[0], fields[19]

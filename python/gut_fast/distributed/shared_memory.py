@@ -1,8 +1,8 @@
 """Rows that ranks of one machine read in each other's memory, where the kernel wrote them.
 
 Each rank keeps its rows in a file in memory that has no name, which others open through /proc. Whether they can (the
-same machine, user and process namespace) is not guessed but tried: a file begins with a secret that its owner leaves a
-note of. What travels between such ranks is a byte that says that a row is written, and one that says that it is read.
+same machine, user and process namespace) is not guessed but tried: a file begins with a secret, and its owner leaves a
+note of it. Only a byte travels between such ranks when a row is written, and another one when it has been read.
 
 There are two rows for each message, taken in turn: one can be written while others still read the one before.
 """
@@ -30,11 +30,11 @@ TURNS = 2
 
 
 class SharedRows:
-    """The rows of this rank and of those whose memory it can read, and they its.
+    """The rows of this rank and of the ranks that can read its memory, as it can read theirs.
 
     Args:
-        group: all of its ranks make theirs at the same time.
-        occasion: a new name for each time they do.
+        group: the ranks, all of which make their shared rows at the same time.
+        occasion: a name, another one each time.
         rows: how many numbers a row of each bucket has, and of which dtype, the same on all ranks; None if this rank
             shares nothing.
         agents_per_rank: k.
@@ -66,13 +66,13 @@ class SharedRows:
             self._memory = {place: _mapped(files[place], length) for place in mapped}
 
     def row(self, place: int, agent: int, bucket: int, turn: int) -> Tensor | None:
-        """A row; None if that rank is not near, or, of this rank's own rows, if none is.
+        """Returns a row; None if the rank that writes it is not near, or is this rank and no other rank is near.
 
         Args:
-            place: of the rank that writes it.
-            agent: there, from 0.
-            bucket: its number.
-            turn: how many messages were written there before this one.
+            place: place of the rank that writes the row.
+            agent: which of that rank's agents, from 0.
+            bucket: number of the bucket.
+            turn: how many messages of this agent and bucket came before this one.
         """
         if place not in self._memory:
             return None
@@ -87,12 +87,12 @@ class SharedRows:
 
 
 def _space(row_bytes: int) -> int:
-    """Bytes from one row to the next, room for an offset included."""
+    """Returns the bytes from one row to the next, room for an offset included."""
     return (row_bytes // PAGE + 2) * PAGE
 
 
 def _make(length: int, stack: contextlib.ExitStack) -> tuple[int, str] | None:
-    """A file in memory, and the note that tells others how to open it; None if this system has none."""
+    """Makes a file in memory, and the note that tells others how to open it; None if this system has no such files."""
     if not hasattr(os, "memfd_create"):
         return None
     file = os.memfd_create(NAME)
@@ -104,7 +104,7 @@ def _make(length: int, stack: contextlib.ExitStack) -> tuple[int, str] | None:
 
 
 def _opened(note: str, stack: contextlib.ExitStack) -> int | None:
-    """The file that a note is about; None if it cannot be opened, or is another one of the same name."""
+    """Opens the file that a note is about; None if it cannot be opened, or is another one of the same name."""
     if not note:
         return None
     pid, number, secret = json.loads(note)
@@ -120,5 +120,5 @@ def _opened(note: str, stack: contextlib.ExitStack) -> int | None:
 
 
 def _mapped(file: int, length: int) -> Tensor:
-    """The file's bytes; it ends with the tensor."""
+    """Maps the bytes of a file; the mapping ends with the tensor."""
     return torch.from_file(f"/proc/self/fd/{file}", shared=True, size=length, dtype=torch.uint8)

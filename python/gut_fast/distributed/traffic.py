@@ -1,40 +1,174 @@
-"""Messages on their way: rows that travel through the group's connections, or are read where they were written."""
+"""Messages on their way: which agents hear which, the buckets that travel together, and the transfers of a step.
+
+A bucket is a run of parameters whose messages travel together. Its rows of messages go through the group's connections,
+or ranks of one machine read them where they were written.
+"""
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gut_fast.distributed.buckets import Bucket
-from gut_fast.distributed.errors import PeerError
-from gut_fast.distributed.group import Group, Transfer
-from gut_fast.distributed.placement import Route, Way
+from gut_fast.distributed.group import Group, PeerError, Transfer
 from gut_fast.distributed.shared_memory import SharedRows
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import GossipStep, arithmetic
+from gut_fast.kernels.buffers import allocate
+from gut_fast.topology.mixing import CSR
 
-__all__ = ["Traffic"]
+__all__ = ["Bucket", "Route", "Traffic", "Way", "make_route", "plan_buckets"]
 
 HAVE_READ, HAND_OVER = (1 << 20) - 1, 1 << 20
-"""Tags: of bytes that say that shared rows have been read; from the second on, of parameters that a newcomer gets."""
+"""Tags of transfers: of a byte that says that shared rows have been read, and of a newcomer's first parameter."""
+
+Way = tuple[int, int, int]
+"""A message between ranks: (the agent that sends it, the other rank's place, the first agent that hears it)."""
+
+
+class Route(NamedTuple):
+    """What one step moves, seen from one rank that holds k agents: numbers first_agent … first_agent + k − 1.
+
+    Ranks are given by their places in the group. An agent's message travels once to each rank where somebody hears it.
+
+    Attributes:
+        mixing: the rows of W of the agents here; ``neighbor`` indexes into rows of messages: the rows of the k agents
+            here, then the received ones. The order of edges, and so of summation, is that of W.
+        first_agent: number of the first agent here.
+        sends: the messages that leave this rank, ascending.
+        receives: the messages that come to this rank, in the order of rows.
+    """
+
+    mixing: CSR
+    first_agent: int
+    sends: tuple[Way, ...]
+    receives: tuple[Way, ...]
+
+
+def make_route(W: CSR, rank: int, agents_per_rank: int) -> Route:
+    """Makes the route of a rank, agents placed in order: agent a lives on rank ``a // agents_per_rank``."""
+    k, first = agents_per_rank, rank * agents_per_rank
+    listener = torch.arange(len(W.row_start) - 1, device="cpu").repeat_interleave(W.row_start.diff())
+    speaker_rank, listener_rank = W.neighbor // k, listener // k
+
+    heard = W.neighbor[listener_rank == rank]
+    is_here = speaker_rank[listener_rank == rank] == rank
+    away = heard[~is_here].unique()
+    row_start = W.row_start[first : first + k + 1] - W.row_start[first]
+    neighbor = torch.where(is_here, heard - first, k + torch.searchsorted(away, heard))
+    mixing = CSR(row_start.contiguous(), neighbor, W.weight[listener_rank == rank].contiguous())
+
+    incoming = (listener_rank == rank) & (speaker_rank != rank)
+    outgoing = (listener_rank != rank) & (speaker_rank == rank)
+    receives = _first_of_each(W.neighbor[incoming], speaker_rank[incoming], listener[incoming])
+    sends = _first_of_each(W.neighbor[outgoing], listener_rank[outgoing], listener[outgoing])
+    return Route(mixing, first, sends, receives)
+
+
+def _first_of_each(agent: Tensor, rank: Tensor, listener: Tensor) -> tuple[Way, ...]:
+    """Keeps the first listener of each pair of agent and rank, pairs ascending."""
+    first: dict[tuple[int, int], int] = {}
+    for a, r, i in zip(agent.tolist(), rank.tolist(), listener.tolist(), strict=True):
+        first.setdefault((a, r), i)
+    return tuple((a, r, first[a, r]) for a, r in sorted(first))
+
+
+@dataclass
+class Bucket:
+    """Parameters ``start … stop − 1`` of a group, and the rows their messages travel in.
+
+    Attributes:
+        number: tells buckets apart on all ranks.
+        group: index of the parameter group.
+        column: where the bucket's numbers begin in one agent's model of the group.
+        columns: how many numbers one agent has.
+        sent: a row [M · columns] for each agent here; None for agents that nobody on another rank hears.
+        received: rows of agents elsewhere, in the order of the route.
+        own: the memory of these rows where they do not lie in shared memory.
+        residual: what rounding left of the last messages, one float row for each agent here; empty without feedback.
+        staging: for rows on a GPU that travel through the host, pinned copies by address of the row.
+    """
+
+    number: int
+    group: int
+    start: int
+    stop: int
+    column: int
+    columns: int
+    sent: list[Tensor | None] = field(default_factory=list)
+    received: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
+    residual: list[Tensor] = field(default_factory=list)
+    staging: dict[int, Tensor] = field(default_factory=dict)
+
+    def staged(self, row: Tensor) -> Tensor:
+        """Returns the row's copy on the host, its contents not copied yet."""
+        if row.data_ptr() not in self.staging:
+            self.staging[row.data_ptr()] = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+        return self.staging[row.data_ptr()]
+
+    def clear(self) -> None:
+        """Leaves all rows behind: some may still be under way."""
+        self.sent, self.received, self.own, self.residual, self.staging = [], [], [], [], {}
+
+    def part(self, step: GossipStep) -> GossipStep:
+        """Returns the step of the bucket's parameters alone; their state is one run of the group's state."""
+        k = step.num_agents
+        return step._replace(
+            parameters=step.parameters[self.start : self.stop],
+            state=[buffer[k * self.column : k * (self.column + self.columns)] for buffer in step.state],
+            gradients=step.gradients[self.start : self.stop],
+        )
+
+    def write_messages(self, step: GossipStep, backend: str, has_feedback: bool) -> None:
+        """Writes the messages of the agents here into the rows that are sent."""
+        if has_feedback and not self.residual:
+            first, length = step.parameters[0], step.num_messages * self.columns
+            self.residual = [allocate(length, arithmetic(first.dtype), first.device) for _ in range(step.num_agents)]
+        ops.message(self.part(step), self.sent, backend, residuals=self.residual if has_feedback else ())
+
+
+def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int], limit: int) -> list[Bucket]:
+    """Plans buckets of about `limit` bytes, in the order in which gradients come: the last parameters first.
+
+    Args:
+        sizes: for each group, how many numbers one agent has of each parameter.
+        bytes_per_number: for each group, how many bytes of messages one number makes.
+        limit: bytes; a bucket ends with the parameter that reaches it.
+    """
+    buckets: list[Bucket] = []
+    for group in reversed(range(len(sizes))):
+        stop = len(sizes[group])
+        while stop > 0:
+            start, columns = stop, 0
+            while start > 0 and (start == stop or columns * bytes_per_number[group] < limit):
+                start -= 1
+                columns += sizes[group][start]
+            buckets.append(Bucket(len(buckets), group, start, stop, sum(sizes[group][:start]), columns))
+            stop = start
+    return buckets
+
 
 Planned = list[tuple[Transfer, Way]]
 
 
 class Flight(NamedTuple):
-    """Works of the transport, each with the way it is of."""
+    """Works of the transport, each with its message."""
 
     sends: list[tuple[Any, Way]]
     receives: list[tuple[Any, Way]]
 
 
 class Traffic:
-    """All messages between the ranks of one group.
+    """All messages between the ranks of one group, in either direction.
 
     Args:
-        group: they are lost with it.
+        group: the ranks; when a rank leaves or joins there is a new group, and new traffic.
         agents_per_rank: k.
     """
 
@@ -48,7 +182,7 @@ class Traffic:
 
     @property
     def is_ready(self) -> bool:
-        """Whether it is known where the rows of the buckets lie."""
+        """True once it is known where the rows of the buckets lie."""
         return self._shared is not None or not self.group.is_own
 
     def share(self, rows: Sequence[tuple[int, torch.dtype]] | None) -> None:
@@ -57,24 +191,39 @@ class Traffic:
         if self.group.is_own:
             self._shared = SharedRows(self.group, str(next(self.group.occasions)), rows, self._agents_per_rank)
 
-    def shared_rows(self, bucket: Bucket) -> Callable[[int, int], Tensor | None]:
-        """What finds the bucket's shared row of a rank's place and an agent there; None for rows that are not."""
-        shared, turn = self._shared, self._turn
-        return lambda place, agent: None if shared is None else shared.row(place, agent, bucket.number, turn)
+    def make_rows(self, bucket: Bucket, step: GossipStep, route: Route, dtype: torch.dtype) -> None:
+        """Finds rows for the bucket's messages of a step: shared rows, or else rows that the bucket keeps."""
+        length, device = step.num_messages * bucket.columns, step.parameters[0].device
+        used = itertools.count()
+
+        def row(agent: int) -> Tensor:
+            if self._shared is not None:
+                place, own = divmod(agent, self._agents_per_rank)
+                if (found := self._shared.row(place, own, bucket.number, self._turn)) is not None:
+                    return found
+            index = next(used)
+            if index == len(bucket.own):
+                bucket.own.append(allocate(length, dtype, device))
+            return bucket.own[index]
+
+        bucket.sent = [None] * self._agents_per_rank
+        for agent in sorted({agent for agent, _, _ in route.sends}):
+            bucket.sent[agent - route.first_agent] = row(agent)
+        bucket.received = [row(agent) for agent, _, _ in route.receives]
 
     def begin(self, bucket: Bucket, route: Route) -> None:
-        """Sends the bucket's messages, which are written, and makes ready for those of others."""
+        """Sends the bucket's messages, which are written, and makes ready for the neighbours' messages."""
         outgoing, incoming = self._travelling(bucket, bucket.sent), self._travelling(bucket, bucket.received)
         sent = [outgoing[agent - route.first_agent] for agent, _, _ in route.sends]
         ways = (sent, route.sends), (incoming, route.receives)
         self._flights[bucket.number] = self._begun(*(self._planned(*each, bucket.number) for each in ways))
 
     def has_begun(self, bucket: Bucket) -> bool:
-        """Whether the bucket's messages of this step have left."""
+        """Returns whether the bucket's messages of this step have left."""
         return bucket.number in self._flights
 
     def wait_for_messages(self, buckets: Sequence[Bucket], number: int) -> None:
-        """Until those of all buckets are there. Raises PeerError, of step `number`."""
+        """Waits until the messages of all buckets are there. Raises PeerError, of step `number`."""
         self._wait([each for flight in self._flights.values() for each in flight.receives], number, is_send=False)
         for bucket in buckets:
             for row in bucket.received:
@@ -82,7 +231,7 @@ class Traffic:
                     row.copy_(bucket.staging[row.data_ptr()], non_blocking=True)
 
     def finish(self, route: Route, number: int) -> None:
-        """After the mixing, until rows may be written anew. Raises as `wait_for_messages`."""
+        """Waits, after the mixing, until rows may be written anew. Raises PeerError, of step `number`."""
         flights, before = list(self._flights.values()), self._readings
         self.let_go()
         self._turn += 1
@@ -94,7 +243,7 @@ class Traffic:
         self._readings = self._begun(*bytes_)
 
     def hand_over(self, tensors: Sequence[Tensor], place: int, *, is_send: bool) -> None:
-        """Sends tensors to a newcomer, or gets them as one. Raises PeerError if the other is lost."""
+        """Sends tensors to a newcomer, or receives them as one. Raises PeerError if the other rank is lost."""
         transfers = [Transfer(tensor, place, HAND_OVER + k) for k, tensor in enumerate(tensors)]
         sends, receives = self.group.start(transfers, []) if is_send else self.group.start([], transfers)
         deadline = time.monotonic() + self.group.timeout
@@ -107,19 +256,20 @@ class Traffic:
                 raise PeerError(what, rank, is_gone=is_gone) from error
 
     def let_go(self) -> None:
-        """Forgets all works: while anybody holds one, its connection stays open and the neighbours wait for nothing."""
+        """Forgets all works: a work that somebody holds keeps its connection open, and the neighbours wait in vain."""
         self._flights, self._readings = {}, Flight([], [])
 
     def agent(self, agent: int) -> int:
-        """An agent's number as it was at the start."""
+        """Returns an agent's number as it was at the start."""
         place, own = divmod(agent, self._agents_per_rank)
         return self.group.members[place] * self._agents_per_rank + own
 
     def _is_near(self, place: int) -> bool:
+        """Returns whether the rank at this place shares memory with this one."""
         return self._shared is not None and place in self._shared.near
 
     def _planned(self, rows: Sequence[Tensor | None], ways: Sequence[Way], tag: int) -> Planned:
-        """Transfers of the rows, or where they are shared, of a byte that says that one is written."""
+        """Plans transfers of the rows, or where they are shared, of a byte that says that one is written."""
         return [
             (Transfer(self._byte if self._is_near(way[1]) else row, way[1], tag), way)
             for row, way in zip(rows, ways, strict=True)
@@ -127,12 +277,13 @@ class Traffic:
         ]
 
     def _begun(self, sends: Planned, receives: Planned) -> Flight:
+        """Begins all these transfers."""
         works = self.group.start([transfer for transfer, _ in sends], [transfer for transfer, _ in receives])
         ways = [way for _, way in sends], [way for _, way in receives]
         return Flight(*(list(zip(*each, strict=True)) for each in zip(works, ways, strict=True)))
 
     def _travelling(self, bucket: Bucket, rows: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The rows, or where gloo cannot reach them, on a GPU, copies in pinned memory."""
+        """Returns the rows, or where gloo cannot reach them, on a GPU, copies in pinned memory."""
         if not self.group.is_own or not any(row is not None and row.is_cuda for row in rows):
             return list(rows)
         staged = [None if row is None else bucket.staged(row) for row in rows]
@@ -144,6 +295,7 @@ class Traffic:
         return staged
 
     def _wait(self, works: Iterable[tuple[Any, Way]], number: int, *, is_send: bool) -> None:
+        """Waits for works, all within one limit. Raises PeerError, of step `number`."""
         deadline = time.monotonic() + self.group.timeout
         for work, way in works:
             try:
@@ -152,6 +304,7 @@ class Traffic:
                 raise self._lost(error, way, number, is_send) from error
 
     def _lost(self, error: Exception, way: Way, number: int, is_send: bool) -> PeerError:
+        """Makes the error about a message that did not travel."""
         agent, place, listener = way
         rank, is_gone = self.group.members[place], isinstance(error, ConnectionError)
         edge = self.agent(agent), self.agent(listener)

@@ -1,4 +1,4 @@
-"""What an optimizer refuses, before anything is changed. `name` opens every message."""
+"""Checks of an optimizer's arguments and state, before anything is changed. `name` opens every message."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from torch import Tensor
 
 from gut_fast.kernels.backends import arithmetic
 from gut_fast.rules import RULES, UpdateRule
+from gut_fast.topology import Topology
 
-__all__ = ["check_entries", "check_range", "checked_grad_scale", "frames_to_the_caller", "listed"]
+__all__ = [
+    "check_range",
+    "check_state_dict",
+    "checked_grad_scale",
+    "frames_to_the_caller",
+    "listed",
+    "settings_of",
+    "with_amp",
+]
+
+ZERO_RATE = 1e-12
+"""A learning rate that is smaller than this, beside the group's first one, is zero."""
 
 
 def listed(param_group: dict[str, Any], rule: UpdateRule, name: str) -> tuple[list[Any], list[Tensor]]:
-    """The group's parameters, possibly named, as a list, and the tensors in it."""
+    """Returns the group's parameters, possibly named, as a list, and the tensors in it."""
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise TypeError(f"{name}: a parameter group is a dict with 'params', got {type(param_group).__name__}")
     others = set().union(*(other.hyperparameters for other in RULES.values())) - set(rule.hyperparameters)
@@ -49,28 +61,81 @@ def check_range(coefficients: list[float], lr: float, parameters: Sequence[Tenso
 
 
 def checked_grad_scale(grad_scale: Tensor, num_agents: int, name: str) -> Tensor:
-    """The factors as the kernels take them."""
+    """Returns the factors as the kernels take them. Raises ValueError unless they are real and one per agent."""
     if not isinstance(grad_scale, Tensor) or grad_scale.shape != (num_agents,) or grad_scale.is_complex():
         given = f"{grad_scale.dtype} {[*grad_scale.shape]}" if isinstance(grad_scale, Tensor) else type(grad_scale)
         raise ValueError(f"{name}: grad_scale must be a real tensor [{num_agents}], got {given}")
     return grad_scale.to(torch.float64).contiguous()
 
 
-def check_entries(entries: Any, states: Sequence[str], parameter: Tensor, index: int, name: str) -> None:
-    """Raises ValueError unless this is the saved state of a parameter: a tensor of its shape for each name."""
+def with_amp(
+    grad_scale: Tensor | None, found_inf: Tensor | None, amp_scale: Tensor | None, num_agents: int
+) -> Tensor | None:
+    """Returns `grad_scale` divided by GradScaler's scale, or zeros if it found infinities; as it is without AMP."""
+    if found_inf is None:
+        return grad_scale
+    factor = 0.0 if found_inf else 1.0 if amp_scale is None else 1.0 / float(amp_scale)
+    factors = torch.full((num_agents,), factor, dtype=torch.float64, device="cpu")
+    return factors if grad_scale is None else grad_scale.cpu() * factors
 
-    def describe(tensor: Any) -> str:
-        is_right = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        return str(tuple(tensor.shape)) if is_right else f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')}"
 
-    found = {key: describe(tensor) for key, tensor in entries.items()} if isinstance(entries, dict) else entries
-    expected = dict.fromkeys(states, describe(parameter))
-    if found != expected:
-        raise ValueError(f"{name}: state of parameter {index} is {found}, expected {expected}")
+def settings_of(group: dict[str, Any], rule: UpdateRule, default_lr: Any) -> dict[str, Any]:
+    """Returns the group's settings that its coefficients depend on, with a learning rate of almost 0 read as 0.
+
+    Schedules that end at zero may miss it by a rounding, on either side, and the drift is divided by the learning rate:
+    below 1e-12 of the group's first one it is zero.
+    """
+    settings = {name: group[name] for name in ("lr", "weight_decay", "maximize", *rule.hyperparameters)}
+    first, lr = group.get("initial_lr", default_lr), settings["lr"]
+    if isinstance(first, (int, float)) and isinstance(lr, (int, float)) and abs(lr) < ZERO_RATE * first:
+        settings["lr"] = 0.0
+    return settings
+
+
+def check_state_dict(
+    state_dict: Any,
+    rule: UpdateRule,
+    topology: Topology,
+    groups: Sequence[dict[str, Any]],
+    defaults: dict[str, Any],
+    name: str,
+) -> None:
+    """Raises ValueError or RuntimeError unless the optimizer of these groups can load the state."""
+    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError(f"{name}: the state is not that of an optimizer: it needs 'state' and 'param_groups'")
+    if state_dict.get("rule", rule.name) != rule.name:
+        raise ValueError(f"{name}: the state is of rule {state_dict['rule']!r}, expected {rule.name!r}")
+    if "step" not in state_dict and not topology.is_static:
+        raise RuntimeError(
+            f"{name}: the state has no step count, and {topology} varies with time: set state_dict['step'] to the "
+            "number of steps taken"
+        )
+    step = state_dict.get("step", 0)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"{name}: the state's step count must be an integer >= 0, got {step!r}")
+    saved = state_dict["param_groups"]
+    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
+        raise ValueError(f"{name}: the state's parameter groups have other sizes than this optimizer's")
+    for saved_group, group in zip(saved, groups, strict=True):
+        if missing := sorted(defaults.keys() - saved_group.keys() - {"differentiable"}):
+            raise ValueError(f"{name}: a parameter group of the state has no {', '.join(missing)}")
+        rule.coefficients(**settings_of(saved_group, rule, defaults["lr"]))
+        for index, parameter in zip(saved_group["params"], group["params"], strict=True):
+            entries = state_dict["state"].get(index, {})
+            found = {k: _described(v) for k, v in entries.items()} if isinstance(entries, dict) else entries
+            expected = dict.fromkeys(rule.states, _described(parameter))
+            if found != expected:
+                raise ValueError(f"{name}: state of parameter {index} is {found}, expected {expected}")
+
+
+def _described(tensor: Any) -> str:
+    """Describes a saved value: its shape if it is a floating-point tensor, else its type."""
+    is_right = isinstance(tensor, Tensor) and tensor.is_floating_point()
+    return str(tuple(tensor.shape)) if is_right else f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')}"
 
 
 def frames_to_the_caller() -> int:
-    """The `stacklevel` of the first frame outside gut_fast and torch, so that a warning points at the user's line."""
+    """Returns the `stacklevel` of the first frame outside gut_fast and torch, so that warnings name the user's line."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("gut_fast", "torch"):
         level, frame = level + 1, frame.f_back

@@ -43,7 +43,7 @@ class Gossip(GossipOptimizer):
             by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon) would mix
             agents outside the topology and are refused.
         rule, topology, backend, state_dtype, **hyperparameters: as for `GossipOptimizer`, as are process_group and
-            what goes with it.
+            the options that go with it.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
@@ -101,7 +101,7 @@ class Gossip(GossipOptimizer):
         """Lets the inner optimizer move, takes the move back, and returns it divided by the learning rate."""
         for index, group in enumerate(self.param_groups):
             if group["params"]:
-                ops.check(self._group_step(index, self._coefficients(index), [None] * len(group["params"]), None))
+                ops.check(self._group_step(index, [None] * len(group["params"]), None))
         self._hand_on_learning_rates()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         before = [parameter.clone() for parameter in parameters]
