@@ -1,41 +1,54 @@
-# make demo: sixteen agents learn on real digits.   make test: lint, formats, types and tests.
+# make demo: sixteen agents learn on real digits.   make test: lint, formats, types and the tests that one runs often.
+# make test-all: every test, with the full products, repeated faults and long sweeps that make test leaves out.
 # make bench: how fast steps are here, each after a comparison with the reference (THREADS=2 make bench).
-# All set up .venv themselves; they need Python >= 3.10, a C++17 compiler and make.
+# All set up .venv themselves, demo with what it needs alone; they need Python >= 3.10, a C++17 compiler and make.
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*) python/gut_fast/rules.py
 CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emulation/*.h tests/emulation/*.cpp)
+INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test bench lint format types check clean
+.PHONY: demo test test-all bench lint format types check check-all clean
 .DELETE_ON_ERROR:
 
-demo: .venv/installed
+demo: $(or $(wildcard .venv/dev),.venv/demo)
 	$(BIN)/python -m gut_fast.study.demo
 
 test: lint types check
 
-bench: .venv/installed
+test-all: lint types check-all
+
+bench: .venv/dev
 	$(BIN)/pytest benchmarks --benchmark-sort=name
 
-lint: .venv/installed
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-types: .venv/installed
+types: .venv/dev
 	$(BIN)/mypy
 
-check: .venv/installed
-	$(BIN)/pytest
+check: .venv/dev
+	$(BIN)/pytest --numprocesses auto -m "not slow"
 
-format: .venv/installed
+check-all: .venv/dev
+	$(BIN)/pytest --numprocesses auto
+
+format: .venv/dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-.venv/installed: $(SOURCES)
+# The demo runs on CPUs, so it does not wait for nvcc; .venv/dev adds the CUDA kernels and compiles nothing twice.
+.venv/demo: $(SOURCES)
 	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable ".[cli,dev]"
+	GUT_FAST_CUDA=OFF $(INSTALL) ".[demo]"
+	touch $@
+
+.venv/dev: $(SOURCES)
+	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+	$(INSTALL) ".[cli,dev]"
 	touch $@
 
 clean:
