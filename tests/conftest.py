@@ -1,4 +1,4 @@
-"""What all tests share: one thread, unless a test asks for more, so that they are quick on a busy machine."""
+"""The fixtures and settings of all tests: one thread, unless a test asks for more, so that they are quick."""
 
 import os
 import signal
@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import ranks
+from emulation.build import load
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import cpu, cuda
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -18,7 +21,7 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items):
-    """Tests marked ``gpu`` need a CUDA device; those across ranks a process that these are forked from."""
+    """Skips tests marked ``gpu`` without a CUDA device; starts the process that the tests' ranks are forked from."""
     if any(getattr(item.module, "ranks", None) for item in items):
         ranks.load_libraries()
     if not torch.cuda.is_available():
@@ -35,8 +38,44 @@ def threads():
 
 
 @pytest.fixture
+def tier():
+    """Sets the instruction tier of the compiled kernel, and puts it back."""
+    before = cpu.tier()
+    yield cpu.set_tier
+    cpu.set_tier(before)
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda():
+    """The CUDA kernels compiled for the CPU: the module and the library that holds the emulated device."""
+    return load()
+
+
+@pytest.fixture
+def emulation(emulated_cuda, monkeypatch):
+    """Makes the backend "cuda" compute CPU tensors on an emulated device.
+
+    The fixture is a function that sets the device's multiprocessors, the shared memory that a block can have, and the
+    seed of the order in which its threads run.
+    """
+    module, library = emulated_cuda
+
+    def set_device(multiprocessors=2, shared_bytes=232448, seed=0):  # the shared memory of an H100
+        library.set_emulation(multiprocessors, shared_bytes, seed)
+
+    monkeypatch.setattr(cuda, "_cuda", module)
+    monkeypatch.setattr(cuda, "why_missing", None)
+    monkeypatch.setattr(cuda, "DEVICE_TYPE", "cpu")
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    ops.select_backend.cache_clear()
+    set_device()
+    yield set_device
+    ops.select_backend.cache_clear()
+
+
+@pytest.fixture
 def own_forkserver(monkeypatch):
-    """Processes are forked from one that prints where this test's output goes; that of `ranks` lives on."""
+    """Gives the test its own fork server, whose processes print into this test's output; `ranks` keeps the other."""
     server = forkserver.ForkServer()
     for name in ("ensure_running", "connect_to_new_process", "set_forkserver_preload"):
         monkeypatch.setattr(forkserver, name, getattr(server, name))

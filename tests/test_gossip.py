@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import gut_fast as gf
-from lockstep import seeded
+from gut_fast.verify.lockstep import seeded
 from test_optim import RING, parameters, same, set_gradients, snapshot, train
 
 

@@ -18,7 +18,7 @@ import gut_fast as gf
 from gut_fast import reference
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import cpu
-from lockstep import seeded
+from gut_fast.verify.lockstep import seeded
 
 RING = gf.topology.ring(6)
 SHAPES = ((3, 5), (5,), ())

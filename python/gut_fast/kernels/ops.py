@@ -175,8 +175,8 @@ def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
 
     The drift is ``D(i) = Σ_j w_ij (X_j − X_i)`` of the rows X as they were sent, so that their rounding does not move
     the mean over agents; X is S where nothing was sent. S in the outputs is computed anew. After `message` into rows of
-    the dtype of arithmetic the result is that of `gossip_step_`, bit for bit, but for a complete graph over several
-    ranks, which the fused CPU and CUDA kernels sum in another way.
+    the dtype of arithmetic the result is that of `gossip_step_`, bit for bit, but for a complete graph, which the CPU
+    and CUDA kernels sum in another way where all agents are together.
 
     Args:
         step: the step as given to `message`; `neighbor` indexes into the rows.

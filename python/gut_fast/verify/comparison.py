@@ -19,7 +19,17 @@ from gut_fast.rules import UpdateRule
 from gut_fast.verify.cases import Case, cases
 from gut_fast.verify.lockstep import EXACT, LIMIT, ROUNDINGS, OpRun, Precision, Problem, excess_error, same_bits
 
-__all__ = ["Candidate", "Request", "Result", "Setting", "devices", "num_cases", "settings", "verify"]
+__all__ = [
+    "Candidate",
+    "Request",
+    "Result",
+    "Setting",
+    "compare_candidate",
+    "devices",
+    "num_cases",
+    "settings",
+    "verify",
+]
 
 BACKENDS_WITH_TIERS = ("cpu",)
 
@@ -183,17 +193,27 @@ def _compare_case(case: Case, request: Request, candidates: dict[Precision, list
             continue
         plain = exact if precision == EXACT else case.problem.run_reference(case.num_steps, precision)
         for candidate in able:
-            _compare_settings(case, precision, candidate, request.tiers, exact, plain)
+            compare_candidate(candidate, case, precision, exact, plain, request.tiers)
 
 
-def _compare_settings(
+def compare_candidate(
+    candidate: Candidate,
     case: Case,
     precision: Precision,
-    candidate: Candidate,
-    tiers: Sequence[str],
     exact: Sequence[Tensor],
     plain: Sequence[Tensor],
+    tiers: Sequence[str] = (),
 ) -> None:
+    """Runs a case in all settings of the candidate's backend, and adds errors and faults to the candidate.
+
+    Args:
+        candidate: the candidate; its backend must serve the rule in this precision.
+        case: the problem, its steps and thread counts.
+        precision: the precision of the run.
+        exact: z and every state after the reference's steps in float64.
+        plain: z and every state after the reference's steps in this precision.
+        tiers: the instruction tiers that must give the same bits.
+    """
     first: tuple[Setting, list[Tensor]] | None = None
     for setting in settings(candidate.backend, tiers, case.threads, candidate.device):
         try:

@@ -1,0 +1,189 @@
+"""The compiled CPU kernel alone: instruction tiers, threads, processes, and the rules that it is compiled for."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from gut_fast import _core, topology
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import cpu
+from gut_fast.rules import RULES
+from gut_fast.verify.lockstep import same_bits, seeded
+from steps import a_step, copied, outputs, own_rule, stepped
+
+LARGE = (9000, 3, 4097)
+
+
+def test_thread_counts_agree_bit_for_bit(threads):
+    for rule in ("gut", "gradient_tracking"):
+        results = []
+        for count in (1, 2, 3, 7):
+            threads(count)
+            results.append(outputs(stepped(a_step(rule, topology.ring(16), LARGE), "cpu")))
+        assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_threads_and_tiers_share_the_halves_bit_for_bit(threads, tier):
+    step = a_step("gradient_tracking", topology.ring(4), (4097, 33_000, 5))  # enough for a second thread in one agent
+    results = []
+    for count, name in ((1, "baseline"), (4, "baseline"), (3, _core.available_tiers()[0])):
+        threads(count)
+        tier(name)
+        part, rows = copied(step), [torch.empty(2 * 37_102, dtype=torch.bfloat16) for _ in range(4)]
+        ops.message(part, rows, "cpu")
+        ops.combine_(part, rows, "cpu")
+        results.append([*rows, *outputs(part)])
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_threads_share_the_callers_floating_point_modes(threads):
+    """Denormals are flushed, or not, whichever thread computes them."""
+    step = a_step("gut", topology.ring(16), (20_000,))
+    step = step._replace(
+        parameters=[1e-38 * step.parameters[0]],
+        state=[torch.zeros_like(step.state[0])],
+        gradients=[1e-38 * step.gradients[0]],
+    )
+
+    def results():
+        for count in (1, 4):
+            threads(count)
+            yield stepped(step, "cpu").parameters
+
+    assert torch.set_flush_denormal(True)
+    try:
+        flushed, flushed_in_threads = results()
+    finally:
+        torch.set_flush_denormal(False)
+    kept, kept_in_threads = results()
+    assert same_bits(flushed, flushed_in_threads)
+    assert same_bits(kept, kept_in_threads)
+    assert not torch.equal(flushed[0], kept[0])
+
+
+def test_steps_in_several_python_threads_at_once(threads):
+    threads(2)
+    steps = [a_step(rule, topology.ring(16), (9000, 3)) for rule in ("gut", "gutm", "dsgd", "gradient_tracking")]
+    one_by_one = [outputs(stepped(step, "cpu")) for step in steps]
+    together = [copied(step) for step in steps]
+    workers = [threading.Thread(target=ops.gossip_step_, args=(*step, "cpu")) for step in together]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(same_bits(outputs(a), b) for a, b in zip(together, one_by_one, strict=True))
+
+
+def test_the_gil_is_released():
+    step = a_step("gut", topology.ring(16), (500_000,))
+    running, done, seen = threading.Event(), threading.Event(), 0
+
+    def steps():
+        running.set()
+        for _ in range(10):
+            ops.gossip_step_(*step, "cpu")
+        done.set()
+
+    worker = threading.Thread(target=steps)
+    worker.start()
+    running.wait()
+    while not done.is_set():
+        seen += 1
+    worker.join()
+    assert seen > 10_000  # a kernel that kept the GIL would let this loop turn only between steps
+
+
+FORK = """
+import os, signal, torch
+from gut_fast import topology
+from gut_fast.kernels import ops
+from steps import a_step
+
+torch.set_num_threads(4)
+step = a_step("gut", topology.ring(16), (9000,))
+ops.gossip_step_(*step)  # the pool's threads exist now, and will not in the child
+child = os.fork()
+signal.alarm(30)
+ops.gossip_step_(*step)
+if child == 0:
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+print("both stepped")
+"""
+
+
+def script(text, **environment):
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", text], env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_a_forked_child_can_step():
+    result = script(FORK)
+    assert (result.stdout.strip(), result.returncode) == ("both stepped", 0), result.stderr
+
+
+TIER = """
+import torch
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import cpu
+print(cpu.tier(), "|", cpu.unavailable("cpu", torch.float32, 1, 1))
+print(ops.select_backend("auto", "cpu", torch.float32, 1, 1).__name__)
+"""
+
+
+@pytest.mark.parametrize("tier", ["baseline", "no-such-tier"])
+def test_the_environment_forces_a_tier(tier):
+    result = script(TIER, GUT_FAST_TIER=tier)
+    if tier == "baseline":
+        assert result.stdout.split("\n")[:2] == ["baseline | None", "gut_fast.kernels.backends.cpu"]
+        assert not result.stderr
+    else:
+        assert "steps are slow without the compiled kernel: backend 'cpu' is not available: env" in result.stderr
+        assert "None | environment variable GUT_FAST_TIER: instruction tier 'no-such-tier'" in result.stdout
+        assert result.stdout.split("\n")[1] == "gut_fast.kernels.backends.torch"
+
+
+def test_tier_names(tier):
+    with pytest.raises(ValueError, match=r"instruction tier 'x87' is not available here; there are: .*baseline"):
+        tier("x87")
+    for name in cpu._core.available_tiers():
+        tier(name)
+        assert cpu.tier() == name
+
+
+def test_rules_beyond_the_compiled_shapes_run_in_torch():
+    step = a_step(own_rule(5, 3), topology.ring(4), (5,))
+    with pytest.raises(RuntimeError, match="'cpu' is not available: it is compiled for up to 3 states and 2 messages"):
+        stepped(step, "cpu")
+    assert same_bits(outputs(stepped(step, "auto")), outputs(stepped(step, "torch")))
+
+
+def test_every_rule_of_the_table_is_compiled():
+    for rule in RULES.values():
+        assert cpu.unavailable("cpu", torch.float32, len(rule.states), rule.num_messages) is None
+
+
+def test_many_agents_on_a_random_graph():
+    step = a_step("gut", topology.random_regular(1024, 4, seed=0), (3, 70))
+    for mine, other in zip(outputs(stepped(step, "cpu")), outputs(stepped(step, "torch")), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-4)
+
+
+def test_residuals_have_the_same_bits_in_any_layout_of_the_gradients():
+    step = a_step("gradient_tracking", columns=(4097, 5))
+    strided = step._replace(gradients=[g.t().contiguous().t() for g in step.gradients])
+    assert cpu.direct_step(step) is not None
+    assert cpu.direct_step(strided) is None
+    results = []
+    for given in (step, strided):
+        rows = [torch.empty(2 * 4102, dtype=torch.bfloat16) for _ in range(6)]
+        residuals = [1e-3 * seeded(2 * 4102, seed=i, dtype=torch.float32) for i in range(6)]
+        ops.message(given, rows, "cpu", residuals=residuals)
+        results.append([*rows, *residuals])
+    assert same_bits(*results)
