@@ -119,15 +119,13 @@ def combined_in_float64(step, rows):
     if step.grad_scale is not None:
         g = g * step.grad_scale.cpu()[:, None]
     u = torch.stack([z, *state, g])
-    S = torch.einsum("mk,knd->mnd", A, u)
+    S = torch.tensordot(A, u, 1)
     X = torch.stack([S[:, i].flatten() if row is None else row.double().cpu() for i, row in enumerate(rows)])
     W = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     agents = torch.arange(n).repeat_interleave(step.row_start.cpu().diff())
     W.index_put_((agents, step.neighbor.cpu()), step.weight.cpu(), accumulate=True)
     D = drift(X, W)[:n].view(n, M, -1).transpose(0, 1)
-    return list(
-        torch.einsum("lk,knd->lnd", B, u) + torch.einsum("lm,mnd->lnd", C, S) + torch.einsum("lm,mnd->lnd", E, D)
-    )
+    return list(torch.tensordot(B, u, 1) + torch.tensordot(C, S, 1) + torch.tensordot(E, D, 1))
 
 
 def rows_of(step):
