@@ -6,7 +6,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*) python/gut_fast/rules.py
 CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emulation/*.h tests/emulation/*.cpp)
-INSTALL := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt --editable
+# Built in .venv itself: a build environment of its own would be another each time, and compile everything anew.
+BUILDERS := scikit-build-core pybind11 $(foreach tool,cmake ninja,$(if $(shell command -v $(tool)),,$(tool)))
+PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(PIP) --no-build-isolation --editable
 
 .PHONY: demo test test-all bench lint format types check check-all clean
 .DELETE_ON_ERROR:
@@ -41,13 +44,16 @@ format: .venv/dev
 	$(BIN)/clang-format -i $(CPP)
 
 # The demo runs on CPUs, so it does not wait for nvcc; .venv/dev adds the CUDA kernels and compiles nothing twice.
-.venv/demo: $(SOURCES)
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+.venv/builders:
+	$(PYTHON) -m venv .venv
+	$(PIP) $(BUILDERS)
+	touch $@
+
+.venv/demo: $(SOURCES) | .venv/builders
 	GUT_FAST_CUDA=OFF $(INSTALL) ".[demo]"
 	touch $@
 
-.venv/dev: $(SOURCES)
-	test -x $(BIN)/pip || $(PYTHON) -m venv .venv
+.venv/dev: $(SOURCES) | .venv/builders
 	$(INSTALL) ".[cli,dev]"
 	touch $@
 
