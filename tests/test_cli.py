@@ -1,5 +1,3 @@
-import csv
-import json
 import multiprocessing
 import os
 import signal
@@ -9,17 +7,19 @@ import threading
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 import gut_fast
 from gut_fast import analysis, cli, topology
 from gut_fast.cli import topology as topology_command
-from gut_fast.cli import train as train_command
 from gut_fast.kernels.backends import AUTOMATIC, cpu
 from gut_fast.rules import RULES
 from gut_fast.simulation import Simulator
-from gut_fast.study import Experiment
+from gut_fast.study import Experiment, runner
+from gut_fast.study.results import read_results
+from gut_fast.study.sweep import read_sweep
 
 QUICK = ("train", "--topology", "ring:4", "--steps", "12", "--eval-every", "4", "--engine", "vmap", "--threads", "1")
 
@@ -39,10 +39,6 @@ def gut_fast_command(capsys):
         return code, out, err
 
     return run
-
-
-def history_of(folder, seed):
-    return (folder / f"seed-{seed}" / "history.jsonl").read_text()
 
 
 # Help, version, info
@@ -130,7 +126,7 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
         (["train", "--model", "lenet5"], "lenet5 takes images (channels, 28, 28)"),
         (["train", "--partition", "fair"], "unknown partition 'fair'"),
         (["train", "--partition", "shards"], "'shards' needs classes_per_agent="),
-        (["train", "--partition", "iid", "--alpha", "1"], "'iid' has no option 'alpha'"),
+        (["train", "--partition", "iid", "--alpha", "1"], "there is no 'alpha' for rule 'gut' and partition 'iid'"),
         (["train", "--alpha", "0"], "alpha=0.0 must be positive"),
         (["train", "--steps", "0"], "steps must be at least 1"),
         (["train", "--launch", "3"], "--launch 3: 16 agents cannot be shared out evenly over 3 processes"),
@@ -220,14 +216,26 @@ def test_a_picture_that_cannot_be_written_after_all_is_one_line(gut_fast_command
     assert (code, err) == (2, "gut-fast: error: cannot write: [Errno 28] No space left on device\n")
 
 
-@pytest.mark.parametrize("entry", [{"topology": 5}, {"seed": "x"}, {"hyperparameters": [1]}, {"rule": None}])
-def test_a_configuration_of_wrong_types_is_one_line(gut_fast_command, tmp_path, entry):
-    folder = tmp_path / "run" / "seed-0"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(entry))
+@pytest.mark.parametrize("entry", ["topology: 5", "steps: x", "hyperparameters: [1]", "channels_last: 1"])
+def test_a_folder_whose_file_has_wrong_types_is_one_line(gut_fast_command, tmp_path, entry):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sweep.yaml").write_text(f"settings: {{{entry}}}\nmethods: {{gut: {{rule: gut}}}}\n")
     code, _, err = gut_fast_command("train", "--out", "run", "--resume")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"run/seed-0/config.json: {next(iter(entry))} must be a " in err
+    assert f"run/sweep.yaml: method 'gut': {entry.split(':')[0]} must" in err
+
+
+def test_a_folder_of_an_earlier_version_or_a_sweep_is_not_continued(gut_fast_command, tmp_path):
+    (tmp_path / "old" / "seed-0").mkdir(parents=True)
+    (tmp_path / "old" / "seed-0" / "config.json").write_text("{}")
+    code, _, err = gut_fast_command("train", "--out", "old", "--resume")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "old is of an earlier version of gut_fast, which kept seed-*/config.json" in err
+    code, _, err = gut_fast_command(*QUICK, "--out", "old")
+    assert "old holds an experiment already" in err
+    (tmp_path / "sweep.yaml").write_text("methods: {gut: {rule: gut}, d2: {rule: d2}}\n")
+    code, _, err = gut_fast_command("train", "--out", ".", "--resume")
+    assert "sweep.yaml is of several methods or points; go on with: gut-fast sweep sweep.yaml --out ." in err
 
 
 def test_a_wrong_tier_is_an_error_and_not_a_slow_run(gut_fast_command, tmp_path, monkeypatch):
@@ -242,7 +250,7 @@ def test_a_wrong_tier_is_an_error_and_not_a_slow_run(gut_fast_command, tmp_path,
 
 def test_train_names_the_backend_in_use(gut_fast_command):
     _, out, _ = gut_fast_command(*QUICK, "--backend", "torch")
-    assert out.startswith("seed 0: gut on ring(4), backend torch, from step 0\n")
+    assert out.startswith("gut on ring(4), backend torch\n")
 
 
 def test_the_kernel_asked_for_but_missing_is_an_error(gut_fast_command, monkeypatch):
@@ -256,44 +264,44 @@ def test_the_kernel_asked_for_but_missing_is_an_error(gut_fast_command, monkeypa
     assert "backend 'cpu' is not available: it was not built" in err
 
 
-def test_bugs_keep_their_traceback(monkeypatch):
-    def train_in(*arguments):
+def test_a_bug_in_a_run_is_told_with_its_place(gut_fast_command, monkeypatch):
+    def evaluate(simulator):
         raise ValueError("a bug")
 
-    monkeypatch.setattr(train_command.experiment_folder, "train_in", train_in)
-    with pytest.raises(ValueError, match="a bug"):
-        cli.main(QUICK)
+    monkeypatch.setattr(Simulator, "evaluate", evaluate)
+    code, _, err = gut_fast_command(*QUICK, "--seeds", "2")
+    assert code == 1
+    assert "1/2  gut, seed 0 FAILED: ValueError: a bug (test_cli.py, line " in err
+    assert "2 runs failed; try them again with: gut-fast train --out outputs/train --resume" in err
 
 
 # Training
 
 
-def test_train_writes_histories_configurations_checkpoints_and_a_picture(gut_fast_command, tmp_path):
+def test_train_writes_results_tables_checkpoints_and_a_picture(gut_fast_command, tmp_path):
     code, out, _ = gut_fast_command(
         *QUICK, "--rule", "gutm", "--set", "momentum=0.8", "--mu", "0.4", "--seeds", "5,3", "--out", "runs/a"
     )
     folder = tmp_path / "runs" / "a"
     assert code == 0
+    assert out.startswith("gutm on ring(4), backend cpu\n")
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    final = []
-    for seed in (5, 3):
-        experiment = Experiment.load(folder / f"seed-{seed}" / "config.json")
-        assert (experiment.seed, experiment.rule) == (seed, "gutm")
-        assert experiment.hyperparameters == {"momentum": 0.8, "mu": 0.4}
-        lines = [json.loads(line) for line in history_of(folder, seed).splitlines()]
-        with (folder / f"seed-{seed}" / "history.csv").open() as file:
-            rows = list(csv.DictReader(file))
-        assert [line["step"] for line in lines] == [4, 8, 12]
-        assert [float(row["test_accuracy"]) for row in rows] == [line["test_accuracy"] for line in lines]
-        assert torch.load(folder / f"seed-{seed}" / "checkpoint.pt")["step"] == 12
-        final.append(lines[-1]["test_accuracy"])
-        assert f"{100 * final[-1]:.1f}" in out
+    results, tasks = read_results(folder), read_sweep(folder / "sweep.yaml").tasks()
+    history, summary = (pd.read_csv(folder / name) for name in ("history.csv", "summary.csv"))
+    assert [task.experiment.seed for task in tasks] == [5, 3]
+    for task in tasks:
+        run = results.run(task.name)
+        assert (run.experiment.rule, run.experiment.hyperparameters) == ("gutm", {"momentum": 0.8, "mu": 0.4})
+        assert [row["step"] for row in run.history] == [4, 8, 12]
+        rows = history[history["seed"] == task.experiment.seed].drop(columns="seed").to_dict("records")
+        assert rows == [pytest.approx(row) for row in run.history]
+        checkpoint = torch.load(runner.checkpoint_of(folder, task))
+        assert (checkpoint["step"], checkpoint["history"]) == (12, run.history)
+        assert f"{100 * run.final['test_accuracy']:.1f}" in out
+    final = [results.run(task.name).final["test_accuracy"] for task in tasks]
     assert f"{50 * sum(final):.1f} ±" in out
-    with (folder / "summary.csv").open() as file:
-        assert [(row["seed"], float(row["test_accuracy"])) for row in csv.DictReader(file)] == [
-            ("5", final[0]),
-            ("3", final[1]),
-        ]
+    assert list(summary["seed"]) == [5, 3]
+    assert list(summary["test_accuracy"]) == pytest.approx(final)
 
 
 def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
@@ -305,7 +313,8 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         *("--autocast", "bfloat16", "--augment", "--channels-last"),
     )
     assert code == 0
-    assert Experiment.load(tmp_path / "outputs" / "train" / "seed-7" / "config.json") == Experiment(
+    (task,) = read_sweep(tmp_path / "outputs" / "train" / "sweep.yaml").tasks()
+    assert task.experiment == Experiment(
         topology="torus:2x3",
         gamma=0.5,
         rule="dsgdm",
@@ -346,18 +355,23 @@ def test_interrupted_training_says_how_to_go_on_and_does(gut_fast_command, tmp_p
     gut_fast_command(*whole, "--out", "whole")
     with monkeypatch.context() as patch:
         interrupt_at(patch, 8)
-        code, out, _ = gut_fast_command(*whole, "--out", "parts")
+        code, _, err = gut_fast_command(*whole, "--out", "parts")
     assert code == 130
-    assert "stopped in seed 0 after step 8; go on with: gut-fast train --out parts --resume" in out
-    assert len(history_of(tmp_path / "parts", 0).splitlines()) == 2
-    code, out, _ = gut_fast_command("train", "--out", "parts", "--resume", "--threads", "1")
+    assert "0/2  d2, seed 0: stopped after step 8\n" in err
+    assert "stopped; go on with: gut-fast train --out parts --resume\n" in err
+    code, _, err = gut_fast_command("train", "--out", "parts", "--resume", "--threads", "1")
     assert code == 0
-    assert "seed 0: d2 on ring(4), backend cpu, from step 8" in out
-    assert "seed 1: d2 on ring(4), backend cpu, from step 0" in out
-    for seed in (0, 1):
-        assert history_of(tmp_path / "parts", seed) == history_of(tmp_path / "whole", seed)
-        first, second = (torch.load(tmp_path / name / f"seed-{seed}" / "checkpoint.pt") for name in ("whole", "parts"))
+    assert "0/2  d2, seed 0: goes on from step 8" in err
+    assert "d2, seed 1: goes on" not in err
+    assert_same_folders(tmp_path / "parts", tmp_path / "whole")
+    for task in read_sweep("whole/sweep.yaml").tasks():
+        first, second = (torch.load(runner.checkpoint_of(tmp_path / name, task)) for name in ("whole", "parts"))
         assert all(torch.equal(first["model"][name], second["model"][name]) for name in first["model"])
+
+
+def assert_same_folders(one, other):
+    for name in ("history.csv", "summary.csv", "sweep.yaml"):
+        assert (one / name).read_text() == (other / name).read_text()
 
 
 LAUNCHED = ("train", "--topology", "ring:4", "--eval-every", "20", "--engine", "loop", "--threads", "1")
@@ -375,13 +389,13 @@ def launching_command(capfd, own_forkserver):
     return run
 
 
-def once_there(file, act):
-    """Does it as soon as the file is there, or never."""
+def once_there(folder, pattern, act):
+    """Does it as soon as there is such a file in the folder, or never."""
 
     def wait():
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if file.exists():
+            if any(folder.glob(pattern)):
                 act()
                 break
             time.sleep(0.01)
@@ -391,24 +405,22 @@ def once_there(file, act):
 
 def test_launched_processes_end_where_one_does_and_go_on_after_ctrl_c(launching_command, tmp_path):
     launching_command(*LAUNCHED, "--steps", "300", "--out", "whole")
-    history = tmp_path / "parts" / "seed-0" / "history.jsonl"
-    once_there(history, lambda: os.kill(os.getpid(), signal.SIGINT))
-    code, out, _ = launching_command(*LAUNCHED, "--steps", "300", "--out", "parts", "--launch", "2")
+    parts = tmp_path / "parts"
+    once_there(parts, "checkpoints/*/*/rank-1.pt", lambda: os.kill(os.getpid(), signal.SIGINT))
+    code, _, err = launching_command(*LAUNCHED, "--steps", "300", "--out", "parts", "--launch", "2")
     assert code == 130
-    assert "stopped in seed 0 after step " in out
-    assert "go on with: gut-fast train --out parts --resume --launch 2" in out
-    assert 0 < len(history.read_text().splitlines()) < 15
+    assert "gut, seed 0: stopped after step " in err
+    assert "go on with: gut-fast train --out parts --resume --launch 2" in err
     code, _, err = launching_command("train", "--out", "parts", "--resume")
     assert code == 2
     assert "was written with --launch 2; go on with --launch 2" in err
-    code, out, _ = launching_command("train", "--out", "parts", "--resume", "--threads", "1", "--launch", "2")
+    code, _, err = launching_command("train", "--out", "parts", "--resume", "--threads", "1", "--launch", "2")
     assert code == 0
-    assert "from step 0" not in out
-    assert history_of(tmp_path / "parts", 0) == history_of(tmp_path / "whole", 0)
-    for name in ("summary.csv", "seed-0/history.csv"):
-        assert (tmp_path / "parts" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert "gut, seed 0: goes on from step " in err
+    assert_same_folders(parts, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path):
     started = []
 
@@ -416,7 +428,7 @@ def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path):
         started.extend(multiprocessing.active_children())
         next(process for process in started if process.name == "rank 1").kill()
 
-    once_there(tmp_path / "run" / "seed-0" / "history.jsonl", kill)
+    once_there(tmp_path / "run", "checkpoints/*/*/rank-1.pt", kill)
     code, _, err = launching_command(*LAUNCHED, "--steps", "100000", "--out", "run", "--launch", "2")
     assert code == 2
     assert "gut-fast: error: rank 1 was killed by SIGKILL, or ran out of memory; the other ranks have been ended" in err
@@ -426,7 +438,7 @@ def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path):
 
 def test_a_folder_is_not_overwritten_and_resume_takes_no_other_settings(gut_fast_command, tmp_path):
     gut_fast_command(*QUICK, "--out", "run")
-    before = history_of(tmp_path / "run", 0)
+    before = (tmp_path / "run" / "runs.csv.zst").read_bytes()
     code, _, err = gut_fast_command(*QUICK, "--out", "run", "--lr", "0.5")
     assert (code, err) == (
         2,
@@ -437,11 +449,10 @@ def test_a_folder_is_not_overwritten_and_resume_takes_no_other_settings(gut_fast
         2,
         "gut-fast: error: --resume goes on with the settings in the folder; leave out --lr, --seeds\n",
     )
-    assert history_of(tmp_path / "run", 0) == before
-    (tmp_path / "run" / "seed-0" / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    code, _, err = gut_fast_command("train", "--out", "run", "--resume")
-    assert code == 2
-    assert "checkpoint.pt cannot be read as a checkpoint" in err
+    code, out, _ = gut_fast_command("train", "--out", "run", "--resume")
+    assert code == 0
+    assert "test accuracy" in out
+    assert (tmp_path / "run" / "runs.csv.zst").read_bytes() == before
 
 
 def test_unstable_settings_warn_once_in_a_line_and_train(gut_fast_command):
@@ -457,9 +468,9 @@ def test_unstable_settings_warn_once_in_a_line_and_train(gut_fast_command):
 
 
 def test_divergence_is_told(gut_fast_command):
-    code, out, _ = gut_fast_command(*QUICK, "--lr", "1e30", "--milestones", "")
+    code, _, err = gut_fast_command(*QUICK, "--lr", "1e30", "--milestones", "")
     assert code == 0
-    assert "4 agents had a loss of NaN or infinity" in out
+    assert "4 agents had a loss of NaN or infinity" in err
 
 
 # Topologies

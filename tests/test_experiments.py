@@ -1,5 +1,4 @@
 import importlib.util
-import json
 import math
 
 import networkx as nx
@@ -12,8 +11,8 @@ from rich.console import Console
 from gut_fast import rules, topology
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import cpu, cuda, triton
-from gut_fast.study import TOPOLOGIES, Experiment, Run, folder, make_simulator, parse_topology, plots, summary, train
-from gut_fast.study.runner import samples_per_class
+from gut_fast.study import TOPOLOGIES, Experiment, Run, make_simulator, parse_topology, plots, summary, train
+from gut_fast.study.run import samples_per_class
 
 QUICK = Experiment(topology="ring:4", steps=6, eval_every=3, engine="vmap", partition_options={"alpha": 0.1})
 
@@ -147,15 +146,6 @@ def test_bad_files_say_so(tmp_path):
 # Experiments
 
 
-def test_experiment_round_trips_through_json(tmp_path):
-    experiment = Experiment(rule="gutm", hyperparameters={"mu": 0.5}, milestones=(0.25, 30), seed=3, steps=40)
-    experiment.save(tmp_path / "config.json")
-    assert Experiment.load(tmp_path / "config.json") == experiment
-    content = json.loads((tmp_path / "config.json").read_text())
-    assert content["hyperparameters"] == {"momentum": 0.9, "mu": 0.5}
-    assert content["milestones"] == [0.25, 30]
-
-
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -169,13 +159,6 @@ def test_experiment_round_trips_through_json(tmp_path):
 def test_bad_experiment_cannot_be_made(values, message):
     with pytest.raises(ValueError, match=message):
         Experiment(**values)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"speed": 1}'])
-def test_what_is_no_configuration_is_not_loaded(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=r"config\.json is not"):
-        Experiment.load(tmp_path / "config.json")
 
 
 def test_experiments_of_a_seed_are_paired_over_rules():
@@ -224,47 +207,6 @@ def test_samples_per_class_counts_what_the_simulator_trains_on():
     assert histogram.shape == (4, 10)
     for agent, part in enumerate(simulator.batches.parts):
         assert torch.equal(histogram[agent], simulator.data.train_labels[part].bincount(minlength=10))
-
-
-# Folders
-
-
-def test_a_folder_remembers_its_experiments(tmp_path):
-    experiments = [Experiment(**{**QUICK.as_dict(), "seed": seed}) for seed in (10, 9)]
-    folder.create(tmp_path / "new" / "folder", experiments)
-    assert folder.read(tmp_path / "new" / "folder") == experiments[::-1]
-    with pytest.raises(FileExistsError, match="holds an experiment already"):
-        folder.create(tmp_path / "new" / "folder", experiments)
-    with pytest.raises(FileNotFoundError, match="holds no experiment"):
-        folder.read(tmp_path)
-
-
-def test_a_killed_process_leaves_a_history_and_what_it_left_half_written_goes(tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    experiment = Experiment(**{**QUICK.as_dict(), "steps": 9})
-    folder.create(tmp_path, [experiment])
-    place = tmp_path / "seed-0"
-    strangers = {place / ".checkpoint.pt.old.tmp", place / ".notes.7.tmp"}
-    for file in (*strangers, place / ".checkpoint.pt.123.tmp", place / ".history.csv.123.tmp"):
-        file.touch()
-    simulator = make_simulator(experiment)
-    evaluate = simulator.evaluate
-    seen = []
-
-    def evaluate_and_look():
-        if simulator.step == 6:
-            seen.extend(json.loads(line)["step"] for line in (place / "history.jsonl").read_text().splitlines())
-            seen.append((place / "history.csv").read_text().count("\n"))
-            raise Killed
-        return evaluate()
-
-    monkeypatch.setattr(simulator, "evaluate", evaluate_and_look)
-    with pytest.raises(Killed):
-        folder.train_in(tmp_path, experiment, simulator)
-    assert seen == [3, 2]
-    assert set(place.glob(".*")) == strangers
 
 
 # Summaries

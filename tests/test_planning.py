@@ -13,7 +13,7 @@ from gut_fast import topology as topologies
 from gut_fast.cli.network import make_question, parse_sizes, show_comparison, show_measured
 from gut_fast.cli.terminal import console_of_text
 from gut_fast.rules import RULES, get_rule
-from gut_fast.study import units
+from gut_fast.study import Experiment, Run, units
 from gut_fast.study.network import convergence, planning
 from gut_fast.study.network import picture as network_plot
 from gut_fast.study.network import question as comparison
@@ -27,7 +27,6 @@ from gut_fast.study.network.planning import (
     step_seconds,
 )
 from gut_fast.study.records import Record
-from gut_fast.study.runner import Experiment, Run
 
 PLAIN = Network(bandwidth=1e6, latency=0.002, compute=0.05)
 STRAGGLING = dataclasses.replace(

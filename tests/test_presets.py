@@ -9,9 +9,9 @@ import torch
 import gut_fast
 from gut_fast import analysis, cli
 from gut_fast.data import Dataset
-from gut_fast.study import Experiment, make_simulator, parse_topology, runner, train
+from gut_fast.study import Experiment, make_simulator, parse_topology, run, train
 from gut_fast.study.presets import PRESETS, preset_settings
-from gut_fast.study.sweep import make_sweep
+from gut_fast.study.sweep import make_sweep, read_sweep
 
 PAPER = {
     "cifar10-resnet20-ring16": ("cifar10", 16, 0.1, "resnet20", 0.06, 0.1, 200),
@@ -45,9 +45,9 @@ def small_data(monkeypatch):
         return Dataset(name, classes, images[test:], labels, images[:test], labels[:test])
 
     monkeypatch.setattr(gut_fast.data, "load", load)
-    runner._pooled.cache_clear()
+    run._pooled.cache_clear()
     yield
-    runner._pooled.cache_clear()
+    run._pooled.cache_clear()
 
 
 def test_presets_are_the_rows_of_the_paper():
@@ -111,7 +111,7 @@ def test_train_takes_a_preset_and_options_that_come_after(small_data, tmp_path, 
         eval_every=1,
         engine="loop",
     )
-    assert Experiment.load("run/seed-0/config.json") == expected
+    assert [task.experiment for task in read_sweep("run/sweep.yaml").tasks()] == [expected]
     assert "test accuracy" in capsys.readouterr().out
 
 
@@ -127,7 +127,7 @@ def test_pooling_norm_validation_and_data_folder_are_taken(small_data, tmp_path,
     )
     assert code == 0
     assert os.environ["GUT_FAST_DATA"] == str(tmp_path / "elsewhere")
-    experiment = Experiment.load("run/seed-0/config.json")
+    (experiment,) = (task.experiment for task in read_sweep("run/sweep.yaml").tasks())
     assert (experiment.pool, experiment.validation, experiment.norm) == (2, 0.5, "none")
     simulator = make_simulator(experiment)
     assert simulator.data.input_shape == (1, 14, 14)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from gut_fast.benchmark.across_link import Place, places
-from gut_fast.distributed.processes import end_with_parent
+from gut_fast.study.processes import end_with_parent
 
 __all__ = ["Crew", "CrewError", "crew"]
 

@@ -15,8 +15,8 @@ from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, 
 from gut_fast.cli.topology import SPECS
 from gut_fast.data import Dataset
 from gut_fast.study import plots, summary
-from gut_fast.study.runner import Experiment, load_data, samples_per_class
-from gut_fast.study.settings import make_experiment
+from gut_fast.study.experiment import Experiment, make_experiment
+from gut_fast.study.run import load_data, samples_per_class
 
 __all__ = ["data_command"]
 

@@ -19,7 +19,6 @@ from gut_fast.cli.options import DataFolder, prepare_data
 from gut_fast.cli.sweep import FILE
 from gut_fast.cli.terminal import as_bad_argument, console_of_text
 from gut_fast.study import plots
-from gut_fast.study.folder import check_writable
 from gut_fast.study.records import read_records
 from gut_fast.study.report import tables
 from gut_fast.study.report.sections import lead
@@ -27,6 +26,7 @@ from gut_fast.study.report.study import Study, gather
 from gut_fast.study.report.tables import Table
 from gut_fast.study.report.words import listed, without_folders
 from gut_fast.study.report.write import Source, write_report
+from gut_fast.study.runner import check_writable
 from gut_fast.study.summary import plain_table
 from gut_fast.study.sweep import Task, make_sweep
 from gut_fast.study.yaml_files import read_yaml

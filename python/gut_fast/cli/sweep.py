@@ -5,32 +5,41 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
 from gut_fast import analysis
 from gut_fast.cli.options import DataFolder, Download, prepare_data
-from gut_fast.cli.sweep_progress import shown_on, title
+from gut_fast.cli.sweep_progress import Display, title
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.distributed.files import replacing
 from gut_fast.rules import get_rule
 from gut_fast.simulation import write_csv
 from gut_fast.study import summary
-from gut_fast.study.folder import check_writable
-from gut_fast.study.jobs import check_no_others, run_tasks, sole_user, unfinished
-from gut_fast.study.records import records_of
 from gut_fast.study.results import read_results
-from gut_fast.study.runner import make_simulator
+from gut_fast.study.run import make_simulator
+from gut_fast.study.runner import (
+    Failure,
+    check_no_others,
+    check_writable,
+    run_here,
+    run_in_processes,
+    run_missing,
+    sole_user,
+    unfinished,
+)
 from gut_fast.study.sweep import Task, read_sweep
-from gut_fast.study.tuning import Choice, choose, make_tuning, tried_rows, tuned_content
+from gut_fast.study.tune import Choice, choose, make_tuning, tried_rows, tuned_content
 from gut_fast.study.yaml_files import about_file, read_yaml, write_yaml
 from gut_fast.topology.names import parse_topology
 
-__all__ = ["FILE", "sweep", "tune"]
+__all__ = ["FILE", "console_of_runs", "execute", "missing_runs", "sweep", "tune"]
 
 FILE = "sweep.yaml"
 
@@ -57,8 +66,7 @@ def sweep(
     """Run methods × grid × seeds of a file; Ctrl-C, or a crash, and the same command goes on where it was."""
     with as_bad_argument():
         tasks = read_sweep(file).tasks()
-        missing = _missing(tasks, out, folder, download)
-        _warn_of_unstable(missing)
+        missing_runs(tasks, out, folder, download)
     _run(tasks, file, out, jobs or _cores(threads), threads)
     console_of_text().print(f"all {len(tasks)} runs are finished; see them with: gut-fast report {out}", soft_wrap=True)
 
@@ -80,10 +88,10 @@ def tune(
         with about_file(file):
             tuning = make_tuning(content)
         tasks = tuning.tasks()
-        _missing(tasks, out, folder, download)
+        missing_runs(tasks, out, folder, download, advise=False)
     _run(tasks, file, out, jobs or _cores(threads), threads)
     with as_bad_argument():
-        choices = choose(tuning, records_of(read_results(out)))
+        choices = choose(tuning, read_results(out))
     tuned = out / "tuned.yaml"
     with writing():
         write_yaml(tuned_content(content, choices), tuned)
@@ -93,13 +101,28 @@ def tune(
     console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...", soft_wrap=True)
 
 
-def _missing(tasks: Sequence[Task], out: Path, folder: Path | None, download: bool) -> list[Task]:
-    """The runs still to be done, after a look at the folder, the data and all that is to be made of them."""
+def missing_runs(
+    tasks: Sequence[Task], out: Path, folder: Path | None, download: bool, *, advise: bool = True
+) -> list[Task]:
+    """The runs still to be done, after a look at the folder, the data and all that is to be made of them.
+
+    Args:
+        tasks: all runs of the sweep.
+        out: the folder of the sweep.
+        folder: where data sets lie, or None.
+        download: whether data sets that are missing there are downloaded.
+        advise: whether to warn of hyper-parameters that are unstable on their topology.
+
+    Raises:
+        OSError, ImportError, RuntimeError, TypeError, ValueError: some run cannot be made, or the folder not be used.
+    """
     check_writable(out)
     check_no_others(tasks, out)
     missing = unfinished(tasks, out)
     prepare_data({task.experiment.data for task in missing}, folder, download)
     _check(missing)
+    if advise:
+        _warn_of_unstable(missing)
     return missing
 
 
@@ -119,7 +142,7 @@ def _check(tasks: Sequence[Task]) -> None:
             if rest not in seen:
                 seen.add(rest)
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
+                    warnings.simplefilter("ignore")  # `_warn_of_unstable` says it once
                     make_simulator(experiment)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{title(task)}: {error}") from error
@@ -133,23 +156,46 @@ def _warn_of_unstable(tasks: Sequence[Task]) -> None:
 
 
 def _run(tasks: Sequence[Task], file: Path, out: Path, jobs: int, threads: int) -> None:
-    """Runs what is missing in the folder, and keeps the file there. Exit code 1 if a run failed, 130 on Ctrl-C."""
-    console = Console(stderr=True, highlight=False, markup=False, emoji=False)
-    finished = len(tasks) - len(unfinished(tasks, out))
-    if finished:
-        console.print(f"{finished} of {len(tasks)} runs are finished already")
+    """Runs what is missing in the folder, in this process where one at a time is enough, and keeps the file there."""
+    console = console_of_runs()
+
+    def run(missing: Sequence[Task]) -> list[Failure]:
+        _keep(file, out / FILE)
+        at_a_time = min(jobs, len(missing))
+        with Display(console, len(tasks), len(tasks) - len(missing)) as display:
+            if at_a_time > 1:
+                return run_in_processes(missing, out, display, jobs=at_a_time, threads=threads)
+            torch.set_num_threads(threads)
+            return run_here(missing, out, display)
+
+    execute(partial(run_missing, tasks, out, run), out, console, "the same command")
+
+
+def execute(run: Callable[[], list[Failure]], out: Path, console: Console, again: str) -> None:
+    """Calls `run` as the only one at work in the folder. The exit code is 1 if a run failed, 130 on Ctrl-C.
+
+    Args:
+        run: returns the runs that failed.
+        out: the folder, which need not exist.
+        console: where to say how to go on.
+        again: the command that goes on.
+    """
     with writing():
         out.mkdir(parents=True, exist_ok=True)
     try:
-        with as_bad_argument(), sole_user(out), shown_on(console, len(tasks), finished) as watcher:
-            _keep(file, out / FILE)
-            failures = run_tasks(tasks, out, jobs, threads, watcher)
+        with as_bad_argument(), sole_user(out):
+            failures = run()
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        console.print(f"stopped; go on with: {again}", soft_wrap=True)
         raise typer.Exit(130) from None
     if failures:
-        console.print(f"{len(failures)} runs failed, the same command tries them again")
+        console.print(f"{len(failures)} runs failed; try them again with: {again}", soft_wrap=True)
         raise typer.Exit(1)
+
+
+def console_of_runs() -> Console:
+    """The console on stderr where the progress of runs is shown."""
+    return Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def _keep(file: Path, copy: Path) -> None:

@@ -1,120 +1,125 @@
-"""How far a sweep is: bars on a terminal, otherwise lines."""
+"""How far the runs of a sweep are: bars on a terminal, otherwise lines."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
+from typing import Any
 
+import rich.progress
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
+from rich.text import Text
 
-from gut_fast.study.jobs import Failure, Watcher
-from gut_fast.study.runner import Run
+from gut_fast.study.run import Run
+from gut_fast.study.runner import Failure
 from gut_fast.study.sweep import Task
 
-__all__ = ["shown_on", "title"]
+__all__ = ["Display", "title"]
 
 SECONDS_BETWEEN_LINES = 30.0
 
 
-@contextlib.contextmanager
-def shown_on(console: Console, total: int, finished: int) -> Iterator[Watcher]:
-    """Shows runs on the console: a line for each that ends, and bars on a terminal or a line now and then elsewhere.
+class _Numbers(ProgressColumn):
+    """The numbers of a run, which are cut off in a narrow terminal, where the bar is not."""
+
+    def render(self, task: rich.progress.Task) -> Text:
+        return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
+
+
+class Display:
+    """A line for each run that ends; in between bars on a terminal, or a line now and then elsewhere.
+
+    It is a watcher of `gut_fast.study.runner`, and shows its bars while it is entered.
 
     Args:
         console: for text that is no markup.
         total: runs of the sweep.
-        finished: how many of them were finished before.
+        ended: how many of them were finished before.
     """
-    if not console.is_terminal:
-        yield _Lines(console, total, finished)
-        return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield _Bars(console, total, finished, progress)
 
-
-class _Outcomes:
-    """A line for each run that ends."""
-
-    def __init__(self, console: Console, total: int, finished: int) -> None:
-        self._console, self._total, self._ended = console, total, finished
-
-    def finished(self, task: Task, run: Run) -> None:
-        self._print(f"{title(task)}: {_result(run)}")
-
-    def failed(self, failure: Failure) -> None:
-        self._print(f"{title(failure.task)} FAILED: {failure.reason}", style="red")
-
-    def _print(self, text: str, style: str | None = None) -> None:
-        self._ended += 1
-        self._console.print(f"{self._ended}/{self._total}  {text}", style=style, soft_wrap=True)
-
-
-class _Lines(_Outcomes):
-    """In between a sign of life, where runs take long."""
-
-    def __init__(self, console: Console, total: int, finished: int) -> None:
-        super().__init__(console, total, finished)
-        self._at_work: dict[str, str] = {}
-        self._last_line = time.monotonic()
-
-    def working(self, task: Task, step: int) -> None:
-        self._at_work[task.name] = f"{title(task)}: step {step}/{task.experiment.steps}"
-        if time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
-            self._last_line = time.monotonic()
-            at_work = "; ".join(self._at_work.values())
-            self._console.print(f"{self._ended}/{self._total}  at work: {at_work}", soft_wrap=True)
-
-    def finished(self, task: Task, run: Run) -> None:
-        self._forget(task)
-        super().finished(task, run)
-
-    def failed(self, failure: Failure) -> None:
-        self._forget(failure.task)
-        super().failed(failure)
-
-    def _forget(self, task: Task) -> None:
-        self._at_work.pop(task.name, None)
-        self._last_line = time.monotonic()
-
-
-class _Bars(_Outcomes):
-    """One of all runs, and one for each at work."""
-
-    def __init__(self, console: Console, total: int, finished: int, progress: Progress) -> None:
-        super().__init__(console, total, finished)
-        self._progress = progress
-        self._all = progress.add_task("runs", total=total, completed=finished)
+    def __init__(self, console: Console, total: int, ended: int) -> None:
+        self._console, self._total, self._ended = console, total, ended
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True)),
+            _Numbers(table_column=Column()),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._all = self._progress.add_task("runs", total=total, completed=ended, numbers="")
         self._bars: dict[str, TaskID] = {}
+        self._last_line = time.monotonic()
 
-    def working(self, task: Task, step: int) -> None:
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def working(self, task: Task, step: int, row: dict[str, Any] | None = None) -> None:
+        """Moves the bar of the task, or prints a line about all tasks at work if the last line is some time ago."""
         if task.name not in self._bars:
-            self._bars[task.name] = self._progress.add_task(title(task), total=task.experiment.steps)
-        self._progress.update(self._bars[task.name], completed=step)
+            self._bars[task.name] = self._progress.add_task(title(task), total=task.experiment.steps, numbers="")
+            if row is not None:
+                self._print(f"{self._ended}/{self._total}  {title(task)}: goes on from step {step}")
+        numbers = "" if row is None else _numbers(row)
+        self._progress.update(self._bars[task.name], completed=step, numbers=numbers)
+        if not self._console.is_terminal and time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES:
+            at_work = [
+                f"{bar.description}: step {bar.completed:.0f}/{bar.total:.0f} {bar.fields['numbers']}".rstrip()
+                for bar in self._progress.tasks
+                if bar.id in self._bars.values()
+            ]
+            self._print(f"{self._ended}/{self._total}  at work: {'; '.join(at_work)}")
 
     def finished(self, task: Task, run: Run) -> None:
-        self._remove_bar(task)
-        super().finished(task, run)
+        """Prints what the run has come to."""
+        diverged = max(row["diverged_agents"] for row in run.history)
+        note = f"; {diverged} agents had a loss of NaN or infinity" if diverged else ""
+        self._end(task, f": {100 * run.final['test_accuracy']:.1f} %, {run.seconds:.0f} s{note}")
 
     def failed(self, failure: Failure) -> None:
-        self._remove_bar(failure.task)
-        super().failed(failure)
+        """Prints why the run has failed."""
+        self._end(failure.task, f" FAILED: {failure.reason}", style="red")
 
-    def _remove_bar(self, task: Task) -> None:
+    def stopped(self, task: Task, step: int) -> None:
+        """Prints where the run has stopped."""
+        self._print(f"{self._ended}/{self._total}  {title(task)}: stopped after step {step}")
+
+    def _end(self, task: Task, text: str, style: str | None = None) -> None:
+        self._ended += 1
         self._progress.advance(self._all)
         if task.name in self._bars:
             self._progress.remove_task(self._bars.pop(task.name))
+        self._print(f"{self._ended}/{self._total}  {title(task)}{text}", style)
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        self._last_line = time.monotonic()
+        self._console.print(text, style=style, soft_wrap=True)
 
 
 def title(task: Task) -> str:
-    """The run in words: method, point and seed."""
+    """The task in words: method, point and seed."""
     point = [f"{name} {value}" for name, value in task.point.items()]
     return ", ".join([task.method, *point, f"seed {task.experiment.seed}"])
 
 
-def _result(run: Run) -> str:
-    text = f"{100 * run.final['test_accuracy']:.1f} %, {run.seconds:.0f} s"
-    diverged = max(row["diverged_agents"] for row in run.history)
-    return f"{text}; {diverged} agents had a loss of NaN or infinity" if diverged else text
+def _numbers(row: dict[str, Any]) -> str:
+    """The most important numbers of the last evaluation."""
+    return (
+        f"lr {row['lr']:g}  loss {row['train_loss']:.4f}  accuracy {row['test_accuracy']:.1%} "
+        f"(worst agent {row['worst_agent_accuracy']:.1%})  consensus {row['consensus_error']:.2e}"
+    )

@@ -1,9 +1,9 @@
-"""``gut-fast train``: one experiment over some seeds, in a folder from which it can go on."""
+"""``gut-fast train``: a sweep of one method over some seeds, run after run, in a folder from which it can go on."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,32 +14,37 @@ import typer
 
 from gut_fast import data, models, rules
 from gut_fast.analysis.choice import AUTO
-from gut_fast.cli.launch import launch as launch_ranks
-from gut_fast.cli.options import DataFolder, Download, prepare_data
+from gut_fast.cli.options import DataFolder, Download
+from gut_fast.cli.sweep import FILE, console_of_runs, execute, missing_runs
+from gut_fast.cli.sweep_progress import Display
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.cli.topology import GAMMA_HELP, SPECS
 from gut_fast.kernels import machine, ops
 from gut_fast.kernels.backends import BACKENDS
-from gut_fast.simulation import Simulator, write_csv
 from gut_fast.simulation.engines import ENGINES
-from gut_fast.study import folder as experiment_folder
 from gut_fast.study import plots, summary
+from gut_fast.study.experiment import ENTRIES, MAX_SEEDS, Experiment, make_experiment
 from gut_fast.study.presets import PRESETS, preset_settings
-from gut_fast.study.runner import Experiment, Run, make_simulator, samples_per_class
-from gut_fast.study.settings import ENTRIES, MAX_SEEDS, make_experiment
+from gut_fast.study.processes import launch as launch_ranks
+from gut_fast.study.results import read_results
+from gut_fast.study.run import make_simulator, samples_per_class
+from gut_fast.study.runner import Failure, check_launch, check_writable, run_here, run_missing
+from gut_fast.study.sweep import Task, make_sweep, read_sweep
+from gut_fast.study.yaml_files import write_yaml
 
 __all__ = ["train"]
 
 DEFAULT = Experiment()
 DEFAULT_SETTINGS = {"alpha": DEFAULT.partition_options["alpha"]}
 NUM_EVALUATIONS = 20
+WRITTEN = ("history.csv", "summary.csv", "curves.png")
 
 
 def _one_of(names: Mapping[str, Any]) -> str:
     return f"One of: {', '.join(names)}."
 
 
-_task, _method, _computing, _output = (
+_what, _method, _computing, _output = (
     partial(typer.Option, rich_help_panel=panel)
     for panel in ("What is learned, by whom", "Method", "Computing", "Output")
 )
@@ -48,26 +53,27 @@ _task, _method, _computing, _output = (
 def train(
     context: typer.Context,
     preset: Annotated[
-        str | None, _task(help=f"Settings of the paper, before all other options. {_one_of(PRESETS)}")
+        str | None, _what(help=f"Settings of the paper, before all other options. {_one_of(PRESETS)}")
     ] = None,
-    dataset: Annotated[str, _task("--data", help=_one_of(data.DATASETS))] = DEFAULT.data,
-    pool: Annotated[int, _task(help="Average images over squares of so many pixels a side.")] = DEFAULT.pool,
+    dataset: Annotated[str, _what("--data", help=_one_of(data.DATASETS))] = DEFAULT.data,
+    pool: Annotated[int, _what(help="Average images over squares of so many pixels a side.")] = DEFAULT.pool,
     model: Annotated[
-        str, _task(help=f"{_one_of(models.MODELS)} Widths of an MLP's hidden layers: mlp:128-64.")
+        str, _what(help=f"{_one_of(models.MODELS)} Widths of an MLP's hidden layers: mlp:128-64.")
     ] = DEFAULT.model,
     norm: Annotated[
-        str | None, _task(help=f"Normalisation. {_one_of(models.NORMS)} Default: the network's own.")
+        str | None, _what(help=f"Normalisation. {_one_of(models.NORMS)} Default: the network's own.")
     ] = None,
-    topology: Annotated[str, _task(help=f"For example {SPECS}.")] = DEFAULT.topology,
-    gamma: Annotated[float, _task(help=GAMMA_HELP)] = DEFAULT.gamma,
-    partition: Annotated[str, _task(help=_one_of(data.partition.PARTITIONS))] = DEFAULT.partition,
+    topology: Annotated[str, _what(help=f"For example {SPECS}.")] = DEFAULT.topology,
+    gamma: Annotated[float, _what(help=GAMMA_HELP)] = DEFAULT.gamma,
+    partition: Annotated[str, _what(help=_one_of(data.partition.PARTITIONS))] = DEFAULT.partition,
     alpha: Annotated[
-        float | None, _task(help="For Dirichlet: small is different data everywhere. Default: 0.1.")
+        float | None, _what(help="For Dirichlet: small is different data everywhere. Default: 0.1.")
     ] = None,
-    classes_per_agent: Annotated[int | None, _task(help="For shards.")] = None,
-    augment: Annotated[bool, _task("--augment", help="Crop and mirror training images at random.")] = DEFAULT.augment,
+    classes_per_agent: Annotated[int | None, _what(help="For shards.")] = None,
+    augment: Annotated[bool, _what("--augment", help="Crop and mirror training images at random.")] = DEFAULT.augment,
     validation: Annotated[
-        float, _task(help="Fraction of the training samples to hold out, and to evaluate on instead of test samples.")
+        float,
+        _what(help="Fraction of the training samples to hold out, and to evaluate on instead of test samples."),
     ] = DEFAULT.validation,
     folder: DataFolder = None,
     download: Download = False,
@@ -112,32 +118,89 @@ def train(
         plots.check_matplotlib()
         if reason := machine.wrong_tier():
             raise ValueError(reason)
-        experiment_folder.check_writable(out)
+        check_writable(out, WRITTEN)
         if resume:
             _check_nothing_else_given(context)
-            prepare_data([], folder, download=False)
-            experiments = experiment_folder.read(out)
+            content, tasks = None, _tasks_in(out)
         else:
-            experiment = _experiment(_given(context))
-            prepare_data([experiment.data], folder, download)
-            experiments = [replace(experiment, seed=seed) for seed in _seeds(seeds)]
-            _check_can_be_shared_out(make_simulator(experiments[0]), launch)
-            experiment_folder.create(out, experiments)
-        experiment_folder.check_launch(out, experiments, launch)
-    try:
-        if launch is None:
-            _train_all(out, experiments)
-        else:
-            with as_bad_argument():
-                launch_ranks(launch, threads or max(torch.get_num_threads() // launch, 1), _train_all, out, experiments)
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+            if (out / FILE).exists() or any(out.glob("seed-*/config.json")):
+                raise FileExistsError(
+                    f"{out} holds an experiment already; continue it with --resume, or name another --out"
+                )
+            content = _content(_experiment(_given(context)), _seeds(seeds))
+            tasks = make_sweep(content).tasks()
+        missing = missing_runs(tasks, out, folder, download)
+        check_launch(missing, out, launch)
+        _say_what_is_trained(tasks[0].experiment, launch)
+
+    def run() -> list[Failure]:
+        if content is not None:
+            write_yaml(content, out / FILE)
+        return run_missing(tasks, out, partial(_run, len(tasks), out, launch, threads), keep_checkpoints=True)
+
+    launched = "" if launch is None else f" --launch {launch}"
+    execute(run, out, console_of_runs(), f"gut-fast train --out {out} --resume{launched}")
+    _show_results(out, tasks)
 
 
-def _check_can_be_shared_out(simulator: Simulator, launch: int | None) -> None:
+def _run(total: int, out: Path, launch: int | None, threads: int | None, missing: Sequence[Task]) -> list[Failure]:
+    """Runs what is missing of all tasks in this process, or on `launch` ranks."""
+    if launch is None or not missing:
+        return _run_here(total, out, missing)
+    launch_ranks(launch, threads or max(torch.get_num_threads() // launch, 1), _run_here, total, out, missing)
+    return []
+
+
+def _run_here(
+    total: int, out: Path, missing: Sequence[Task], process_group: dist.ProcessGroup | None = None
+) -> list[Failure]:
+    with Display(console_of_runs(), total, total - len(missing)) as display:
+        return run_here(missing, out, display, process_group)
+
+
+def _tasks_in(out: Path) -> list[Task]:
+    """The tasks of the folder's file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        OSError, TypeError, ValueError: it cannot be read, or is of more than one method.
+    """
+    if not (out / FILE).exists():
+        if any(out.glob("seed-*/config.json")):
+            raise FileNotFoundError(
+                f"{out} is of an earlier version of gut_fast, which kept seed-*/config.json, and cannot be continued; "
+                "finish it with that version, or train anew with another --out"
+            )
+        raise FileNotFoundError(f"{out} holds no experiment: there is no {out / FILE}")
+    tasks = read_sweep(out / FILE).tasks()
+    if len({(task.method, repr(task.point)) for task in tasks}) > 1:
+        raise ValueError(
+            f"{out / FILE} is of several methods or points; go on with: gut-fast sweep {out / FILE} --out {out}"
+        )
+    return tasks
+
+
+def _say_what_is_trained(experiment: Experiment, launch: int | None) -> None:
+    """Prints rule, topology and backend. Raises ValueError if so many ranks cannot share the agents evenly."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        simulator = make_simulator(experiment)
     num_agents = simulator.topology.num_agents
     if launch is not None and num_agents % launch:
         raise ValueError(f"--launch {launch}: {num_agents} agents cannot be shared out evenly over {launch} processes")
+    optimizer: Any = simulator.optimizer
+    values, rule = simulator.stacked.values, optimizer.rule
+    selected = ops.select_backend(
+        optimizer.backend,
+        values.device.type,
+        values.dtype,
+        len(rule.states),
+        rule.num_messages,
+        optimizer.state_dtype,
+        "gossip_step" if launch is None else "combine",
+    )
+    backend = next(name for name, backend in BACKENDS.items() if backend is selected)
+    typer.echo(f"{experiment.rule} on {simulator.topology.name}, backend {backend}")
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -160,7 +223,7 @@ def _experiment(given: dict[str, Any]) -> Experiment:
     """The experiment of these options, on top of their preset or of the defaults."""
     own = {name: value for name, value in given.items() if name in ENTRIES}
     own["hyperparameters"] = _hyperparameters(given)
-    own["partition_options"] = {name: given[name] for name in ("alpha", "classes_per_agent") if name in given}
+    own |= {name: given[name] for name in ("alpha", "classes_per_agent") if name in given}
     if "dataset" in given:
         own["data"] = given["dataset"]
     if "milestones" in given:
@@ -206,62 +269,28 @@ def _number(text: str) -> float:
         raise ValueError(f"{text!r} is not a number") from None
 
 
-def _train_all(out: Path, experiments: Sequence[Experiment], process_group: dist.ProcessGroup | None = None) -> None:
-    """Trains seed after seed in the folder, then shows the results; of several ranks the first one speaks."""
-    runs = []
-    is_first = process_group is None or dist.get_rank(process_group) == 0
-    say = typer.echo if is_first else _say_nothing
-    for experiment in experiments:
-        with as_bad_argument():
-            simulator = experiment_folder.load_simulator(out, experiment, process_group)
-        say(
-            f"seed {experiment.seed}: {experiment.rule} on {simulator.topology.name}, "
-            f"backend {_backend_in_use(simulator)}, from step {simulator.step}"
-        )
-        try:
-            with writing():
-                runs.append(experiment_folder.train_in(out, experiment, simulator, process_group))
-        except KeyboardInterrupt:
-            launched = "" if process_group is None else f" --launch {process_group.size()}"
-            say(
-                f"\nstopped in seed {experiment.seed} after step {simulator.step}; "
-                f"go on with: gut-fast train --out {out} --resume{launched}"
-            )
-            raise
-    if is_first:
-        _show_results(out, runs)
+def _content(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
+    """The experiment over these seeds as the content of a sweep's file."""
+    settings = experiment.as_dict()
+    del settings["seed"]
+    settings |= {"milestones": list(experiment.milestones), **settings.pop("partition_options")}
+    method = {name: settings.pop(name) for name in ("rule", "lr")} | settings.pop("hyperparameters")
+    return {"settings": settings, "methods": {experiment.rule: method}, "seeds": list(seeds), "controls": False}
 
 
-def _say_nothing(text: str) -> None:
-    """As the ranks do that are not the first."""
-
-
-def _backend_in_use(simulator: Simulator) -> str:
-    optimizer: Any = simulator.optimizer
-    rule, values = optimizer.rule, simulator.stacked.values
-    selected = ops.select_backend(
-        optimizer.backend,
-        values.device.type,
-        values.dtype,
-        len(rule.states),
-        rule.num_messages,
-        optimizer.state_dtype,
-        "gossip_step" if optimizer.group is None else "combine",
-    )
-    return next(name for name, backend in BACKENDS.items() if backend is selected)
-
-
-def _show_results(out: Path, runs: Sequence[Run]) -> None:
-    experiment = runs[0].experiment
+def _show_results(out: Path, tasks: Sequence[Task]) -> None:
+    """Writes the tables and the picture of all seeds, and prints a table."""
+    results = read_results(out)
+    names = [task.name for task in tasks]
+    runs, experiment = [results.run(name) for name in names], tasks[0].experiment
     title = f"{experiment.rule} on {experiment.topology}: {experiment.data}, {experiment.model}"
-    table, picture = (out / name for name in experiment_folder.RESULTS)
+    history, summaries, picture = (out / name for name in WRITTEN)
+    seeds = results.runs[["seed"]].loc[names]
     with writing():
-        write_csv([{"seed": run.experiment.seed, **run.final} for run in runs], table)
-        plots.draw_training({experiment.rule: runs}, samples_per_class(experiment), title, picture)
+        seeds.join(results.history.set_index("run")).to_csv(history, index=False)
+        seeds.join(results.final()).to_csv(summaries, index=False)
+        plots.draw_training({tasks[0].method: runs}, samples_per_class(experiment), title, picture)
     console = console_of_text()
     console.print(summary.seeds_table(runs, title))
     console.print(f"{summary.LEGEND}\n")
-    for run in runs:
-        if diverged := max(row["diverged_agents"] for row in run.history):
-            console.print(f"seed {run.experiment.seed}: {diverged} agents had a loss of NaN or infinity", style="red")
-    console.print(f"histories, checkpoints, summary.csv and curves.png are in {out}", soft_wrap=True)
+    console.print(f"{', '.join(WRITTEN)}, checkpoints and all runs ({FILE}, runs.csv.zst) are in {out}", soft_wrap=True)

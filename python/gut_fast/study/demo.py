@@ -20,7 +20,8 @@ import torch
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
 from gut_fast.study import plots, summary
-from gut_fast.study.runner import Experiment, Run, make_simulator, samples_per_class, train
+from gut_fast.study.experiment import Experiment
+from gut_fast.study.run import Run, make_simulator, samples_per_class, train
 from gut_fast.topology.names import parse_topology
 from gut_fast.verify import lockstep
 

@@ -12,7 +12,7 @@ import networkx as nx
 import numpy as np
 from torch import Tensor
 
-from gut_fast.study.runner import Run
+from gut_fast.study.run import Run
 from gut_fast.study.summary import MEGABYTE
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix

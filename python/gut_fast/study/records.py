@@ -10,7 +10,7 @@ from typing import Any
 
 from gut_fast.distributed.files import replacing
 from gut_fast.study.results import Results, lines_of, read_results
-from gut_fast.study.runner import Run
+from gut_fast.study.run import Run
 from gut_fast.study.sweep import Task
 
 __all__ = ["Record", "read_records", "records_of", "write_record"]
@@ -33,14 +33,11 @@ class Record:
 
 def records_of(results: Results) -> list[Record]:
     """The rows of the tables as records, in the same order."""
-    histories = {
-        name: rows.drop(columns="run").to_dict("records") for name, rows in results.history.groupby("run", sort=False)
-    }
     return [
         Record(
             row["method"],
             results.point(name),
-            Run(results.experiment(name), histories[name], row["engine"], row["seconds"]),
+            results.run(name),
             None if not isinstance(row["control_of"], str) else row["control_of"],
             json.loads(row["versions"]),
             row["machine"],

@@ -25,7 +25,8 @@ from gut_fast.distributed.files import replacing
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
 from gut_fast.simulation.history import json_line
-from gut_fast.study.runner import Experiment, Run
+from gut_fast.study.experiment import Experiment
+from gut_fast.study.run import Run
 from gut_fast.study.sweep import Task
 
 __all__ = [
@@ -86,6 +87,11 @@ class Results:
         """The point of the run with this name, such as ``{"alpha": 0.1}``."""
         point: dict[str, Any] = json.loads(self.runs.loc[run, "point"])
         return point
+
+    def run(self, name: str) -> Run:
+        """The run with this name as `train` returned it."""
+        rows = self.history[self.history["run"] == name].drop(columns="run").to_dict("records")
+        return Run(self.experiments[name], rows, self.runs.loc[name, "engine"], self.runs.loc[name, "seconds"])
 
     @property
     def point_variables(self) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gut_fast.study.runner import Run
+from gut_fast.study.run import Run
 
 if TYPE_CHECKING:
     from rich.table import Table

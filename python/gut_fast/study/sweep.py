@@ -29,9 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_experiment, nearest, seeds_of
 from gut_fast.study.presets import preset_methods, preset_settings
-from gut_fast.study.runner import Experiment
-from gut_fast.study.settings import ENTRIES, as_setting, make_experiment, seeds_of
 from gut_fast.study.yaml_files import about_file, read_yaml
 
 __all__ = ["Method", "Sweep", "Task", "control_label", "make_sweep", "named_methods", "read_sweep", "section_of"]
@@ -164,7 +163,7 @@ def control_label(label: str) -> str:
 
 
 def read_sweep(path: str | Path) -> Sweep:
-    """The sweep that a YAML file describes; a section ``tune`` is left to `gut_fast.study.tuning`.
+    """The sweep that a YAML file describes; a section ``tune`` is left to `gut_fast.study.tune`.
 
     Raises:
         OSError, ImportError: as `read_yaml`.
@@ -180,9 +179,10 @@ SECTIONS = {"preset", "settings", "methods", "grid", "seeds", "controls"}
 
 def make_sweep(content: Mapping[str, Any], also: Sequence[str] = ()) -> Sweep:
     """The sweep of a file's content. Sections named in `also` are left to others. Raises as `Sweep`."""
-    known = SECTIONS.union(also)
-    if unknown := [repr(name) for name in content if name not in known]:
-        raise ValueError(f"there is no section {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    known = sorted(SECTIONS.union(also))
+    for name in content:
+        if name not in known:
+            raise ValueError(f"there is no section {name!r}; {nearest(name, known)}")
     of_preset = preset_settings(content["preset"]) if "preset" in content else {}
     settings = section_of(content, "settings", {})
     methods = [Method(label, own) for label, own in named_methods(content).items()]
@@ -227,11 +227,10 @@ def _values(name: str, values: Any) -> list[Any]:
 
 
 def _check_used(settings: Mapping[str, Any], sweep: Sweep) -> None:
-    """Raises ValueError for settings of all runs that not one run has: a misspelt name, for example."""
+    """Raises ValueError for a setting of all runs that not one run has: a misspelt name, for example."""
     experiments = [task.experiment for task in sweep.tasks()]
-    used = set(ENTRIES).union(*(set(e.hyperparameters) | set(e.partition_options) for e in experiments))
-    if useless := [repr(name) for name in settings if name not in used]:
-        raise ValueError(
-            f"settings: no run has {', '.join(useless)}; what can be set are the entries of Experiment "
-            f"({', '.join(ENTRIES)}), the options of the partition and the hyper-parameters of the rules"
-        )
+    options = {name for one in experiments for name in (*one.hyperparameters, *one.partition_options)}
+    known = [*ENTRIES, *sorted(options)]
+    for name in settings:
+        if name not in known:
+            raise ValueError(f"settings: no run has {name!r}; {nearest(name, known)}")

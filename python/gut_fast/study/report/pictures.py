@@ -18,7 +18,7 @@ from gut_fast.study.report import statistics
 from gut_fast.study.report.statistics import ACCURACIES, Difference, Estimate, Metric
 from gut_fast.study.report.study import Study
 from gut_fast.study.report.tables import points_with
-from gut_fast.study.runner import Run, samples_per_class
+from gut_fast.study.run import Run, samples_per_class
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gut_fast.study.records import Record
-from gut_fast.study.runner import Run
+from gut_fast.study.run import Run
 
 __all__ = [
     "ACCURACIES",

@@ -1,4 +1,4 @@
-"""Several processes on this machine that train together.
+"""Processes on this machine: ranks that train together, and the end of those whose parent has been killed.
 
 The store over which they meet lives in the launching process, so no rank takes it along when it dies. Ctrl-C is the
 launcher's, which passes it on; the ranks agree among themselves after which step they stop.
@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -23,11 +24,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from gut_fast.cli.terminal import BadArgumentError
 from gut_fast.distributed import PeerError
-from gut_fast.distributed.processes import end_with_parent
 
-__all__ = ["RankError", "launch"]
+__all__ = ["RankError", "ToldError", "end_with_parent", "launch"]
 
 HOST = "127.0.0.1"
 INTERRUPTED = 130
@@ -36,6 +35,10 @@ SECONDS_FOR_THE_CAUSE = 0.5
 
 SECONDS_TO_STOP = 10.0
 """After Ctrl-C, between one rank's end and the next one's: others may wait for a rank that had not yet begun."""
+
+
+class ToldError(RuntimeError):
+    """An error of which the message says all that its reader needs: a rank that ends with it prints no traceback."""
 
 
 class RankError(RuntimeError):
@@ -128,9 +131,21 @@ def _main(
         sys.stdout.flush()
         os._exit(INTERRUPTED)
     except Exception as error:
-        if not isinstance(error, (BadArgumentError, PeerError)):
+        if not isinstance(error, (ToldError, PeerError)):
             traceback.print_exc()
         sys.stdout.flush()
-        kind = "" if isinstance(error, BadArgumentError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, ToldError) else f"{type(error).__name__}: "
         store.set(f"failure {rank}", f"rank {rank} failed: {kind}{error}")
+        os._exit(1)
+
+
+def end_with_parent() -> None:
+    """Makes this process of `multiprocessing` end when the process that started it has been killed, say."""
+    threading.Thread(target=_wait_for_the_end, daemon=True).start()
+
+
+def _wait_for_the_end() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)

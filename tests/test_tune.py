@@ -5,10 +5,10 @@ import math
 import pytest
 
 from gut_fast.study import Run, make_simulator
-from gut_fast.study.records import Record
-from gut_fast.study.runner import load_data
+from gut_fast.study.results import results_of
+from gut_fast.study.run import load_data
 from gut_fast.study.sweep import make_sweep, read_sweep
-from gut_fast.study.tuning import Range, choose, make_tuning, tuned_content
+from gut_fast.study.tune import Range, choose, make_tuning, tuned_content
 from gut_fast.study.yaml_files import write_yaml
 
 METHODS = {"DSGD": {"rule": "dsgd"}, "GUT": {"rule": "gut"}}
@@ -20,12 +20,12 @@ def content_of(methods=METHODS, sections=None, **tune):
     return {"methods": methods, **(sections or {}), "tune": {"tries": 4, "space": LR, **tune}}
 
 
-def records_of(tuning, value):
+def results_from(tuning, value, tasks=None):
     """Made-up runs of all tasks; `value` gives the last row of each."""
-    return [
-        Record(task.method, task.point, Run(task.experiment, [{"test_loss": 1.0, **value(task)}], "vmap", 0.0))
-        for task in tuning.tasks()
-    ]
+    return results_of(
+        (task, Run(task.experiment, [{"step": 1, "test_loss": 1.0, **value(task)}], "vmap", 0.0))
+        for task in (tuning.tasks() if tasks is None else tasks)
+    )
 
 
 # What is tried
@@ -92,7 +92,7 @@ def test_a_preset_can_be_tuned():
     assert {label: set(tuning.settings(label)[0]) for label in tuning.spaces} == {
         label: {"lr"} for label in ("DSGD", "GUT", "QG-DSGDm", "QG-GUTm")
     }
-    choices = choose(tuning, records_of(tuning, lambda task: {"test_accuracy": task.experiment.lr}))
+    choices = choose(tuning, results_from(tuning, lambda task: {"test_accuracy": task.experiment.lr}))
     tuned = make_sweep(tuned_content(content, choices)).tasks()
     assert [task.method for task in tuned] == ["DSGD", "GUT", "QG-DSGDm", "QG-GUTm", "QG-DSGDm β+μ"]
     assert {task.experiment.lr for task in tuned} == {max(one["lr"] for one in tuning.settings("DSGD"))}
@@ -110,7 +110,7 @@ def test_the_best_mean_over_points_and_seeds_is_chosen():
         value = score[task.method, task.point["try"]] + offset[task.point["alpha"]]
         return {"test_accuracy": 1 - value, "mean_agent_accuracy": value}
 
-    choices = choose(tuning, list(reversed(records_of(tuning, row))))
+    choices = choose(tuning, results_from(tuning, row, reversed(tuning.tasks())))
     assert [(choice.label, choice.settings) for choice in choices] == [
         ("DSGD", tuning.settings("DSGD")[0]),
         ("GUT", tuning.settings("GUT")[1]),
@@ -126,24 +126,24 @@ def test_a_run_that_ended_in_nan_counts_as_nothing_right(broken):
         is_broken = task.point["try"] == 0 and task.experiment.seed == 1
         return {"test_accuracy": 0.5 - 0.2 * task.point["try"], **(broken if is_broken else {})}
 
-    (dsgd, gut) = choose(tuning, records_of(tuning, row))
+    (dsgd, gut) = choose(tuning, results_from(tuning, row))
     assert dsgd.settings == tuning.settings("DSGD")[1]
     assert (dsgd.score, gut.score) == pytest.approx((0.3, 0.3))
 
 
 def test_missing_runs_are_told():
     tuning = make_tuning(content_of(seeds=[0, 1]))
-    records = records_of(tuning, lambda task: {"test_accuracy": 0.5})
+    results = results_from(tuning, lambda task: {"test_accuracy": 0.5}, tuning.tasks()[1:])
     with pytest.raises(ValueError, match="try 0 of 'DSGD' has 1 finished runs of 2"):
-        choose(tuning, records[1:])
+        choose(tuning, results)
 
 
 def test_a_choice_at_the_edge_is_told():
     space = {"lr": [0.1, 0.2, 0.3], "momentum": [0.8, 0.9]}
     tuning = make_tuning(content_of({"DSGDm": {"rule": "dsgdm"}}, tries=6, space=space))
     for best, edges in ((0.3, ("lr",)), (0.2, ()), (0.1, ("lr",))):
-        records = records_of(tuning, lambda task, best=best: {"test_accuracy": float(task.experiment.lr == best)})
-        assert choose(tuning, records)[0].at_edge == edges
+        results = results_from(tuning, lambda task, best=best: {"test_accuracy": float(task.experiment.lr == best)})
+        assert choose(tuning, results)[0].at_edge == edges
 
 
 def test_the_tuned_file_is_a_sweep(tmp_path):
@@ -154,7 +154,7 @@ def test_the_tuned_file_is_a_sweep(tmp_path):
     sections = {"settings": {"steps": 9}, "grid": {"alpha": [0.1]}, "seeds": 2}
     content = content_of(methods, sections, space={"lr": {"low": 0.1, "high": 1}})
     tuning = make_tuning(content)
-    choices = choose(tuning, records_of(tuning, lambda task: {"test_accuracy": task.point["try"] / 10}))
+    choices = choose(tuning, results_from(tuning, lambda task: {"test_accuracy": task.point["try"] / 10}))
     write_yaml(tuned_content(content, choices), tmp_path / "tuned.yaml")
     tasks = read_sweep(tmp_path / "tuned.yaml").tasks()
     assert [task.method for task in tasks] == ["QG-GUTm", "QG-DSGDm β+μ", "7"] * 2
@@ -178,7 +178,7 @@ def test_the_tuned_file_is_a_sweep(tmp_path):
     [
         ({"methods": METHODS}, "section 'tune' must have tries and a space, got None"),
         ({"methods": METHODS, "tune": {"tries": 3}}, "section 'tune' must have tries and a space"),
-        (content_of(trials=3), "tune: there is no 'trials'; there are tries, space"),
+        (content_of(trials=3), "tune: there is no 'trials'; did you mean 'tries'?"),
         (content_of(tries=0), "tries must be an integer from 1 to 10,000, got 0"),
         (content_of(tries=True), "tries must be an integer"),
         (content_of(tries=10**9), "tries must be an integer from 1"),

@@ -9,9 +9,8 @@ import warnings
 import pytest
 import torch.distributed as dist
 
-from gut_fast.cli import launch as launching
-from gut_fast.cli.launch import RankError, launch
-from gut_fast.cli.terminal import BadArgumentError
+from gut_fast.study import processes
+from gut_fast.study.processes import RankError, ToldError, launch
 
 pytestmark = pytest.mark.usefixtures("own_forkserver")
 
@@ -27,7 +26,7 @@ def sleep(folder, process_group):
 
 
 def test_ctrl_c_before_the_ranks_have_begun_does_not_wait_for_those_that_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr(launching, "SECONDS_TO_STOP", 0.3)
+    monkeypatch.setattr(processes, "SECONDS_TO_STOP", 0.3)
 
     def interrupt():
         while not all((tmp_path / f"here-{rank}").exists() for rank in range(3)):
@@ -43,7 +42,7 @@ def test_ctrl_c_before_the_ranks_have_begun_does_not_wait_for_those_that_wait(tm
 def fail(process_group):
     warnings.warn("something else", UserWarning, stacklevel=1)
     warnings.warn("a file is corrupt; it counts as missing", UserWarning, stacklevel=1)
-    raise BadArgumentError("the file is of another configuration")
+    raise ToldError("the file is of another configuration")
 
 
 def test_what_the_user_did_wrong_is_said_in_a_line_and_a_damaged_checkpoint_too(capfd):

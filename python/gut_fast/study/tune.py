@@ -22,16 +22,16 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from gut_fast.rules import get_rule
-from gut_fast.study.records import Record
-from gut_fast.study.settings import as_setting, number_if_text, seeds_of
+from gut_fast.study.experiment import as_setting, nearest, number_if_text, seeds_of
+from gut_fast.study.results import Results
 from gut_fast.study.sweep import Method, Sweep, Task, make_sweep, named_methods, section_of
 
 __all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tried_rows", "tuned_content"]
@@ -167,19 +167,28 @@ class Choice:
     """All settings tried, each with its score."""
 
 
-def choose(tuning: Tuning, records: Sequence[Record]) -> list[Choice]:
+def choose(tuning: Tuning, results: Results) -> list[Choice]:
     """The best try of every method; a run whose averaged model ended in NaN or infinity counts as an accuracy of 0.
 
     Raises:
         ValueError: runs are missing.
     """
+    last = results.runs[["method", "try"]].join(results.final()[["test_loss", tuning.metric]])
+    # A network that is NaN still has an accuracy, that of always answering the first class.
+    is_sound = np.isfinite(last[["test_loss", tuning.metric]]).all(axis="columns")
+    scores = last[tuning.metric].where(is_sound, 0.0).groupby([last["method"], last["try"]])
+    means, counts = scores.mean(), scores.count()
     choices = []
     for method in tuning.sweep.methods:
         tries = tuning.settings(method.label)
-        scores = [_score(tuning, records, method.label, number) for number in range(len(tries))]
-        best = max(range(len(tries)), key=lambda number: scores[number])
+        for number in range(len(tries)):
+            count, expected = counts.get((method.label, number), 0), len(tuning.seeds) * len(tuning.sweep.points)
+            if count != expected:
+                raise ValueError(f"try {number} of {method.label!r} has {count} finished runs of {expected}")
+        own = [float(means[method.label, number]) for number in range(len(tries))]
+        best = max(range(len(tries)), key=lambda number: own[number])
         edges = tuple(name for name in tries[best] if _is_extreme(tries[best][name], [one[name] for one in tries]))
-        choices.append(Choice(method.label, tries[best], scores[best], edges, tuple(zip(tries, scores, strict=True))))
+        choices.append(Choice(method.label, tries[best], own[best], edges, tuple(zip(tries, own, strict=True))))
     return choices
 
 
@@ -190,16 +199,6 @@ def tried_rows(choices: Sequence[Choice]) -> list[dict[str, Any]]:
         for choice in choices
         for number, (settings, score) in enumerate(choice.tries)
     ]
-
-
-def _score(tuning: Tuning, records: Sequence[Record], label: str, number: int) -> float:
-    rows = [record.run.final for record in records if record.method == label and record.point.get("try") == number]
-    expected = len(tuning.seeds) * len(tuning.sweep.points)
-    if len(rows) != expected:
-        raise ValueError(f"try {number} of {label!r} has {len(rows)} finished runs of {expected}")
-    # A network that is NaN still has an accuracy, that of always answering the first class.
-    is_sound = [math.isfinite(row["test_loss"]) and math.isfinite(row[tuning.metric]) for row in rows]
-    return statistics.fmean(row[tuning.metric] if sound else 0.0 for row, sound in zip(rows, is_sound, strict=True))
 
 
 def _is_extreme(value: Any, tried: Sequence[Any]) -> bool:
@@ -213,8 +212,9 @@ def make_tuning(content: Mapping[str, Any]) -> Tuning:
     if not isinstance(section, Mapping) or "tries" not in section or "space" not in section:
         raise TypeError(f"section 'tune' must have tries and a space, got {section!r}")
     known = ("tries", "space", "seeds", "validation", "metric")
-    if unknown := [repr(name) for name in section if name not in known]:
-        raise ValueError(f"tune: there is no {', '.join(unknown)}; there are {', '.join(known)}")
+    for name in section:
+        if name not in known:
+            raise ValueError(f"tune: there is no {name!r}; {nearest(name, known)}")
     methods = named_methods(content)
     bare = {label: _without_space(own) for label, own in methods.items()}
     sweep = make_sweep({**content, "methods": bare, "controls": False}, also=["tune"])

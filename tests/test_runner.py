@@ -1,4 +1,4 @@
-"""Runs of a sweep in processes of their own, stopped and killed; the commands sweep and tune."""
+"""Tasks that become finished runs, stopped and killed and continued; the commands sweep and tune."""
 
 import io
 import multiprocessing
@@ -7,15 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from rich.console import Console
 
 from gut_fast import cli
 from gut_fast.cli import sweep_progress
-from gut_fast.study import Run, jobs, make_simulator, train
-from gut_fast.study.jobs import Failure, check_no_others, run_tasks, sole_user, unfinished
-from gut_fast.study.results import append_run, finished_runs, lines_of, read_results
+from gut_fast.simulation import Simulator
+from gut_fast.study import Run, make_simulator, runner, train
+from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, read_results
+from gut_fast.study.runner import (
+    Failure,
+    check_no_others,
+    checkpoint_of,
+    run_here,
+    run_in_processes,
+    run_missing,
+    sole_user,
+    unfinished,
+)
 from gut_fast.study.sweep import make_sweep, read_sweep
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
@@ -43,25 +54,32 @@ class Watching:
 
     def __init__(self, act=lambda task: None):
         self._act = act
-        self.ended = []
-        self.failures = []
+        self.ended, self.failures, self.stops = [], [], []
 
-    def working(self, task, step):
+    def working(self, task, step, row=None):
         self._act(task)
 
     def finished(self, task, run):
-        self.ended.append(task.name)
+        self.ended.append((task.name, run.seconds))
 
     def failed(self, failure):
         self.failures.append(failure)
+
+    def stopped(self, task, step):
+        self.stops.append((task.name, step))
 
 
 def tasks_of(settings=SETTINGS, methods=METHODS, **sections):
     return make_sweep({"settings": settings, "methods": methods, **sections}).tasks()
 
 
-def checkpoint_of(folder, task):
-    return folder / "checkpoints" / f"{task.name}.pt"
+def run_all_here(tasks, folder, watcher=None, **options):
+    return run_missing(tasks, folder, partial(run_here, folder=folder, watcher=watcher or Watching()), **options)
+
+
+def run_all_in_processes(tasks, folder, watcher, jobs):
+    run = partial(run_in_processes, folder=folder, watcher=watcher, jobs=jobs, threads=1)
+    return run_missing(tasks, folder, run)
 
 
 def rows_of(task):
@@ -71,15 +89,48 @@ def rows_of(task):
 
 def stored_rows(folder, task):
     """The history of the finished run in the folder."""
-    history = read_results(folder).history
-    return history[history["run"] == task.name].drop(columns="run").to_dict("records")
+    return read_results(folder).run(task.name).history
+
+
+def interrupt_at(monkeypatch, step, signals=1):
+    """Presses Ctrl-C during the evaluation after this step."""
+    evaluate = Simulator.evaluate
+
+    def interrupting(simulator):
+        if simulator.step == step:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(simulator)
+
+    monkeypatch.setattr(Simulator, "evaluate", interrupting)
+
+
+def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_history(tmp_path, monkeypatch):
+    tasks = tasks_of()
+    first, second = tasks
+    watcher = Watching()
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        with pytest.raises(KeyboardInterrupt):
+            run_all_here(tasks, tmp_path, watcher)
+    assert watcher.stops == [(first.name, 5)]
+    assert unfinished(tasks, tmp_path) == tasks
+    seconds = tmp_path / "checkpoints" / f"{first.name}.seconds"
+    assert float(seconds.read_text()) > 0
+    seconds.write_text("1000")
+    assert run_all_here(tasks, tmp_path, watcher) == []
+    assert [name for name, _ in watcher.ended] == [first.name, second.name]
+    assert 1000 < watcher.ended[0][1] < 1000 + SECONDS
+    assert [file.name for file in tmp_path.iterdir()] == ["runs.csv.zst"]
+    assert [stored_rows(tmp_path, task) for task in tasks] == [rows_of(task) for task in tasks]
+    before = (tmp_path / "runs.csv.zst").read_bytes()
+    assert run_all_here(tasks, tmp_path, watcher) == []
+    assert (tmp_path / "runs.csv.zst").read_bytes() == before
+    assert len(watcher.ended) == 2
 
 
 def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "SECONDS_BETWEEN_LOOKS", 0.01)
-    tasks = tasks_of(LONG)
-    first, second = tasks
-
+    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LOOKS", 0.01)
+    first, second, broken = tasks = tasks_of(LONG, {**METHODS, "broken": {"rule": "dsgd"}})
     killed = []
 
     def kill_the_first_and_interrupt_the_second(task):
@@ -94,38 +145,20 @@ def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_historie
 
     watcher = Watching(kill_the_first_and_interrupt_the_second)
     with pytest.raises(KeyboardInterrupt):
-        run_tasks(tasks, tmp_path, 1, 1, watcher)
+        run_all_in_processes(tasks, tmp_path, watcher, jobs=1)
     assert watcher.failures == [Failure(first, "its process was killed, or ran out of memory")]
     assert unfinished(tasks, tmp_path) == tasks
     assert multiprocessing.active_children() == []
 
+    checkpoint_of(tmp_path, broken).write_bytes(b"not a checkpoint")
     watcher = Watching()
-    assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
-    assert unfinished(tasks, tmp_path) == []
-    assert not (tmp_path / "checkpoints").exists()
-    for task in tasks:
-        assert stored_rows(tmp_path, task) == rows_of(task)
-    (before,) = (file.read_bytes() for file in tmp_path.iterdir())
-    assert run_tasks(tasks, tmp_path, 2, 1, watcher) == []
-    assert [file.read_bytes() for file in tmp_path.iterdir()] == [before]
-    assert len(watcher.ended) == len(set(watcher.ended))
-
-
-def test_a_killed_sweep_leaves_no_process_and_goes_on_to_the_same_histories(tmp_path, gut_fast):
-    write_yaml({"methods": METHODS, "settings": LONG}, tmp_path / "sweep.yaml")
-    first, *_ = tasks = read_sweep(tmp_path / "sweep.yaml").tasks()
-    arguments = [sys.executable, "-m", "gut_fast", "sweep", "sweep.yaml", "--out", ".", "--jobs", "1"]
-    sweep = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    wait_until(checkpoint_of(tmp_path, first).exists)
-    sweep.kill()
-    # Its processes have its stderr too: the end of that is the end of them all.
-    sweep.communicate(timeout=SECONDS)
-    assert sweep.returncode == -signal.SIGKILL
-    assert first in unfinished(tasks, tmp_path)
-    code, _, _ = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
-    assert code == 0
-    for task in tasks:
-        assert stored_rows(tmp_path, task) == rows_of(task)
+    (failure,) = run_all_in_processes(tasks, tmp_path, watcher, jobs=2)
+    assert failure.task == broken
+    assert "cannot be read as a checkpoint" in failure.reason
+    assert (tmp_path / LINES).exists()
+    assert unfinished(tasks, tmp_path) == [broken]
+    assert [file.name for file in (tmp_path / "checkpoints").iterdir()] == [checkpoint_of(tmp_path, broken).name]
+    assert [stored_rows(tmp_path, task) for task in tasks[:2]] == [rows_of(task) for task in tasks[:2]]
 
 
 def wait_until(condition):
@@ -135,34 +168,34 @@ def wait_until(condition):
         time.sleep(0.005)
 
 
-def test_the_seconds_of_a_run_that_went_on_are_those_of_all_its_parts(tmp_path, monkeypatch):
-    (task,) = tasks_of(methods={"GUT": {"rule": "gut"}})
-    (tmp_path / "checkpoints").mkdir()
-
-    def stop(step):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_show_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            jobs._train(task, tmp_path)
-    seconds = tmp_path / "checkpoints" / f"{task.name}.seconds"
-    assert float(seconds.read_text()) > 0
-    seconds.write_text("1000")
-    monkeypatch.setattr(jobs, "_show_step", lambda step: None)
-    run = jobs._train(task, tmp_path)
-    assert 1000 < run.seconds < 1000 + SECONDS
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_killed_sweep_leaves_no_process_and_goes_on_to_the_same_histories(tmp_path, jobs):
+    write_yaml({"methods": METHODS, "settings": LONG}, tmp_path / "sweep.yaml")
+    first, *_ = tasks = read_sweep(tmp_path / "sweep.yaml").tasks()
+    arguments = [sys.executable, "-m", "gut_fast", "sweep", "sweep.yaml", "--out", ".", "--jobs", str(jobs)]
+    sweep = subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(checkpoint_of(tmp_path, first).exists)
+    sweep.kill()
+    # Its processes have its stderr too: the end of that is the end of them all.
+    sweep.communicate(timeout=SECONDS)
+    assert sweep.returncode == -signal.SIGKILL
+    assert first in unfinished(tasks, tmp_path)
+    assert run_all_here(tasks, tmp_path) == []
+    assert [stored_rows(tmp_path, task) for task in tasks] == [rows_of(task) for task in tasks]
 
 
-def test_checkpoints_of_finished_runs_and_half_written_files_are_removed(tmp_path):
+@pytest.mark.parametrize("keep", [False, True])
+def test_checkpoints_of_finished_runs_go_unless_they_are_to_be_kept(tmp_path, keep):
     (task,) = tasks_of(methods={"GUT": {"rule": "gut"}})
     run = Run(task.experiment, [{"step": 10}], "loop", 1.0)
     append_run(tmp_path, lines_of(task, run) + lines_of(task, run)[:-9])
-    checkpoint_of(tmp_path, task).parent.mkdir()
-    checkpoint_of(tmp_path, task).touch()
-    (tmp_path / "checkpoints" / f".{task.name}.pt.123.tmp").touch()
-    assert run_tasks([task], tmp_path, 1, 1, Watching()) == []
-    assert [file.name for file in tmp_path.iterdir()] == ["runs.csv.zst"]
+    checkpoint = checkpoint_of(tmp_path, task)
+    checkpoint.parent.mkdir()
+    for name in (checkpoint.name, f".{checkpoint.name}.123.tmp", f"{task.name}.seconds"):
+        (checkpoint.parent / name).touch()
+    assert run_all_here([task], tmp_path, keep_checkpoints=keep) == []
+    assert [file.name for file in tmp_path.glob("checkpoints/*")] == [checkpoint.name] * keep
+    assert {file.name for file in tmp_path.iterdir()} == {"runs.csv.zst"} | ({"checkpoints"} if keep else set())
     assert finished_runs(tmp_path) == {task.name}
 
 
@@ -193,7 +226,7 @@ def test_runs_of_another_file_are_not_mixed_in(tmp_path):
 # The commands
 
 
-def test_a_sweep_in_new_processes(gut_fast, tmp_path):
+def test_a_sweep_runs_and_keeps_its_file(gut_fast, tmp_path):
     text = (
         "# a comment\n"
         "settings: {topology: 'ring:4', model: 'mlp:8', engine: vmap, steps: 10, eval_every: 5, alpha: 0.1}\n"
@@ -225,14 +258,14 @@ def test_a_bad_checkpoint_fails_its_run_alone(gut_fast, tmp_path):
     bad.write_bytes(b"not a checkpoint")
     code, out, err = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
     assert (code, out) == (1, "")
-    assert f"1/2  GUT, seed 0 FAILED: RuntimeError: {bad.relative_to(tmp_path)} cannot be read as a checkpoint" in err
+    assert f"1/2  GUT, seed 0 FAILED: {bad.relative_to(tmp_path)} cannot be read as a checkpoint" in err
     assert "remove it, and the run starts anew" in err
     assert "2/2  D2, seed 0: " in err
-    assert "1 runs failed, the same command tries them again" in err
+    assert "1 runs failed; try them again with: the same command" in err
     bad.unlink()
     code, out, err = gut_fast("sweep", "sweep.yaml", "--out", ".", "--jobs", "1")
     assert code == 0
-    assert "1 of 2 runs are finished already" in err
+    assert "2/2  GUT, seed 0: " in err
     assert "D2" not in err
 
 
@@ -305,8 +338,8 @@ def test_a_place_that_cannot_be_written_is_one_line(gut_fast, tmp_path, monkeypa
 def test_instability_is_told_once_for_each_method(gut_fast, tmp_path, monkeypatch):
     settings = {**SETTINGS, "topology": "torus:4x4"}
     write_yaml({"methods": {"GUT": {"rule": "gut"}}, "settings": settings, "seeds": 5}, tmp_path / "sweep.yaml")
-    monkeypatch.setattr("gut_fast.cli.sweep.run_tasks", lambda *_: [])
-    code, _, err = gut_fast("sweep", "sweep.yaml", "--out", "out")
+    monkeypatch.setattr("gut_fast.cli.sweep.run_here", lambda *_: [])
+    code, _, err = gut_fast("sweep", "sweep.yaml", "--out", "out", "--jobs", "1")
     assert code == 0
     assert err.count("gut-fast: warning: GUT: mu=0.9 is unstable on torus(4, 4)") == 1
 
@@ -314,42 +347,59 @@ def test_instability_is_told_once_for_each_method(gut_fast, tmp_path, monkeypatc
 # What is shown
 
 
-def shown(is_terminal, act):
+def shown(is_terminal, act, width=100):
     task = tasks_of()[0]
     text = io.StringIO()
-    console = Console(file=text, force_terminal=is_terminal, width=100, markup=False, highlight=False, emoji=False)
-    with sweep_progress.shown_on(console, total=63, finished=11) as watcher:
+    console = Console(file=text, force_terminal=is_terminal, width=width, markup=False, highlight=False, emoji=False)
+    with sweep_progress.Display(console, 63, 11) as watcher:
         act(watcher, task)
     return text.getvalue()
+
+
+ROW = {
+    "lr": 0.1,
+    "train_loss": 0.5,
+    "test_accuracy": 0.8125,
+    "worst_agent_accuracy": 0.75,
+    "consensus_error": 0.001,
+    "diverged_agents": 0,
+}
 
 
 def test_lines_count_the_runs_and_tell_of_long_ones(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    final = {"test_accuracy": 0.8125, "diverged_agents": 0}
 
     def act(watcher, task):
-        for now[0] in (1, 29, 31, 32, 60, 62):
+        for now[0] in (1, 29, 31, 32, 60):
             watcher.working(task, int(now[0]))
-        watcher.finished(task, Run(task.experiment, [final], "vmap", 12.3))
+        now[0] = 62
+        watcher.working(task, 62, ROW)
+        watcher.finished(task, Run(task.experiment, [ROW], "vmap", 12.3))
         watcher.failed(Failure(task, "its process was killed"))
+        watcher.working(task, 5, ROW)
+        watcher.stopped(task, 6)
 
     assert shown(False, act).splitlines() == [
         "11/63  at work: GUT, seed 0: step 31/10",
-        "11/63  at work: GUT, seed 0: step 62/10",
+        "11/63  at work: GUT, seed 0: step 62/10 lr 0.1  loss 0.5000  accuracy 81.2% (worst agent 75.0%)  "
+        "consensus 1.00e-03",
         "12/63  GUT, seed 0: 81.2 %, 12 s",
         "13/63  GUT, seed 0 FAILED: its process was killed",
+        "13/63  GUT, seed 0: goes on from step 5",
+        "13/63  GUT, seed 0: stopped after step 6",
     ]
 
 
 def test_a_terminal_has_a_bar_for_all_and_one_for_each_at_work():
-    final = {"test_accuracy": 0.5, "diverged_agents": 3}
-
     def act(watcher, task):
         watcher.working(task, 4)
+        watcher.working(task, 5, ROW)
         watcher._progress.refresh()
-        watcher.finished(task, Run(task.experiment, [final], "vmap", 1.0))
+        watcher.finished(task, Run(task.experiment, [{**ROW, "diverged_agents": 3}], "vmap", 1.0))
 
-    text = shown(True, act)
-    assert "4/10" in text
-    assert "12/63  GUT, seed 0: 50.0 %, 1 s; 3 agents had a loss of NaN or infinity" in text
+    text = shown(True, act, width=160)
+    assert "5/10" in text
+    assert "accuracy 81.2%" in text
+    assert "12/63  GUT, seed 0: 81.2 %, 1 s; 3 agents had a loss of NaN or infinity" in text
+    assert "5/10" in shown(True, act, width=60)

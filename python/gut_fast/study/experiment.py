@@ -1,0 +1,205 @@
+"""The settings of one run: `Experiment`, and how it is made from flat names and values.
+
+A command line and a sweep's file give settings by name: an entry of `Experiment`, an option of its partition or a
+hyper-parameter of its rule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gut_fast import analysis
+from gut_fast.analysis.choice import AUTO
+from gut_fast.data.partition import PARTITIONS
+from gut_fast.rules import get_rule
+from gut_fast.simulation.plan import Plan
+from gut_fast.topology.names import parse_topology
+
+__all__ = [
+    "ENTRIES",
+    "MAX_SEEDS",
+    "Experiment",
+    "as_setting",
+    "make_experiment",
+    "nearest",
+    "number_if_text",
+    "seeds_of",
+]
+
+MAX_SEEDS = 10_000
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """The settings of one run: what is trained, on what, how, and over which topology.
+
+    All values are plain, so that they can be written as JSON or YAML and read again. The `seed` decides everything
+    random: the initial model, the division of the samples, the batches, and the split of a data set that has none of
+    its own. So two experiments that differ in rule or learning rate alone are paired.
+
+    Args:
+        data, partition, rule, engine, backend: names, as in the rooms of these.
+        model, norm: a network for `gut_fast.models.build`, such as ``"mlp:64"``, and its normalisation (None: its own).
+        pool: images are first averaged over squares of so many pixels a side.
+        validation: this fraction of the training samples, of every class, is held out, and all evaluations are of these
+            instead of the test samples.
+        topology: a spec for `parse_topology`; `gamma` below 1 makes it lazy.
+        hyperparameters: of the rule; defaults are filled in, and for mu ``"auto"`` what suits the topology.
+        partition_options: for example ``{"alpha": 0.1}``.
+        lr, weight_decay, milestones, decay, batch_size, steps, eval_every: as in `GossipOptimizer` and `Simulator`.
+        state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
+        device: where parameters and data live, for example ``"cpu"`` or ``"cuda"``.
+        autocast, channels_last: as in `Simulator`, autocast by name.
+        augment: whether training images are cropped and mirrored at random, as is usual for the data set.
+
+    Raises:
+        TypeError, ValueError: an unknown rule, bad hyper-parameters of it, or bad steps, milestones, decay or
+            eval_every; the rest is checked by `make_simulator`.
+    """
+
+    data: str = "digits"
+    pool: int = 1
+    validation: float = 0.0
+    model: str = "mlp"
+    norm: str | None = None
+    topology: str = "ring:16"
+    gamma: float = 1.0
+    rule: str = "gut"
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    lr: float = 0.1
+    weight_decay: float = 0.0
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    decay: float = 0.1
+    partition: str = "dirichlet"
+    partition_options: Mapping[str, Any] = field(default_factory=lambda: {"alpha": 0.1})
+    batch_size: int = 16
+    steps: int = 400
+    eval_every: int | None = 20
+    engine: str = "auto"
+    backend: str = "auto"
+    state_dtype: str | None = None
+    device: str = "cpu"
+    autocast: str | None = None
+    channels_last: bool = False
+    augment: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        given = self.hyperparameters
+        if given.get("mu") == AUTO:
+            given = analysis.with_auto_mu(self.rule, given, parse_topology(self.topology, self.gamma))
+        object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(given))
+        object.__setattr__(self, "partition_options", dict(self.partition_options))
+        object.__setattr__(self, "milestones", tuple(self.milestones))
+        Plan(self.steps, self.milestones, self.decay, self.eval_every, checkpoint=None, checkpoint_every=None)
+
+    def _check_types(self) -> None:
+        """Raises TypeError for a value that would be used before anything else looks at it."""
+        expected = {"str": str, "int": int, "bool": bool, "Mapping[str, Any]": Mapping}
+        for entry in dataclasses.fields(self):
+            kind, value = expected.get(str(entry.type)), getattr(self, entry.name)
+            if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
+                raise TypeError(f"{entry.name} must be a {kind.__name__}, got {type(value).__name__} {value!r}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON takes them."""
+        return dataclasses.asdict(self)
+
+
+ENTRIES = {entry.name: entry for entry in dataclasses.fields(Experiment)}
+
+
+def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experiment:
+    """The experiment of these settings.
+
+    Args:
+        common: settings of many experiments; options that this partition or rule does not have are left out.
+        own: settings that come after, and must all be of use.
+
+    Raises:
+        TypeError, ValueError: an unknown setting or a bad value.
+    """
+    given = {**common, **own}
+    rule = get_rule(given.get("rule", Experiment.rule))
+    partition = given.get("partition", Experiment.partition)
+    options = _options_of(partition)
+    known = [*ENTRIES, *options, *rule.hyperparameters]
+    for name in own:
+        if name not in known:
+            raise ValueError(
+                f"there is no {name!r} for rule {rule.name!r} and partition {partition!r}; {nearest(name, known)}"
+            )
+    entries = {name: as_setting(name, given[name]) for name in ENTRIES if name in given}
+    entries["hyperparameters"] = _gathered(given, rule.hyperparameters, "hyperparameters")
+    entries["partition_options"] = _gathered(given, options, "partition_options")
+    return Experiment(**entries)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the known name that is most like it, or all of them."""
+    known = list(known)
+    similar = difflib.get_close_matches(str(name), known, 1)
+    return f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(known)}"
+
+
+def _options_of(partition: Any) -> list[str]:
+    """The options of the partition with this name; none for an unknown one, which `make_simulator` refuses."""
+    if not isinstance(partition, str) or partition not in PARTITIONS:
+        return []
+    parameters = inspect.signature(PARTITIONS[partition]).parameters
+    return [name for name in parameters if name not in ("labels", "num_agents", "seed")]
+
+
+def _gathered(given: Mapping[str, Any], names: Iterable[str], entry: str) -> dict[str, Any]:
+    """The settings of these names, and after them those of the entry that holds them all, if it is given itself."""
+    whole = given.get(entry, {})
+    if not isinstance(whole, Mapping):
+        raise TypeError(f"{entry} must hold names and values, got {whole!r}")
+    return {**{name: as_setting(name, given[name]) for name in names if name in given}, **whole}
+
+
+def as_setting(name: str, value: Any) -> Any:
+    """The value with numbers that are text, as YAML's 1e-3 is, as numbers where one is expected.
+
+    Raises:
+        TypeError: milestones that are not a list.
+    """
+    if name == "milestones":
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"milestones must be a list, such as [0.5, 0.75], got {value!r}")
+        return [number_if_text(entry) for entry in value]
+    is_number = name not in ENTRIES or ENTRIES[name].type == "float"
+    return number_if_text(value) if is_number else value
+
+
+def number_if_text(value: Any) -> Any:
+    """The number that a text says, or else the value as it is."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def seeds_of(value: Any) -> list[int]:
+    """The seeds that a number of seeds (n is 0 … n − 1) or a list of seeds stands for.
+
+    Raises:
+        TypeError, ValueError: neither, none at all, one twice, too many, or one that is too large.
+    """
+    is_count = isinstance(value, int) and not isinstance(value, bool)
+    if (value if is_count else len(value) if isinstance(value, list) else 1) > MAX_SEEDS:
+        raise ValueError(f"expected at most {MAX_SEEDS:,} seeds, got {value if is_count else len(value):,}")
+    seeds = list(range(value)) if is_count else value
+    if not isinstance(seeds, list) or not seeds or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
+        raise TypeError(f"seeds must be how many, at least 1, or a list of integers, got {value!r}")
+    if not 0 <= min(seeds) <= max(seeds) < 2**63 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds must be from 0 to below 2^63 and none named twice, got {value!r}")
+    return seeds

@@ -1,0 +1,151 @@
+"""From the settings of an experiment to a finished run."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from gut_fast import data, models
+from gut_fast.data import Dataset
+from gut_fast.optim import GossipOptimizer
+from gut_fast.simulation import Simulator
+from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
+from gut_fast.simulation.sharing import agents_here
+from gut_fast.study.experiment import Experiment
+from gut_fast.topology.names import parse_topology
+
+__all__ = ["Run", "load_data", "make_simulator", "samples_per_class", "train"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished experiment: the history of `Simulator.run`, the engine that computed it and its time in seconds."""
+
+    experiment: Experiment
+    history: list[dict[str, Any]]
+    engine: str
+    seconds: float
+
+    @property
+    def final(self) -> dict[str, Any]:
+        """The last row of the history."""
+        return self.history[-1]
+
+
+def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | None = None) -> Simulator:
+    """The simulator that the experiment describes, at step 0; with a process group that of the agents of this rank.
+
+    Raises:
+        TypeError, ValueError: a bad value.
+        OSError, ImportError, RuntimeError: a file, a package or the backend asked for is missing.
+    """
+    topology = parse_topology(experiment.topology, experiment.gamma)
+    device = _device(experiment.device)
+    state_dtype, autocast = (_dtype(name, getattr(experiment, name)) for name in ("state_dtype", "autocast"))
+    dataset = load_data(experiment)
+    where: dict[str, Any] = {}
+    if process_group is not None:
+        here = len(agents_here(topology.num_agents, process_group))
+        where = {"process_group": process_group, "agents_per_rank": here}
+
+    def optimizer(parameters: list[nn.Parameter]) -> GossipOptimizer:
+        return GossipOptimizer(
+            parameters,
+            experiment.rule,
+            topology=topology,
+            lr=experiment.lr,
+            weight_decay=experiment.weight_decay,
+            backend=experiment.backend,
+            state_dtype=state_dtype,
+            **where,
+            **experiment.hyperparameters,
+        )
+
+    return Simulator(
+        _initial_model(experiment, dataset).to(device),
+        topology,
+        optimizer=optimizer,
+        data=dataset,
+        parts=_divide(experiment, dataset, topology.num_agents),
+        batch_size=experiment.batch_size,
+        engine=experiment.engine,
+        seed=experiment.seed,
+        augment=dataset.augmentation if experiment.augment else None,
+        autocast=autocast,
+        channels_last=experiment.channels_last,
+        process_group=process_group,
+    )
+
+
+def train(experiment: Experiment, simulator: Simulator, **options: Any) -> Run:
+    """Runs the experiment's simulator to the last step; `options` go to `Simulator.run`."""
+    start = time.perf_counter()
+    simulator.run(
+        experiment.steps,
+        milestones=experiment.milestones,
+        decay=experiment.decay,
+        eval_every=experiment.eval_every,
+        **options,
+    )
+    return Run(experiment, simulator.history, simulator.engine, time.perf_counter() - start)
+
+
+def samples_per_class(experiment: Experiment) -> Tensor:
+    """How many training samples of each class every agent holds: int64 [N, classes]. Raises as `make_simulator`."""
+    num_agents = parse_topology(experiment.topology).num_agents
+    dataset = load_data(experiment)
+    parts = _divide(experiment, dataset, num_agents)
+    return data.partition.class_histogram(dataset.train_labels, parts, dataset.num_classes)
+
+
+def load_data(experiment: Experiment) -> Dataset:
+    """The samples of the experiment. Raises as `gut_fast.data.load`; ValueError for a bad `pool` or `validation`."""
+    dataset = _pooled(experiment.data, _split_seed(experiment.data, experiment.seed), experiment.pool)
+    return dataset.with_validation(experiment.validation, experiment.seed) if experiment.validation else dataset
+
+
+def _split_seed(name: str, seed: int) -> int:
+    """The seed where it divides a set into training and test samples, 0 where the set has a division of its own."""
+    function = data.DATASETS.get(name)
+    return seed if function is not None and "seed" in inspect.signature(function).parameters else 0
+
+
+@lru_cache(maxsize=8)
+def _pooled(name: str, seed: int, pool: int) -> Dataset:
+    dataset = data.load(name, seed=seed)
+    return dataset if pool == 1 else dataset.pooled(pool)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _dtype(option: str, name: str | None) -> torch.dtype | None:
+    dtype = None if name is None else getattr(torch, name, None)
+    if name is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"{option} must be a floating dtype of torch, such as bfloat16, got {name!r}")
+    return dtype
+
+
+def _divide(experiment: Experiment, dataset: Dataset, num_agents: int) -> list[Tensor]:
+    return data.partition.partition(
+        experiment.partition, dataset.train_labels, num_agents, experiment.seed, **experiment.partition_options
+    )
+
+
+def _initial_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
+    with own_random_state(torch.device("cpu")):
+        seed_generators(derive_seed("model", experiment.seed), torch.device("cpu"))
+        return models.build(experiment.model, dataset.input_shape, dataset.num_classes, experiment.norm)
