@@ -1,4 +1,4 @@
-"""What the theory says of the rules, exactly: fixed points, what r learns, the average's motion, modes and limits.
+"""The theory of the rules, exactly: fixed points, what r learns, the average's motion, modes and limits.
 
 Everything runs `reference.step`, in float64, without noise unless the test adds it. The heterogeneous problem is
 f_i(x) = ½ (x − b_i)ᵀ H_i (x − b_i); its optimum is that of Σ_i f_i.
@@ -15,8 +15,6 @@ from gut_fast import topology
 from gut_fast.reference import drift, step, zero_state
 from gut_fast.rules import RULES
 
-torch.set_num_threads(1)
-
 LR = 0.1
 
 
@@ -31,7 +29,7 @@ class Quadratics(NamedTuple):
     b: torch.Tensor
 
     def gradient(self, z):
-        """For z [N, d, B]: B experiments side by side."""
+        """The gradients at z [N, d, B], where B experiments lie side by side."""
         return self.H @ (z - self.b[..., None])
 
     @property
@@ -45,7 +43,7 @@ def quadratics(num_agents, dim=2, seed=0):
 
 
 class Rest(NamedTuple):
-    """Where a run ends: z, gradients and states [N, d]."""
+    """The end of a run: z, gradients and states [N, d]."""
 
     z: torch.Tensor
     g: torch.Tensor
@@ -71,7 +69,7 @@ def at_rest(rule, hyperparameters, W, problem):
 
 
 def bias(rest, problem):
-    """How far the agents rest from the optimum."""
+    """The largest distance of an agent at rest from the optimum."""
     return float((rest.z - problem.optimum.T).abs().max())
 
 
@@ -159,7 +157,7 @@ def test_gutm_at_rest_has_no_momentum_and_r_is_minus_the_gradient(beta, mu, W, p
 
 @pytest.mark.parametrize("mu", [0.3, 0.9])
 def test_steady_drift_is_one_minus_mu_times_that_of_dsgd(mu, W):
-    """Exactly (1−μ)ηg, what r leaves over of the local step; so (1−μ) times DSGD's own to first order in η."""
+    """The drift is exactly (1−μ)ηg, which is (1−μ) times DSGD's own to first order in η."""
     problem = quadratics(len(W))
 
     def steady_drift(rule, mu, lr):
@@ -190,7 +188,7 @@ def test_the_mean_of_r_is_zero_at_every_step(rule, W):
 
 
 def averages(rule, hyperparameters, W, num_steps=60):
-    """Means over agents of z, the states and g at each step, under gradients that are pure noise."""
+    """Yields the means over agents of z, states and g at each step, under gradients that are pure noise."""
     z = randn(len(W), 3, seed=0)
     state = zero_state(rule, z)
     for k in range(num_steps):
@@ -289,7 +287,7 @@ def test_a_consensus_mode_obeys_its_characteristic_equation(mu, W):
 
 
 def disagreement(rule, hyperparameters, W, num_steps):
-    """How far z and state are from their means, after each step of plain mixing from a random z of mean zero."""
+    """The distance of z and state from their means, after each step of plain mixing from a random z of mean zero."""
     z = randn(len(W), 3, seed=0)
     z = z - z.mean(0)
     state = zero_state(rule, z)
@@ -299,7 +297,7 @@ def disagreement(rule, hyperparameters, W, num_steps):
 
 
 def decay(rule, hyperparameters, W):
-    """The factor per step by which disagreement changes, over the last 200 of 300 steps."""
+    """The factor by which disagreement changes in a step, over the last 200 of 300 steps."""
     sizes = list(disagreement(rule, hyperparameters, W, num_steps=300))
     return (sizes[-1] / sizes[99]) ** (1 / 200)
 
