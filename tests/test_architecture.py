@@ -39,8 +39,6 @@ NOT_YET = {
     "benchmark",
     "cli",
     "data",
-    "distributed",
-    "optim",
     "simulation",
     "study",
     "topology",

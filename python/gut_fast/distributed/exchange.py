@@ -38,7 +38,7 @@ BUCKET_BYTES, LEAST_BUCKET_BYTES, OVERLAPPING_BUCKETS = 25 << 20, 256 << 10, 4
 
 
 class Exchange:
-    """What an optimizer does with the other ranks: the agents of this process, and their messages.
+    """The agents of this process and their messages to and from those of other ranks: the work of an optimizer.
 
     The optimizer hands over snapshots of its step, a `GossipStep` for each parameter group, None for a group without
     parameters. Agent a lives on rank ``a // agents_per_rank``.

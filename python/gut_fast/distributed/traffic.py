@@ -32,7 +32,7 @@ Way = tuple[int, int, int]
 
 
 class Route(NamedTuple):
-    """What one step moves, seen from one rank that holds k agents: numbers first_agent … first_agent + k − 1.
+    """The messages of one step, seen from one rank that holds agents first_agent … first_agent + k − 1.
 
     Ranks are given by their places in the group. An agent's message travels once to each rank where somebody hears it.
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from gut_fast.topology import Topology
 
     class Options(TypedDict, total=False):
-        """What every class below takes beside its rule's hyper-parameters: see `GossipOptimizer`."""
+        """The options of every class, beside its rule's hyper-parameters: see `GossipOptimizer`."""
 
         topology: Required[Topology]
         weight_decay: float

@@ -128,7 +128,7 @@ class Gossip(GossipOptimizer):
             inner_group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
-        """As `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
+        """Returns the state as `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
         return {**super().state_dict(), "inner": self.inner.state_dict(), "inner_type": type(self.inner).__name__}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -40,7 +40,7 @@ __all__ = ["GossipOptimizer"]
 
 @dataclass
 class _Prepared:
-    """What a kernel reads of a parameter group, beside parameters and gradients.
+    """The inputs of a kernel for a parameter group, beside parameters and gradients.
 
     Attributes:
         state: the rule's state, for each name one flat buffer of which ``state[parameter][name]`` are views.
@@ -431,7 +431,7 @@ class GossipOptimizer(Optimizer):
 
     @property
     def overlap(self) -> str:
-        """Whether messages leave during backward: "on", or "off" and why."""
+        """Says whether messages leave during backward: "on", or "off" and why."""
         exchange = self._exchange
         return "off" if exchange is None or exchange.overlap is None else str(exchange.overlap)
 
@@ -463,7 +463,7 @@ class GossipOptimizer(Optimizer):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """As in `torch.optim`, with the rule's name and the number of steps taken beside it.
+        """Returns the state as in `torch.optim`, with the rule's name and the number of steps taken beside it.
 
         With a process_group it is the state of the agents here, and what rounding has left of messages.
         """
