@@ -14,7 +14,7 @@ from gut_fast.distributed.consolidation import consolidate
 
 
 class Tied(nn.Module):
-    """Batch normalisation, and a weight with two names."""
+    """A module with batch normalisation, and a weight with two names."""
 
     def __init__(self):
         super().__init__()
@@ -23,7 +23,7 @@ class Tied(nn.Module):
 
 
 def agent(number):
-    """Its numbers depend on its own alone; it has seen so many batches and one more."""
+    """Makes an agent's module from its number; it has seen as many batches and one more."""
     torch.manual_seed(number)
     module = Tied()
     module.norm.running_mean.normal_()
@@ -51,7 +51,7 @@ def assert_state(state, expected):
 
 
 def every_way(rank, size):
-    """What there is on a rank, by the kind of group and by `to`; nothing may change."""
+    """Returns what consolidate gives a rank, by the kind of group and by `to`; the module must not change."""
     module = agent(rank)
     before = copy.deepcopy(module.state_dict())
     optimizer = gf.DSGD(module.parameters(), 0.1, topology=gf.topology.ring(size), process_group=dist.group.WORLD)
@@ -107,7 +107,7 @@ def test_one_process_gets_a_copy_of_its_own():
 
 
 def after_a_loss(rank, size):
-    """Ranks 0 and 2 of 3 are left, known by their numbers."""
+    """Consolidates among ranks 0 and 2 of 3, which keep their numbers."""
     if rank == 1:
         return None
     group = Group(ranks.store, rank // 2, [0, 2], everyone=size)
@@ -136,7 +136,7 @@ def test_what_is_refused():
 
 
 def of_other_sizes(rank, size):
-    """What consolidate says where the last rank's model is another, and afterwards with the same ones."""
+    """Returns what consolidate says where the last rank's model is another; with the same models it works again."""
     module = nn.Linear(3, 2 if rank < size - 1 else 5)
     parameter = nn.Parameter(torch.zeros(1))
     optimizer = gf.DSGD([parameter], 0.1, topology=gf.topology.ring(size), process_group=dist.group.WORLD)

@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import time
-import warnings
 import weakref
 from functools import partial
 
@@ -19,7 +17,7 @@ from gut_fast.verify.lockstep import seeded
 
 
 def make(rank, size, numbers=4, rule="gut", **options):
-    """A parameter, 1 + rank everywhere, and its optimizer."""
+    """Returns a parameter, 1 + rank everywhere, and its optimizer."""
     parameter = nn.Parameter(torch.full((numbers,), 1.0 + rank))
     options = {"topology": gf.topology.ring(size), "process_group": dist.group.WORLD, "timeout": 20.0} | options
     return parameter, gf.GossipOptimizer([parameter], rule, lr=0.1, **options)
@@ -34,7 +32,7 @@ def train(parameter, optimizer, steps, between=lambda: None):
 
 
 def odd_groups(size, rank=None):
-    """Groups of several dtypes, an empty one, parameters without numbers and of no dimensions; the last is added."""
+    """Returns odd groups: several dtypes, an empty one, parameters without numbers or dimensions; the last is added."""
 
     def parameters(first_seed, dtype, *shapes):
         values = [seeded(size, *shape, seed=first_seed + k, dtype=dtype) for k, shape in enumerate(shapes)]
@@ -80,7 +78,7 @@ def test_odd_groups_give_the_stacked_numbers(overlap):
 
 
 def reload(rank, size):
-    """What loading residuals of other shapes says, and whether the optimizer is as before."""
+    """Returns what the refusal of residuals of other shapes says; the optimizer must be as before."""
     rounded = {"wire_dtype": torch.bfloat16}
 
     def optimizer_of(**options):
@@ -117,7 +115,7 @@ def reload(rank, size):
         for index, own in before["state"].items():
             assert all(torch.equal(value, after["state"][index][key]) for key, value in own.items())
         assert torch.equal(before["residuals"][0][0], after["residuals"][0][0])
-    # None of them, none needed, or none to lose: goes on, whatever the buckets.
+    # Without residuals, with residuals that are not needed, or that are empty, a run goes on, whatever the buckets.
     without = {key: value for key, value in good.items() if key != "residuals"}
     exact = {**without, "residuals": [[]]}
     for state, options in [(without, rounded), (good, {}), (exact, {"bucket_bytes": 8}), (exact, rounded)]:
@@ -135,10 +133,13 @@ def test_residuals_of_other_shapes_are_refused_before_anything_changes():
 
 
 def touched(rank, size, what, overlap):
-    """Parameters of a run where the model is changed between backward and step, what overlap says, what left early."""
-    warnings.simplefilter("ignore")
+    """Changes the model between backward and step; returns parameters, what overlap says, and what left early."""
     parameter, optimizer = make(rank, size, overlap=overlap)
     left = []
+
+    @torch.no_grad()
+    def assign_state():
+        optimizer.state[parameter] = {key: value + rank for key, value in optimizer.state[parameter].items()}
 
     @torch.no_grad()
     def between():
@@ -148,40 +149,38 @@ def touched(rank, size, what, overlap):
         elif what == "state":
             next(iter(optimizer.state[parameter].values())).add_(rank)
         elif what == "assigned state":
-            optimizer.state[parameter] = {key: value + rank for key, value in optimizer.state[parameter].items()}
+            assign_state()
+        elif what == "learning rate":
+            optimizer.param_groups[0]["lr"] *= 0.9
 
-    train(parameter, optimizer, 5, between)
+    for _ in range(5):
+        if what == "state before backward":
+            assign_state()
+        train(parameter, optimizer, 1, between)
     return parameter.detach(), optimizer.overlap, left
 
 
-@pytest.mark.parametrize("what", ["parameters", "state", "assigned state"])
-def test_overlap_notices_models_that_change_before_the_step(what):
+@pytest.mark.parametrize(
+    ("what", "overlap"),
+    [
+        ("parameters", "off: parameters or their state change"),
+        ("state", "off: parameters or their state change"),
+        ("assigned state", "off: parameters or their state change"),
+        ("learning rate", "off: learning rate or hyper-parameters change"),
+        ("state before backward", "on"),
+    ],
+)
+def test_overlap_notices_models_that_change_before_the_step(what, overlap):
     for (mine, said, left), (theirs, *_) in zip(
         ranks.run(2, touched, what, True), ranks.run(2, touched, what, False), strict=True
     ):
         assert torch.equal(mine, theirs)
-        assert said.startswith("off: parameters or their state change")
-        assert not any(left)
-
-
-def assign_before_backward(rank, size, overlap):
-    parameter, optimizer = make(rank, size, overlap=overlap)
-    for _ in range(5):
-        optimizer.state[parameter] = {key: value + rank for key, value in optimizer.state[parameter].items()}
-        train(parameter, optimizer, 1)
-    return parameter.detach(), optimizer.overlap
-
-
-def test_state_assigned_before_backward_is_what_is_sent():
-    for (mine, said), (theirs, _) in zip(
-        ranks.run(2, assign_before_backward, True), ranks.run(2, assign_before_backward, False), strict=True
-    ):
-        assert torch.equal(mine, theirs)
-        assert said == "on"
+        assert said.startswith(overlap)
+        assert left == [overlap == "on" and step > 0 for step in range(5)]
 
 
 def changed_under_way(rank, size):
-    """Groups are added, and states loaded, while messages of a step are under way."""
+    """Tries to add a group, and to load a state, while messages of a step are under way."""
     parameter, optimizer = make(rank, size, overlap=True)
     added = nn.Parameter(torch.full((3,), 1.0 + rank))
     state = copy.deepcopy(optimizer.state_dict())
@@ -290,16 +289,17 @@ def test_two_optimizers_do_not_meet():
 
 
 def any_backend(rank, size):
-    """A group whose backend nobody named; rank 0 stops taking part."""
+    """Trains in a group whose backend has another name; rank 0 stops taking part until the other has noticed."""
     dist.destroy_process_group()
     dist.init_process_group("cpu:gloo", store=dist.PrefixStore("again", ranks.store), rank=rank, world_size=size)
-    parameter, optimizer = make(rank, size, timeout=1.0)
+    parameter, optimizer = make(rank, size, timeout=0.5)
     train(parameter, optimizer, 2)
     if rank == 0:
-        time.sleep(4)
+        ranks.store.wait(["noticed"])
         return optimizer.group.is_own, None
-    with pytest.raises(PeerError, match="rank 0, which was not ready within 1 s") as caught:
+    with pytest.raises(PeerError, match=r"rank 0, which was not ready within 0\.5 s") as caught:
         optimizer.step()
+    ranks.store.set("noticed", "")
     return optimizer.group.is_own, caught.value.rank
 
 
@@ -308,33 +308,32 @@ def test_gloo_under_another_name_has_the_limits_of_gloo():
 
 
 def given(rank, size, ends):
-    """Messages through the user's group; then rank 0 dawdles, or ends."""
-    group = Group(ranks.store, rank, range(size), timeout=1.0, process_group=dist.group.WORLD)
+    """Sends messages through the user's group; then rank 0 dawdles until the other has noticed, or leaves."""
+    group = Group(ranks.store, rank, range(size), timeout=0.5, process_group=dist.group.WORLD)
     parameter, optimizer = make(rank, size, process_group=group)
     train(parameter, optimizer, 2)
     assert not group.is_own
     if rank == 0:
-        time.sleep(0.0 if ends else 4.0)
-        return None
+        return ends or ranks.store.wait(["noticed"])
     with pytest.raises(PeerError) as caught:
         train(parameter, optimizer, 3)
+    ranks.store.set("noticed", "")
     return str(caught.value)
 
 
-@pytest.mark.parametrize(("ends", "what"), [(False, "was not ready within 1 s"), (True, "which is gone")])
+@pytest.mark.parametrize(("ends", "what"), [(False, "was not ready within 0.5 s"), (True, "which is gone")])
 def test_the_users_own_group_is_not_waited_for_longer(ends, what):
     assert what in ranks.run(2, given, ends)[1]
 
 
 def add_after_joining(rank, size):
-    """Rank 1 joins rank 0; then both add a group."""
+    """Rank 1 joins rank 0, then both add a group; returns the added parameter."""
     if rank == 0:
         group = Group(ranks.store, 0, [0], timeout=20.0, everyone=2)
     else:
         group = rejoin(ranks.store, 1, 2, timeout=20.0)
     parameter, optimizer = make(rank, size, process_group=group, on_peer_failure="continue")
     while optimizer.group.size < 2:
-        time.sleep(0.002)
         train(parameter, optimizer, 1)
     while optimizer.num_steps % 10 != 5:
         train(parameter, optimizer, 1)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import re
 import runpy
 import subprocess
@@ -19,7 +18,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "distributed.py"
 
 
 def run_example(folder, steps):
-    """What it prints, line by line."""
+    """Runs the example in this process, and returns the lines that it prints."""
     printed, arguments = io.StringIO(), [str(EXAMPLE), "--folder", str(folder), "--steps", str(steps)]
     given, sys.argv = sys.argv, arguments
     try:
@@ -30,19 +29,21 @@ def run_example(folder, steps):
     return printed.getvalue().splitlines()
 
 
-def run_ranks(size, folder, steps):
-    """In a store of their own: the crew's holds addresses of the group that the example makes anew."""
-    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-    return ranks.run(size, run_rank, folder, steps, store.port)
-
-
-def run_rank(rank, size, folder, steps, port):
-    """In the environment that torchrun makes."""
+def run_rank(rank, size, folder, steps):
+    """Runs the example as a rank, in the environment that torchrun makes, with a store of its own."""
     dist.destroy_process_group()
-    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "RANK": str(rank), "WORLD_SIZE": str(size)}
-    lines = run_example(folder, steps)
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        ranks.store.set("port", str(store.port))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks.store.get("port").decode(), "RANK": rank}
+    where |= {"WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in where.items():
+            patch.setenv(name, str(value))
+        lines = run_example(folder, steps)
     assert not dist.is_initialized()
+    ranks.store.set(f"done {rank}", "")
+    ranks.store.wait([f"done {other}" for other in range(size)])  # rank 0 keeps the store for the others
     return lines
 
 
@@ -60,7 +61,7 @@ def test_it_learns_and_says_where_time_and_bytes_went(alone):
 
 
 def test_four_processes_print_the_same_numbers(tmp_path, alone):
-    first, *others = run_ranks(4, tmp_path, 60)
+    first, *others = ranks.run(4, run_rank, tmp_path, 60)
     model_bytes = 4 * (64 * 32 + 32 + 32 * 10 + 10)
     assert first[:2] == alone[:2]
     assert first[2].endswith(f"; {60 * 2 * model_bytes / 1e6:.2f} MB to other processes")
@@ -68,12 +69,13 @@ def test_four_processes_print_the_same_numbers(tmp_path, alone):
 
 
 def test_two_processes_started_again_go_on_to_the_same_end(tmp_path, alone):
-    before, _ = run_ranks(2, tmp_path, 50)
-    after, _ = run_ranks(2, tmp_path, 60)
+    before, _ = ranks.run(2, run_rank, tmp_path, 50)
+    after, _ = ranks.run(2, run_rank, tmp_path, 60)
     assert [before[0], after[0]] == alone[:2]
     assert [len(before), len(after)] == [2, 2]
 
 
+@pytest.mark.slow
 def test_torchrun_starts_it(tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     arguments = [str(EXAMPLE), "--folder", str(tmp_path), "--steps", "3"]

@@ -18,7 +18,7 @@ NUM_AGENTS = 4
 
 
 def blobs(num_samples=60):
-    """Three noisy classes, as small images."""
+    """Makes three noisy classes of small images."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(2 * num_samples) % 3
     inputs = torch.randn(2 * num_samples, 4, generator=generator) + 4.0 * torch.eye(3, 4)[labels]
@@ -32,7 +32,7 @@ def network(*layers):
 
 
 def different_agents():
-    """With batch statistics, whose counters are of no floating point."""
+    """Stacks agents that differ, with batch statistics, whose counters are integers."""
     return stack(network(nn.BatchNorm1d(8)), NUM_AGENTS, init="different", seed=3)
 
 
@@ -136,7 +136,7 @@ def test_agents_on_different_ranks_drop_out_different_units():
 
 
 def in_step_3(act):
-    """A loss that does this before it is computed for the first time in that step, of two agents."""
+    """Makes a loss that calls `act` before its first computation in step 3, with two agents here."""
     calls = itertools.count()
 
     def loss(outputs, labels):
@@ -226,7 +226,8 @@ def lose_a_rank(rank, size):
 
 
 def test_without_some_agents_there_are_no_numbers_of_all():
-    assert ranks.run(2, lose_a_rank) == [True, None]
+    with ranks.Crew(2, lose_a_rank) as crew:
+        assert crew.outcomes() == [True, None]
 
 
 def bytes_of(rank, size, wire_dtype):
