@@ -11,11 +11,11 @@ there to tell a slower kernel from a slower machine. One thread, unless the envi
 import os
 
 import pytest
-
 from gut_fast.benchmark import comparison, timing
 from gut_fast.benchmark.cases import GROUPS
 from gut_fast.benchmark.contenders import Workload
 from gut_fast.benchmark.peers import enter
+
 from gut_fast.kernels import machine
 
 THREADS = int(os.environ.get("THREADS", "1"))

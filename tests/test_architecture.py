@@ -21,7 +21,7 @@ FLOORS = [
     {"optim"},
     {"simulation"},
     {"study"},
-    {"benchmark"},
+    {"bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -1,0 +1,516 @@
+"""Times training steps of several processes beside PyTorch's DDP and decent-dp, and beside what bounds them.
+
+    python benchmarks/across.py --output benchmarks/results
+    sudo python benchmarks/across.py --rate 200mbit --model lenet5      # a network namespace and a shaped link for each
+
+Everyone is compared with the recurrence it should compute first, and the bytes that we send are counted. Images are
+noise. decent-dp is no dependency: ``pip install --no-deps --target FOLDER decent-dp loguru``, and FOLDER in PYTHONPATH.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import os
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.optim import SGD
+
+from gut_fast import models
+from gut_fast.bench import results
+from gut_fast.bench.results import Measurement, Result
+from gut_fast.bench.step import WrongResultError
+from gut_fast.bench.timing import interleave, threads, watch
+from gut_fast.kernels import machine
+from gut_fast.optim import GossipOptimizer
+from gut_fast.simulation.engines import make_engine
+from gut_fast.simulation.stacked import stack
+from gut_fast.topology import complete, from_matrix, ring, sequence
+from ranks import check_rate, crew
+
+LR, MU = 0.01, 0.5
+NUM_CLASSES = 10
+CHECKED_STEPS = 4
+"""The steps that are compared; messages overlap with computation from the second one on."""
+
+TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 2.0**-5
+"""The largest error of parameters in units of the largest one. Agents begin with different parameters, so without
+mixing, or with the wrong agents, the error is about 1."""
+
+
+class Setting(NamedTuple):
+    """The images of a network, the samples of an agent in a step, and the bytes that travel at once."""
+
+    spec: str
+    image: tuple[int, ...]
+    batch_size: int
+    bucket_bytes: int
+
+
+SETTINGS = {
+    "lenet5": Setting("lenet5", (1, 28, 28), 32, 1 << 16),
+    "resnet20": Setting("resnet20", (3, 32, 32), 8, 1 << 18),
+    "mlp": Setting("mlp:1024-1024-1024-1024-1024", (1, 28, 28), 16, 1 << 20),
+}
+"""Small networks, for several share a processor; and a wide one of 5 million parameters that is soon computed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all ranks train. `shares_memory` says whether ranks of one machine may read each other's memory."""
+
+    model: str
+    ranks: int = 4
+    batch_size: int = 0
+    bucket_bytes: int = 0
+    shares_memory: bool = True
+
+    @property
+    def setting(self):
+        """The network's setting with the numbers of this case, where they are given."""
+        usual = SETTINGS[self.model]
+        return usual._replace(
+            batch_size=self.batch_size or usual.batch_size, bucket_bytes=self.bucket_bytes or usual.bucket_bytes
+        )
+
+    def make_module(self, rank):
+        """The network as an agent begins with it, every one differently, so that mixing shows at once."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(rank)
+            return models.build(self.setting.spec, self.setting.image, NUM_CLASSES)
+
+    def make_batch(self, rank):
+        """An agent's images and labels, the same in every step."""
+        generator, samples = torch.Generator().manual_seed(rank), self.setting.batch_size
+        images = torch.randn(samples, *self.setting.image, generator=generator)
+        return images, torch.randint(NUM_CLASSES, (samples,), generator=generator)
+
+
+def ring_of(ranks):
+    """A ring; of two agents it is an edge."""
+    return ring(ranks) if ranks > 2 else complete(2)
+
+
+def one_peer_ring(ranks):
+    """Everyone mixes with the left and the right neighbour in turn, half and half: decent-dp's ring."""
+    if ranks % 2:
+        raise ValueError(f"a ring with one peer at a time needs an even number of ranks, got {ranks}")
+    steps = []
+    for first in (0, 1):
+        W = torch.zeros(ranks, ranks, dtype=torch.float64)
+        for i in range(first, ranks + first, 2):
+            pair = torch.tensor([i % ranks, (i + 1) % ranks])
+            W[pair[:, None], pair] = 0.5
+        steps.append(from_matrix(W, connected=False, name=f"pairs from {first}"))
+    return sequence(steps)
+
+
+class Contender:
+    """Someone who trains on this rank, as others do on theirs; by itself it computes and sends nothing."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012  replaced, never changed
+
+    def __init__(self, case, rank):
+        self.case, self.rank = case, rank
+        self.module = case.make_module(rank)
+        self.images, self.labels = case.make_batch(rank)
+        self.prepare()
+
+    def prepare(self):
+        """Makes the optimizer."""
+        self.optimizer = SGD(self.module.parameters(), LR, fused=True)
+
+    def step(self):
+        """Makes a training step, or the part of one that is timed."""
+        self.optimizer.zero_grad()
+        self.backward(self.module)
+        self.optimizer.step()
+
+    def backward(self, module):
+        """Computes the gradients of the batch."""
+        cross_entropy(module(self.images), self.labels).backward()
+
+    def outcome(self):
+        """What is compared with the truth, in one row: the parameters. Rank 0 may have the rows of all agents."""
+        return parameters_to_vector(self.module.parameters()).detach()
+
+    def bytes_sent(self):
+        """The bytes of messages so far, or None if the contender does not count them."""
+        return
+
+    @classmethod
+    def truth(cls, agents):
+        """What should come out on each rank, [N, D] in float64: z' = z − ηg."""
+        z = agents.start
+        for _ in range(CHECKED_STEPS):
+            z = z - LR * agents.gradients(z)
+        return z
+
+
+class Gossip(Contender):
+    """This library: a rule on a graph, one agent here."""
+
+    rule, hyperparameters, graph = "gut", {"lr": LR, "mu": MU}, staticmethod(ring_of)
+
+    def prepare(self):
+        self.optimizer = GossipOptimizer(
+            self.module.parameters(),
+            self.rule,
+            topology=self.graph(self.case.ranks),
+            process_group=dist.group.WORLD,
+            bucket_bytes=self.case.setting.bucket_bytes,
+            **self.hyperparameters,
+            **{"shared_memory": self.case.shares_memory, **self.options},
+        )
+
+    def outcome(self):
+        """The parameters. Raises RuntimeError if messages did not leave during backward though they should."""
+        if self.options.get("overlap") and self.optimizer.overlap != "on":
+            raise RuntimeError(f"{self.rule}: overlap is {self.optimizer.overlap}")
+        return super().outcome()
+
+    def bytes_sent(self):
+        return sum(self.optimizer.bytes_sent.values())
+
+    @classmethod
+    def expected_bytes(cls, case, numbers):
+        """What each rank sends in the first steps: degree × model size a step."""
+        topology, size = cls.graph(case.ranks), numbers * cls.options.get("wire_dtype", torch.float32).itemsize
+        degrees = [[len(topology.neighbors(rank, k)) for k in range(CHECKED_STEPS)] for rank in range(case.ranks)]
+        return [size * sum(each) for each in degrees]
+
+    @classmethod
+    def truth(cls, agents, *, keeps_gradient=False):
+        """GUT: ``S = z − η(g + μr);  D = W S − S;  z' = S + D;  r' = μr − D/η``; and DSGD, which is μ = 0."""
+        topology, mu = cls.graph(agents.case.ranks), cls.hyperparameters.get("mu", 0.0)
+        z, r = agents.start, torch.zeros_like(agents.start)
+        g = agents.gradients(z)
+        for step in range(CHECKED_STEPS):
+            g = g if keeps_gradient else agents.gradients(z)
+            S = z - LR * (g + mu * r)
+            D = topology.matrix(step) @ S - S
+            z, r = S + D, mu * r - D / LR
+        return z
+
+
+class GossipDSGD(Gossip):
+    """This library's DSGD."""
+
+    rule, hyperparameters = "dsgd", {"lr": LR}
+
+
+class Communication(GossipDSGD):
+    """No computation: the exchange and the mixing of DSGD, with gradients at hand."""
+
+    def prepare(self):
+        super().prepare()
+        self.backward(self.module)
+
+    def step(self):
+        self.optimizer.step()
+
+    @classmethod
+    def truth(cls, agents):
+        """DSGD with the first gradients in all steps."""
+        return super().truth(agents, keeps_gradient=True)
+
+
+class OneProcess(Gossip):
+    """This library's simulator: GUT of all agents in the process of rank 0, on all processors; the others rest."""
+
+    def prepare(self):
+        if self.rank:
+            return
+        ranks = self.case.ranks
+        self.stacked = stack(self.module, ranks)
+        for i in range(ranks):
+            for mine, start in zip(
+                self.stacked.agent(i).parameters(), self.case.make_module(i).parameters(), strict=True
+            ):
+                mine.detach().copy_(start.detach())
+        batches = [self.case.make_batch(i) for i in range(ranks)]
+        self.images, self.labels = (torch.stack(each) for each in zip(*batches, strict=True))
+        self.engine = make_engine("auto", self.stacked, cross_entropy)
+        self.optimizer = GossipOptimizer(
+            self.stacked.parameters(), self.rule, topology=self.graph(ranks), **self.hyperparameters
+        )
+
+    def step(self):
+        if self.rank:
+            return
+        with threads(os.cpu_count() or 1):
+            self.engine(self.images, self.labels)
+            self.optimizer.step()
+
+    def outcome(self):
+        if self.rank:
+            return torch.empty(0)
+        return torch.cat([parameter.detach().flatten(1) for parameter in self.stacked.parameters()], 1)
+
+    def bytes_sent(self):
+        return
+
+
+class BareSends(Contender):
+    """What the transport itself takes: a model to each neighbour on the ring and one from each, nothing else."""
+
+    def prepare(self):
+        self.row = super().outcome()
+        self.peers = sorted({(self.rank - 1) % self.case.ranks, (self.rank + 1) % self.case.ranks})
+        self.received = [torch.empty_like(self.row) for _ in self.peers]
+
+    def step(self):
+        works = [dist.irecv(row, peer) for row, peer in zip(self.received, self.peers, strict=True)]
+        works += [dist.isend(self.row, peer) for peer in self.peers]
+        for work in works:
+            work.wait()
+
+    def outcome(self):
+        """The sum of what has come."""
+        return torch.stack(self.received).sum(0)
+
+    @classmethod
+    def truth(cls, agents):
+        """The sum of the neighbours' models."""
+        graph = ring_of(agents.case.ranks)
+        return torch.stack([agents.start[graph.neighbors(rank)].sum(0) for rank in range(agents.case.ranks)])
+
+
+class DDP(Contender):
+    """PyTorch's DistributedDataParallel: one model, gradients averaged over all ranks, the same SGD."""
+
+    def prepare(self):
+        super().prepare()
+        megabytes = self.case.setting.bucket_bytes / (1 << 20)
+        self.parallel = DistributedDataParallel(self.module, bucket_cap_mb=megabytes, gradient_as_bucket_view=True)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        self.backward(self.parallel)
+        self.optimizer.step()
+
+    @classmethod
+    def truth(cls, agents):
+        """z' = z − η mean g, from the first rank's parameters."""
+        z = agents.start[:1].expand_as(agents.start)
+        for _ in range(CHECKED_STEPS):
+            z = z - LR * agents.gradients(z).mean(0)
+        return z
+
+
+class DecentDP(Contender):
+    """decent-dp's ring: everyone mixes with one neighbour a step, in turn. Its buckets are whole MiB."""
+
+    def prepare(self):
+        importlib.import_module("loguru").logger.disable("decent_dp")
+        megabytes = max(1, self.case.setting.bucket_bytes >> 20)
+        self.parallel = importlib.import_module("decent_dp.ddp").DecentralizedDataParallel(
+            self.module,
+            lambda named: SGD([parameter for _, parameter in named], LR, fused=True),
+            topology="ring",
+            bucket_size_in_mb=megabytes,
+        )
+
+    def step(self):
+        """Makes a training step; decent-dp steps and zeroes the gradients itself."""
+        self.backward(self.parallel)
+
+    @classmethod
+    def truth(cls, agents):
+        """z' = W z − ηg, from the first rank's parameters; it begins with W = I, and takes the second pairs twice."""
+        pairs = [one_peer_ring(agents.case.ranks).matrix(first) for first in (0, 1)]
+        z = agents.start[:1].expand_as(agents.start)
+        for step in range(CHECKED_STEPS):
+            mixed = z if step == 0 else pairs[1 if step == 1 else (step + 1) % 2] @ z
+            z = mixed - LR * agents.gradients(z)
+        return z
+
+
+def variant(base, **attributes):
+    """A contender that differs from another in some class attributes."""
+    return type(base.__name__, (base,), attributes)
+
+
+OVERLAP = {"overlap": True}
+CONTENDERS = {
+    "computation": Contender,
+    "communication": Communication,
+    "bare sends": BareSends,
+    "DSGD": GossipDSGD,
+    "DSGD overlap": variant(GossipDSGD, options=OVERLAP),
+    "GUT": Gossip,
+    "GUT sockets": variant(Gossip, options={"shared_memory": False}),
+    "GUT overlap": variant(Gossip, options=OVERLAP),
+    "GUT overlap bfloat16": variant(Gossip, options={**OVERLAP, "wire_dtype": torch.bfloat16}),
+    "DSGD one peer overlap": variant(GossipDSGD, options=OVERLAP, graph=staticmethod(one_peer_ring)),
+    "GUT one process": OneProcess,
+    "DDP": DDP,
+    "decent-dp": DecentDP,
+}
+"""The contenders in the order in which every rank makes them. The first two bound what can be reached."""
+
+
+def absent(case):
+    """The contenders that cannot take part, and why."""
+    reasons = {} if case.shares_memory else {"GUT sockets": "all that we send goes through sockets here"}
+    if case.ranks % 2:
+        reasons |= dict.fromkeys(["DSGD one peer overlap", "decent-dp"], "it needs an even number of ranks")
+    elif importlib.util.find_spec("decent_dp") is None:
+        reasons["decent-dp"] = "it is not installed"
+    return reasons
+
+
+class Rank:
+    """What a rank does for the process that measures, through `ranks.Crew`."""
+
+    def __init__(self, rank, place):
+        self.rank, self.place = rank, place
+
+    def make(self, case, names):
+        """Makes these contenders; returns how many parameters the network has."""
+        self.contenders = {name: CONTENDERS[name](case, self.rank) for name in names}
+        return sum(parameter.numel() for parameter in self.contenders["computation"].module.parameters())
+
+    def train(self, name, steps):
+        """Makes so many steps; returns what came out, and the bytes of messages that were sent, if it counts them."""
+        contender = self.contenders[name]
+        before = contender.bytes_sent()
+        for _ in range(steps):
+            contender.step()
+        return contender.outcome().numpy(), None if before is None else contender.bytes_sent() - before
+
+    def time(self, name, steps):
+        """Makes so many steps, begun together; returns seconds, processor seconds, and bytes through the interface."""
+        contender = self.contenders[name]
+        dist.barrier()
+        cpu, out, start = time.process_time(), self.place.bytes_out(), time.perf_counter()
+        for _ in range(steps):
+            contender.step()
+        seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+        dist.barrier()
+        return seconds, cpu, self.place.bytes_out() - out
+
+    def cpu_seconds(self):
+        """Returns the processor seconds of this process so far."""
+        return time.process_time()
+
+
+class Agents:
+    """All agents' modules and batches in this process; `start` is their parameters at the start, [N, D]."""
+
+    def __init__(self, case):
+        self.case, self._module = case, case.make_module(0)
+        self._batches = [case.make_batch(rank) for rank in range(case.ranks)]
+        modules = [case.make_module(rank) for rank in range(case.ranks)]
+        self.start = torch.stack([parameters_to_vector(m.parameters()).detach() for m in modules]).double()
+
+    def gradients(self, z):
+        """The gradient of every agent at its own parameters, [N, D]."""
+        rows = []
+        for row, (images, labels) in zip(z.float(), self._batches, strict=True):
+            vector_to_parameters(row, self._module.parameters())
+            loss = cross_entropy(self._module(images), labels)
+            rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self._module.parameters()))]))
+        return torch.stack(rows).double()
+
+
+def compare(ranks, case, names, numbers):
+    """Returns the largest error of each contender after the first steps, in units of the largest parameter.
+
+    Raises:
+        WrongResultError: a contender is wrong, or one of ours has not sent degree × model size.
+    """
+    errors, agents = {}, Agents(case)
+    for name in names:
+        contender = CONTENDERS[name]
+        rows, sent = zip(*ranks.ask("train", name, CHECKED_STEPS), strict=True)
+        if None not in sent and list(sent) != (expected := contender.expected_bytes(case, numbers)):
+            raise WrongResultError(f"{name}: it sent {list(sent)} bytes in {CHECKED_STEPS} steps, expected {expected}")
+        found = [torch.from_numpy(row).double() for row in rows]
+        found, right = found[0] if found[0].dim() == 2 else torch.stack(found), contender.truth(agents)
+        errors[name] = float((found - right).abs().max() / right.abs().max())
+        limit = BFLOAT16_TOLERANCE if "wire_dtype" in contender.options else TOLERANCE
+        if not errors[name] < limit:
+            raise WrongResultError(
+                f"{name}: its parameters are off by {errors[name]:.1e} of the largest one after {CHECKED_STEPS} steps, "
+                f"more than {limit:.1e}"
+            )
+    return errors
+
+
+def measure(case, seconds, rate=None):
+    """Compares all contenders with their recurrences, then times them in turns, for about so many seconds.
+
+    A step's time is the mean of a turn on the rank that took longest. With a rate, links stand for those between
+    machines, and no memory is shared.
+    """
+    missing, counts = absent(case), {}
+    names = [name for name in CONTENDERS if name not in missing]
+    with threads(1), crew(Rank, case.ranks, rate) as ranks:
+        numbers = ranks.ask("make", case, names)[0]
+        errors = compare(ranks, case, names, numbers)
+        shared = case.ranks if rate is None else 1  # ranks that send through one interface
+
+        def sampler(name):
+            def sample(steps):
+                each, cpu, out = zip(*ranks.ask("time", name, steps), strict=True)
+                counts.setdefault(name, []).append(
+                    (statistics.fmean(out) / steps / shared / 1e6, 1e3 * sum(cpu) / steps)
+                )
+                return [max(each) / steps]
+
+            return sample
+
+        with watch(lambda: time.process_time() + sum(ranks.ask("cpu_seconds"))) as noise:
+            times = interleave({name: sampler(name) for name in names}, seconds)
+    measured = {}
+    for name in names:
+        out, cpu = (statistics.median(column) for column in zip(*counts[name], strict=True))
+        measured[name] = Measurement(times[name], error=errors[name], counts={"MB out": out, "CPU ms": cpu})
+    samples, link = case.setting.batch_size, rate or "loopback"
+    about = {"model": case.model, "ranks": case.ranks, "batch size": samples, "columns": numbers, "link": link}
+    about |= {"bucket bytes": case.setting.bucket_bytes, "processors": os.cpu_count(), "samples": case.ranks * samples}
+    versions = machine.versions()
+    if (version := machine.installed_version("decent-dp")) is not None:
+        versions["decent-dp"] = version
+    name = f"{case.model}, {case.ranks} ranks × {samples}, {link}"
+    return Result(
+        "across", name, about, "DDP", measured, missing, noise, machine=machine.machine_line(), versions=versions
+    )
+
+
+def main():
+    """Measures, prints and adds to the results."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--ranks", type=int, default=4, help="processes, with one agent and one thread each")
+    parser.add_argument("--batch-size", type=int, default=0, help="samples per agent; by default the network's own")
+    parser.add_argument("--bucket-bytes", type=int, default=0, help="what travels at once; default: the network's own")
+    parser.add_argument("--rate", help="gives each rank a link of this rate, for example 200mbit; needs root")
+    parser.add_argument("--seconds", type=float, default=30.0, help="for each network; three rounds at least")
+    parser.add_argument("--output", type=Path, help="a folder for JSON and Markdown; results add up")
+    options = parser.parse_args()
+    if options.ranks < 2 or min(options.batch_size, options.bucket_bytes) < 0:
+        parser.error("expected two ranks or more and positive sizes")
+    if options.rate is not None:
+        check_rate(options.rate)
+    measured = []
+    for model in options.model:
+        case = Case(model, options.ranks, options.batch_size, options.bucket_bytes, options.rate is None)
+        measured.append(measure(case, options.seconds, options.rate))
+        print(results.describe(measured[-1]), flush=True)
+    if options.output is not None:
+        options.output.mkdir(parents=True, exist_ok=True)
+        print(f"wrote {results.add(measured, options.output)}")
+
+
+if __name__ == "__main__":
+    main()
