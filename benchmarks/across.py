@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim import SGD
 
+from crews import check_rate, crew
 from gut_fast import models
 from gut_fast.bench import results
 from gut_fast.bench.results import Measurement, Result
@@ -34,7 +35,6 @@ from gut_fast.optim import GossipOptimizer
 from gut_fast.simulation.engines import make_engine
 from gut_fast.simulation.stacked import stack
 from gut_fast.topology import complete, from_matrix, ring, sequence
-from ranks import check_rate, crew
 
 LR, MU = 0.01, 0.5
 NUM_CLASSES = 10
@@ -369,7 +369,7 @@ def absent(case):
 
 
 class Rank:
-    """What a rank does for the process that measures, through `ranks.Crew`."""
+    """What a rank does for the process that measures, through `crews.Crew`."""
 
     def __init__(self, rank, place):
         self.rank, self.place = rank, place

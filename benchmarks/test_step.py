@@ -4,18 +4,17 @@
     pytest benchmarks --benchmark-compare='*before' --benchmark-compare-fail=median:10%
     pytest benchmarks -k "ring-16 and not large" --benchmark-sort=name
 
-Every contender is compared with the float64 reference before it is timed; the ceiling, which makes no gossip step, is
-there to tell a slower kernel from a slower machine. One thread, unless the environment variable THREADS says otherwise.
+Every step that gossips is compared with the float64 reference before it is timed; the ceiling, which does not, is there
+to tell a slower kernel from a slower machine. One thread, unless the environment variable THREADS says otherwise.
 """
 
 import os
 
 import pytest
-from gut_fast.benchmark import comparison, timing
-from gut_fast.benchmark.cases import GROUPS
-from gut_fast.benchmark.contenders import Workload
-from gut_fast.benchmark.peers import enter
 
+from gut_fast.bench.cases import GROUPS
+from gut_fast.bench.step import OURS, Workload, check
+from gut_fast.bench.timing import threads
 from gut_fast.kernels import machine
 
 THREADS = int(os.environ.get("THREADS", "1"))
@@ -28,30 +27,25 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def on_so_many_threads():
-    with timing.threads(THREADS):
+    with threads(THREADS):
         yield
 
 
 @pytest.fixture(scope="module")
-def field(request):
-    """The buffers of a case, shared by its contenders, and these."""
-    workload = Workload(request.param)
-    return workload, enter(workload, ["ceiling", "sgd"])
+def workload(request):
+    """The tensors of a case, shared by its contenders."""
+    return Workload(request.param)
 
 
-@pytest.mark.parametrize("field", CASES, indirect=True, scope="module")
-@pytest.mark.parametrize("name", ["ceiling", "gut_fast", "momentum SGD, fused"])
-def test_step(benchmark, field, name):
-    workload, entered = field
-    contender = entered.contenders[name]
-    if contender.blocks() is not None:
-        columns = comparison.checked_columns(workload)
-        benchmark.extra_info["error"] = comparison.largest_error(contender, workload, columns)
-    benchmark.group = workload.case.name
+@pytest.mark.parametrize("workload", CASES, indirect=True, scope="module")
+@pytest.mark.parametrize("name", ["ceiling", "gut_fast", "SGD"])
+def test_step(benchmark, workload, name):
+    contender = OURS[name](workload)
     benchmark.extra_info |= {
+        "error": check(contender, workload),
         "machine": machine.machine_line(),
         "versions": machine.versions(),
         "bytes": workload.case.bytes_per_step(workload.num_agents),
-        "storage": workload.case.storage_name,
     }
+    benchmark.group = workload.case.name
     benchmark(contender.step)

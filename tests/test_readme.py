@@ -11,8 +11,8 @@ import torch
 import typer
 
 import gut_fast as gf
-from gut_fast.benchmark import results
-from gut_fast.benchmark.cases import CASES, GROUPS
+from gut_fast.bench import results
+from gut_fast.bench.cases import CASES, GROUPS
 from gut_fast.cli.app import app
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
@@ -51,12 +51,12 @@ def how_fast_row(case, measured):
     measured = sorted((result for result in measured if result.case == case), key=lambda result: result.threads)
     assert [result.threads for result in measured] == [1, 2], f"{case} was not measured on one and two threads"
     cells = [
-        [f"{1e3 * result.ours:.2f}{'*' * bool(result.disturbance.reasons())}" for result in measured],
-        [f"{result.fraction_of_ceiling():.2f}" for result in measured],
+        [f"{1e3 * result.time('gut_fast'):.2f}{'*' * bool(result.doubts)}" for result in measured],
+        [f"{result.fraction_of_ceiling('gut_fast'):.2f}" for result in measured],
     ]
-    for family in ("sgd", "compile", "eager", "authors"):
-        best = [(result, result.best(family)) for result in measured]
-        cells.append(["–" if name is None else times(result.times_ours(name)) for result, name in best])
+    for kind in ("SGD", "compile", "eager", "authors"):
+        best = [(result, result.fastest(kind)) for result in measured]
+        cells.append(["–" if name is None else times(result.ratio(name)) for result, name in best])
     return " | ".join("–" if set(pair) == {"–"} else " / ".join(pair) for pair in cells)
 
 

@@ -60,7 +60,7 @@ def interleave(samplers: Mapping[str, Sampler], seconds: float, seed: int = 0) -
     steps = {}
     for name, sample in samplers.items():
         sample(1)  # the first step may compile
-        steps[name] = min(max(1, round(TURN_SECONDS / min(sample(2)))), MAX_STEPS_A_TURN)
+        steps[name] = min(max(1, round(TURN_SECONDS / max(min(sample(2)), 1e-9))), MAX_STEPS_A_TURN)
     order, shuffle = list(samplers), random.Random(seed).shuffle
     times: dict[str, list[float]] = {name: [] for name in samplers}
     rounds, end = 0, time.perf_counter() + seconds

@@ -59,6 +59,11 @@ class Training:
         with torch.device("meta"):
             models.build(self.model, image_shape(self.model), NUM_CLASSES)
 
+    @property
+    def name(self) -> str:
+        """The name in tables and results."""
+        return f"{self.model}, {self.agents} × {self.batch_size}"
+
     def make_module(self) -> nn.Module:
         """The network, always with the same parameters."""
         with torch.random.fork_rng(devices=[]):
@@ -256,5 +261,4 @@ def measure(training: Training, engines: Sequence[str] | None, num_threads: int,
         settings = {"model": training.model, "agents": agents, "batch size": batch_size, "samples": agents * batch_size}
         measurements = {name: Measurement(times[name], error=errors[name]) for name in trainers}
         about = (device.type, num_threads, machine_line(device), versions(device))
-        name = f"{training.model}, {agents} × {batch_size}"
-        return Result("train", name, settings, "plain loop", measurements, {}, noise, *about)
+        return Result("train", training.name, settings, "plain loop", measurements, {}, noise, *about)
