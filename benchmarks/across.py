@@ -65,7 +65,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Case:
-    """What all ranks train. `shares_memory` says whether ranks of one machine may read each other's memory."""
+    """The network that all ranks train, and its sizes. `shares_memory` says whether ranks of one machine may read each other's memory."""
 
     model: str
     ranks: int = 4
@@ -139,7 +139,7 @@ class Contender:
         cross_entropy(module(self.images), self.labels).backward()
 
     def outcome(self):
-        """What is compared with the truth, in one row: the parameters. Rank 0 may have the rows of all agents."""
+        """The row that is compared with the truth: the parameters. Rank 0 may have the rows of all agents."""
         return parameters_to_vector(self.module.parameters()).detach()
 
     def bytes_sent(self):
@@ -148,7 +148,7 @@ class Contender:
 
     @classmethod
     def truth(cls, agents):
-        """What should come out on each rank, [N, D] in float64: z' = z − ηg."""
+        """The rows that should come out on the ranks, [N, D] in float64. Here z' = z − ηg."""
         z = agents.start
         for _ in range(CHECKED_STEPS):
             z = z - LR * agents.gradients(z)
@@ -182,7 +182,7 @@ class Gossip(Contender):
 
     @classmethod
     def expected_bytes(cls, case, numbers):
-        """What each rank sends in the first steps: degree × model size a step."""
+        """The bytes that each rank sends in the first steps: degree × model size a step."""
         topology, size = cls.graph(case.ranks), numbers * cls.options.get("wire_dtype", torch.float32).itemsize
         degrees = [[len(topology.neighbors(rank, k)) for k in range(CHECKED_STEPS)] for rank in range(case.ranks)]
         return [size * sum(each) for each in degrees]
@@ -260,7 +260,7 @@ class OneProcess(Gossip):
 
 
 class BareSends(Contender):
-    """What the transport itself takes: a model to each neighbour on the ring and one from each, nothing else."""
+    """The transport alone: a model to each neighbour on the ring and one from each, nothing else."""
 
     def prepare(self):
         self.row = super().outcome()
@@ -299,7 +299,7 @@ class DDP(Contender):
 
     @classmethod
     def truth(cls, agents):
-        """z' = z − η mean g, from the first rank's parameters."""
+        """The recurrence z' = z − η mean g, from the first rank's parameters."""
         z = agents.start[:1].expand_as(agents.start)
         for _ in range(CHECKED_STEPS):
             z = z - LR * agents.gradients(z).mean(0)
@@ -325,7 +325,7 @@ class DecentDP(Contender):
 
     @classmethod
     def truth(cls, agents):
-        """z' = W z − ηg, from the first rank's parameters; it begins with W = I, and takes the second pairs twice."""
+        """The recurrence z' = W z − ηg, from rank 0; W is first I, and the second pairs come twice."""
         pairs = [one_peer_ring(agents.case.ranks).matrix(first) for first in (0, 1)]
         z = agents.start[:1].expand_as(agents.start)
         for step in range(CHECKED_STEPS):
@@ -369,7 +369,7 @@ def absent(case):
 
 
 class Rank:
-    """What a rank does for the process that measures, through `crews.Crew`."""
+    """The contenders of one rank. The process that measures calls the methods through `crews.Crew`."""
 
     def __init__(self, rank, place):
         self.rank, self.place = rank, place

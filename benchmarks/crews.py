@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from gut_fast.distributed.processes import end_with_parent
+from gut_fast.study.processes import end_with_parent
 
 TIMEOUT = 120.0
 """The seconds within which all ranks must answer."""
@@ -32,7 +32,7 @@ NAMESPACES = Path("/var/run/netns")
 RATE = re.compile(r"([1-9]\d*(?:\.\d+)?)(kbit|mbit|gbit)")
 BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 BURST_SECONDS, MIN_BURST = 4e-3, 16_384
-"""What may pass at once is what the link carries in a tick of a slow kernel's clock, and some packets at least."""
+"""The bytes that may pass at once: those of a tick of a slow kernel's clock, and some packets at least."""
 
 
 class CrewError(RuntimeError):

@@ -36,7 +36,6 @@ IDIOMS = ("In place", "gut_fast")
 
 NOT_YET = {
     "analysis",
-    "benchmark",
     "cli",
     "data",
     "simulation",

@@ -30,7 +30,7 @@ def small(rule="gut", topology="ring:5", parameters=13, **options):
 
 @pytest.fixture
 def not_compiled(monkeypatch):
-    """What is given to torch.compile, as it is."""
+    """Makes torch.compile return the function it is given."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 

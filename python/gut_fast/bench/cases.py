@@ -106,7 +106,7 @@ class Case:
         return parse_topology(self.topology)
 
     def bytes_per_step(self, num_agents: int) -> int:
-        """What a step has to move at least: it reads z, every state and g, and writes z and every state."""
+        """The bytes that a step must move: it reads z, every state and g, and writes z and every state."""
         parameter, state = (dtype.itemsize for dtype in self.dtypes)
         return num_agents * self.columns * (3 * parameter + 2 * len(self.make_rule().states) * state)
 

@@ -16,16 +16,16 @@ from gut_fast.bench.timing import Quantiles
 __all__ = ["Measurement", "Result", "add", "case_table", "describe", "kind_of", "load", "markdown", "save", "summary"]
 
 MAX_SPREAD = 0.25
-"""In a quiet run (p90 − p10) / median of the ceiling, or else of the steadiest contender, is not larger."""
+"""The largest (p90 − p10) / median of the ceiling, or else of the steadiest contender, in a quiet run."""
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one contender in one case.
+    """The measured times of one contender in one case, and what else was found.
 
     Attributes:
-        seconds: what the caller of a step waits for.
-        busy: what the GPU itself is busy with in a step; None on a CPU, and where it was not measured.
+        seconds: the time that the caller of a step waits.
+        busy: the time that the GPU itself is busy with a step; None on a CPU, and where it was not measured.
         error: the largest error beside the reference, in units of the largest entry; None of a contender that computes
             something else.
         counts: medians of whatever else was counted in a step, by a name with its unit.
@@ -85,7 +85,7 @@ class Result:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What tells this result from others of the same machine."""
+        """The benchmark, case and place, which tell this result from others of the same machine."""
         return self.benchmark, self.case, self.place
 
     def time(self, name: str) -> float:

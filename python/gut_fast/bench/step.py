@@ -120,7 +120,7 @@ class Workload:
 
     @property
     def kind(self) -> tuple[str, torch.dtype, int, int, torch.dtype]:
-        """What a backend is asked whether it serves."""
+        """The arguments with which a backend is asked whether it serves these tensors."""
         dtype, state_dtype = self.case.dtypes
         return self.device.type, dtype, len(self.rule.states), self.rule.num_messages, state_dtype
 

@@ -101,7 +101,7 @@ class Trainer(NamedTuple):
 
 
 def simulated(training: Training, engine: str) -> Trainer:
-    """What `Simulator.run` does between two evaluations: batches, an engine's gradient, the optimizer's step."""
+    """The loop of `Simulator.run` between two evaluations: batches, an engine's gradient, the optimizer's step."""
     stacked, batches = stack(training.make_module(), training.agents), training.make_batches()
     compute, parameters = make_engine(engine, stacked, cross_entropy), stacked.parameters()
     optimizer = GUT(parameters, LR, MU, topology=ring(training.agents))
