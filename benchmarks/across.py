@@ -65,7 +65,10 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Case:
-    """The network that all ranks train, and its sizes. `shares_memory` says whether ranks of one machine may read each other's memory."""
+    """The network that all ranks train, and its sizes.
+
+    `shares_memory` says whether ranks of one machine may read each other's memory.
+    """
 
     model: str
     ranks: int = 4

@@ -377,7 +377,20 @@ def call(*arguments):
 
 def test_the_commands_measure_print_and_write(tmp_path):
     quick = ("--threads", "1", "--output", str(tmp_path))
-    own = ("--topology", "ring", "--agents", "3", "--agents", "4", "--columns", "7", "--peers", "eager")
+    own = (
+        "--topology",
+        "ring",
+        "--agents",
+        "3",
+        "--agents",
+        "4",
+        "--columns",
+        "7",
+        "--rule",
+        "dsgd",
+        "--peers",
+        "eager",
+    )
     done = call("step", *own, *quick, "--json", str(tmp_path / "own.json"))
     assert done.exit_code == 0, done.output
     assert "compared before it was timed: error" in done.output
@@ -386,7 +399,7 @@ def test_the_commands_measure_print_and_write(tmp_path):
     (file,) = (path for path in tmp_path.glob("*.json") if path.name != "own.json")
     *steps, training = results.load(file)
     assert results.load(tmp_path / "own.json") == steps
-    assert [each.case for each in steps] == ["gut ring:3 7", "gut ring:4 7"]
+    assert [each.case for each in steps] == ["dsgd ring:3 7", "dsgd ring:4 7"]
     assert all(set(each.measurements) == {"gut_fast", "ceiling", "SGD", "eager"} for each in steps)
     assert training.case == "mlp, 3 × 2"
     assert all(each.seconds.p50 > 0 for each in training.measurements.values())

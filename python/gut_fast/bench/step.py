@@ -21,10 +21,15 @@ from gut_fast.bench.device import CPU, machine_line, versions
 from gut_fast.bench.results import Measurement, Result
 from gut_fast.bench.timing import FLUSHED_BYTES, gpu_sampler, interleave, threads, wall_sampler, watch
 from gut_fast.kernels import ops
-from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, cpu
 from gut_fast.kernels.buffers import allocate, segment_views
 from gut_fast.optim import GossipOptimizer
 from gut_fast.simulation.cuda_graphs import capture_cuda_graph
+
+try:
+    from gut_fast import _core
+except ImportError:
+    _core = None  # type: ignore[assignment]
 
 __all__ = ["OURS", "Contender", "MakeContender", "Unavailable", "Workload", "WrongResultError", "check", "measure"]
 
@@ -145,10 +150,8 @@ def _ceiling(workload: Workload) -> Contender:
         half = workload.case.bytes_per_step(workload.num_agents) // 2
         source, target = (torch.ones(half, dtype=torch.uint8, device=workload.device) for _ in range(2))
         return Contender(partial(target.copy_, source))
-    try:
-        from gut_fast import _core
-    except ImportError as error:
-        raise Unavailable(f"the compiled extension gut_fast._core did not import ({error})") from error
+    if cpu.why_missing is not None:
+        raise Unavailable(cpu.why_missing)
     dtypes = [getattr(_core.DType, str(dtype).removeprefix("torch.")) for dtype in workload.case.dtypes]
     stream_step: Callable[..., None] = _core.stream_step
     flat = [[workload.values.data_ptr()], [workload.gradients.data_ptr()], [workload.columns]]

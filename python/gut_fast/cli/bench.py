@@ -16,7 +16,7 @@ from gut_fast.bench import step as steps
 from gut_fast.bench.cases import CASES, DTYPES, GROUPS, IMAGES, RESNET20, Case
 from gut_fast.bench.device import DEVICES, find_device
 from gut_fast.bench.peers import PEERS
-from gut_fast.bench.results import Result
+from gut_fast.bench.results import Result, kind_of
 from gut_fast.cli.terminal import as_bad_argument, writing
 from gut_fast.kernels.backends import BACKENDS
 from gut_fast.simulation.engines import ENGINES
@@ -26,7 +26,7 @@ __all__ = ["app"]
 app = typer.Typer(help="Measure how fast steps and training are on this machine.", no_args_is_help=True)
 
 MOVED = {
-    "scaling": "gut-fast bench step --agents 4 --agents 64 --columns 30000, each of them repeated as often as wanted",
+    "scaling": "gut-fast bench step --agents 4 --agents 64 --columns 30000, with as many of each as wanted",
     "across": "python benchmarks/across.py in the repository",
 }
 """The commands that are no longer here, and what to use instead."""
@@ -63,7 +63,7 @@ def step(
     threads: Annotated[
         list[int] | None, _how(min=1, help="May be repeated. Default: 1, and as many as PyTorch takes; on a GPU these.")
     ] = None,
-    peers: Annotated[str, _how(help=f"all, none, or some of {', '.join(PEERS)}, with semicolons.")] = "all",
+    peers: Annotated[str, _how(help=f"all, none, or some of {', '.join(dict.fromkeys(map(kind_of, PEERS)))}.")] = "all",
     seconds: Annotated[float, _how(min=0.0, help="For each case and number of threads.")] = 20.0,
     output: _Output = None,
     json: _Json = None,
@@ -80,16 +80,17 @@ def step(
         chosen = _own_cases(own, agents, columns, model) if own or agents or columns or model else []
         if cases and chosen:
             raise ValueError("--case is a whole case; leave out --rule, --topology and the other options of a case")
-        for name in cases or [] if chosen else cases or ["ring-16"]:
+        for name in [] if chosen else cases or ["ring-16"]:
             if name not in GROUPS and name not in CASES:
                 raise ValueError(f"unknown case {name!r}; known are {', '.join([*GROUPS, *CASES])}")
             chosen += GROUPS.get(name) or [CASES[name]]
-        names = {"all": list(PEERS), "none": []}.get(peers, [name.strip() for name in peers.split(";")])
-        if unknown := [name for name in names if name not in PEERS]:
-            raise ValueError(f"--peers: unknown {unknown[0]!r}; known are all, none, {'; '.join(PEERS)}")
+        known = dict.fromkeys(map(kind_of, PEERS))
+        kinds = {"all": list(known), "none": []}.get(peers, [kind.strip() for kind in peers.split(",")])
+        if unknown := [kind for kind in kinds if kind not in known]:
+            raise ValueError(f"--peers: unknown {unknown[0]!r}; known are all, none, {', '.join(known)}")
         most = torch.get_num_threads()
         counts = sorted(set(threads or ([most] if device == "cuda" else [1, most])))
-    chosen_peers = {name: PEERS[name] for name in names}
+    chosen_peers = {name: peer for name, peer in PEERS.items() if kind_of(name) in kinds}
     measures = [
         partial(steps.measure, case, number, seconds, chosen_peers, where)
         for case in dict.fromkeys(chosen)
@@ -102,7 +103,7 @@ def _own_cases(
     own: dict[str, Any], agents: Sequence[int] | None, columns: Sequence[int] | None, model: str | None
 ) -> list[Case]:
     """The cases that the options describe: one for each number of agents and of columns."""
-    topology = own.pop("topology", None)
+    topology, rule = own.pop("topology", None), own.pop("rule", "gut")
     if agents and topology and ":" in topology:
         raise ValueError(f"--topology {topology} has a size already; leave out --agents {agents[0]}")
     if columns and model is not None:
@@ -113,8 +114,8 @@ def _own_cases(
     sizes: Sequence[int | str] = columns or [model or RESNET20]
     for graph in [f"{topology or 'ring'}:{number}" for number in agents or []] or [topology or "ring:16"]:
         for parameters in sizes:
-            name = " ".join(map(str, (own.get("rule", "gut"), graph, parameters, *list(own.values()))))
-            cases.append(Case(name, topology=graph, parameters=parameters, **own))
+            name = " ".join(map(str, (rule, graph, parameters, *own.values())))
+            cases.append(Case(name, rule, graph, parameters, **own))
             cases[-1].make_topology()
     return cases
 
