@@ -1,27 +1,26 @@
-"""``gut-fast topology --network``: what a step and a target cost on a network, of each topology and method."""
+"""``gut-fast topology --network``: what a step and a target cost on a network, for each topology and method."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
-from gut_fast.simulation import write_csv
-from gut_fast.study import summary
-from gut_fast.study.network import picture as network_plot
-from gut_fast.study.network import question as network
-from gut_fast.study.network.convergence import Task
-from gut_fast.study.network.planning import Network, Plan
-from gut_fast.study.network.question import METHODS, MeasuredPlan, Question
-from gut_fast.study.records import Record, read_records
+from gut_fast.study import plots, summary
+from gut_fast.study.network import COLUMNS, MAX_AGENTS_COMPLETE, METHODS, Network, Question, compare, measured
+from gut_fast.study.quadratics import Quadratics
 from gut_fast.study.report.study import point_name
+from gut_fast.study.results import read_results
 from gut_fast.study.units import format_bytes, format_seconds, parse_bandwidth, parse_bytes, parse_seconds
+from gut_fast.topology import Topology
 
-__all__ = ["make_question", "parse_sizes", "show_comparison", "show_measured", "show_network", "write_sizes"]
+__all__ = ["make_question", "measured_table", "parse_sizes", "show_comparison", "show_network", "write_sizes"]
 
 MAX_AGENTS = 100_000
 
@@ -50,11 +49,12 @@ def make_question(
         _parsed("compute", compute, parse_seconds),
         **network_options,
     )
-    task = Task(noise=noise, heterogeneity=heterogeneity)
-    return Question(machines, _parsed("model-bytes", model_bytes, parse_bytes), task, target)
+    size = _parsed("model-bytes", model_bytes, parse_bytes)
+    return Question(machines, size, Quadratics(noise, heterogeneity, target))
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
+    """The quantity that the text of an option says; errors name the option."""
     try:
         return parse(text)
     except ValueError as error:
@@ -70,142 +70,103 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def show_network(
-    num_agents: int,
-    question: Question,
-    spec: str,
-    gamma: float,
-    *,
-    sizes: str,
-    out: Path | None,
-    runs: Path | None,
-    accuracy: float,
+    topology: Topology, question: Question, *, sizes: str, out: Path | None, runs: Path | None, accuracy: float
 ) -> None:
-    """Prints the answers for so many agents, draws them for other numbers into `out`, and those of finished `runs`."""
+    """Prints the costs for the topology's number of agents and of finished `runs`; draws those of all `sizes`."""
     console = console_of_text()
     with as_bad_argument():
         counts = parse_sizes(sizes)
-        records = [] if runs is None else read_records(runs)
-        plans = network.compare(num_agents, question, spec, gamma)
-    show_comparison(console, plans, question)
-    if records:
-        with as_bad_argument():
-            show_measured(console, records, question, accuracy)
+        finished = None if runs is None else measured(read_results(runs), question.network, accuracy)
+        costs = compare(topology.num_agents, question, topology)
+    show_comparison(console, costs, question)
+    if finished is not None:
+        console.print(measured_table(finished, accuracy))
     if out is not None:
         with writing():
-            write_sizes(console, counts, question, "Time for a step, and to the target", out)
+            write_sizes(console, counts, question, out)
 
 
-def show_comparison(console: Console, plans: Sequence[Plan], question: Question) -> None:
+def show_comparison(console: Console, costs: pd.DataFrame, question: Question) -> None:
     """Prints what a step costs on each topology, then time, steps and bytes to the target by topology and method."""
-    console.print(_step_table(plans))
-    target = f"{100 * question.target:g} % of the excess loss at the start"
-    console.print(_matrix(plans, f"Time to {target}", lambda plan: plan.seconds, format_seconds))
-    console.print(_matrix(plans, "Steps to it", lambda plan: plan.steps, _count))
-    console.print(_matrix(plans, "Sent to it by each agent", lambda plan: plan.bytes, format_bytes))
+    console.print(_step_table(costs))
+    target = f"{100 * question.problem.target:g} % of the excess loss at the start"
+    console.print(_matrix(costs, "seconds_to_target", f"Time to {target}", format_seconds))
+    console.print(_matrix(costs, "steps_to_target", "Steps to it", _count))
+    console.print(_matrix(costs, "bytes_to_target", "Sent to it by each agent", format_bytes))
     console.print(
         "* the least; – not reached, or not known for the topology. Loss of the mean agent on quadratics with\n"
-        f"gradient noise {question.task.noise:g} and heterogeneity {question.task.heterogeneity:g}, each method at the "
-        "best learning rate and μ of a grid.\n"
+        f"gradient noise {question.problem.noise:g} and heterogeneity {question.problem.heterogeneity:g}, each method "
+        "at the best learning rate and μ of a grid.\n"
         "All-reduce is SGD in the column DSGD, SGD with momentum in the column QG-DSGDm.",
         soft_wrap=True,
     )
-    if not any(plan.topology.startswith("complete") for plan in plans):
-        console.print(f"complete is left out beyond {network.MAX_AGENTS_COMPLETE:,} agents: it sends N² messages")
+    if not costs["topology"].str.startswith("complete").any():
+        console.print(f"complete is left out beyond {MAX_AGENTS_COMPLETE:,} agents: it sends N² messages")
 
 
-def _step_table(plans: Sequence[Plan]) -> Table:
-    two = {plan.topology: plan.step_seconds for plan in plans if plan.method == "gradient_tracking"}
+def _step_table(costs: pd.DataFrame) -> Table:
+    """Bytes and time of a step on each topology, with one and with two messages."""
     table = summary.plain_table("A step", "topology", "sent by each agent", "time", "time, two messages")
-    for plan in plans:
-        if plan.method == "dsgd":
-            times = [format_seconds(plan.step_seconds), format_seconds(two.get(plan.topology, float("nan")))]
-            table.add_row(plan.topology, format_bytes(plan.bytes_per_step), *times)
+    one, two = (costs[costs["method"] == rule].set_index("topology") for rule in ("dsgd", "gradient_tracking"))
+    twice = two["seconds_per_step"].reindex(one.index)
+    for name, sent, seconds, other in zip(
+        one.index, one["bytes_per_step"], one["seconds_per_step"], twice, strict=True
+    ):
+        table.add_row(name, format_bytes(sent), format_seconds(seconds), format_seconds(other))
     summary.keep_whole(table, but="topology")
     return table
 
 
-def _matrix(plans: Sequence[Plan], title: str, value: Callable[[Plan], float], show: Callable[[float], str]) -> Table:
-    """Topologies down, methods across; the least value is marked."""
+def _matrix(costs: pd.DataFrame, value: str, title: str, show: Callable[[float], str]) -> Table:
+    """A table with topologies down and methods across; the least value is marked, all-reduce's gaps are empty."""
     table = summary.plain_table(title, "topology", *METHODS.values())
-    least = min((value(plan) for plan in plans if value(plan) >= 0), default=0.0)
-    cells = {
-        (plan.topology, plan.method): f"{show(value(plan))}{' *' if value(plan) == least else ''}" for plan in plans
-    }
-    for topology in dict.fromkeys(plan.topology for plan in plans):
-        table.add_row(topology, *(cells.get((topology, method), "") for method in METHODS))
+    least = costs[value].min()
+    for name, rows in costs.groupby("topology", sort=False):
+        cells = {
+            method: f"{show(number)}{' *' if number == least < math.inf else ''}"
+            for method, number in zip(rows["method"], rows[value], strict=True)
+        }
+        table.add_row(str(name), *(cells.get(method, "") for method in METHODS))
     summary.keep_whole(table, but="topology")
     return table
 
 
 def _count(number: float) -> str:
-    return f"{number:,.0f}" if number < float("inf") else "–"
+    """A number of steps; a dash for infinity and NaN."""
+    return f"{number:,.0f}" if math.isfinite(number) else "–"
 
 
-def write_sizes(console: Console, sizes: Sequence[int], question: Question, title: str, picture: Path) -> None:
-    """Plans for all sizes, drawn into `picture` and written to a CSV file beside it.
+def measured_table(finished: pd.DataFrame, accuracy: float) -> Table:
+    """The rows of `gut_fast.study.network.measured` for a terminal."""
+    title = f"Finished runs: to {100 * accuracy:g} % test accuracy of the averaged model"
+    table = summary.plain_table(title, "method", "point", "reached", "steps", "sent", "a step", "time")
+    for row in finished.itertuples():
+        table.add_row(
+            row.method,
+            point_name({"topology": row.topology, **json.loads(row.point)}),
+            f"{row.reached} of {row.runs}",
+            _count(row.steps),
+            format_bytes(row.bytes),
+            format_seconds(row.seconds_per_step),
+            format_seconds(row.seconds),
+        )
+    summary.keep_whole(table, but="point")
+    return table
+
+
+def write_sizes(console: Console, sizes: list[int], question: Question, picture: Path) -> None:
+    """The costs at all sizes, drawn into `picture` and written to a CSV file beside it.
 
     Raises:
         OSError: a file cannot be written.
     """
-    plans: list[tuple[str, Plan]] = []
-    for family, plan in network.sweep_sizes(sizes, question):
-        if not plans or plans[-1][1].num_agents != plan.num_agents:
-            console.print(f"planning for {plan.num_agents:,} agents", style="dim")
-        plans.append((family, plan))
-    network_plot.draw_sizes(plans, title, picture)
+    frames = []
+    for num_agents in sizes:
+        console.print(f"planning for {num_agents:,} agents", style="dim")
+        frames.append(compare(num_agents, question))
+    costs = pd.concat(frames)
+    plots.draw_costs(costs.assign(method=costs["method"].map(METHODS)), picture)
     table = picture.with_suffix(".csv")
-    write_csv([_row(family, plan) for family, plan in plans], table)
+    ordered = [*COLUMNS[:-2], "bytes_to_target", "seconds_to_target", "lr", "mu"]
+    costs.to_csv(table, columns=ordered, index=False)
     console.print(f"wrote {picture} and {table}", soft_wrap=True)
-
-
-def _row(family: str, plan: Plan) -> dict[str, Any]:
-    best = plan.convergence.hyperparameters if plan.convergence else {}
-    return {
-        "family": family,
-        "topology": plan.topology,
-        "agents": plan.num_agents,
-        "method": plan.method,
-        "bytes_per_step": plan.bytes_per_step,
-        "seconds_per_step": plan.step_seconds,
-        "steps_to_target": plan.steps,
-        "bytes_to_target": plan.bytes,
-        "seconds_to_target": plan.seconds,
-        "lr": best.get("lr", ""),
-        "mu": best.get("mu", ""),
-    }
-
-
-def show_measured(
-    console: Console, records: Sequence[Record], question: Question, accuracy: float, picture: Path | None = None
-) -> None:
-    """Prints what finished runs would have cost on the network to an accuracy of the averaged model, and draws it.
-
-    The bytes of a model are those that the runs have counted, not the question's.
-
-    Raises:
-        ValueError: as `network.measure`.
-        OSError: the picture cannot be written.
-    """
-    plans = network.measure(records, question.network, accuracy)
-    title = f"Finished runs: to {100 * accuracy:g} % test accuracy of the averaged model"
-    table = summary.plain_table(title, "method", "point", "reached", "steps", "sent", "a step", "time")
-    for plan in sorted(plans, key=lambda plan: plan.seconds):
-        table.add_row(*_measured_cells(plan))
-    summary.keep_whole(table, but="point")
-    console.print(table)
-    if picture is not None:
-        network_plot.draw_measured(plans, "test_accuracy", accuracy, picture)
-        console.print(f"wrote {picture}", soft_wrap=True)
-
-
-def _measured_cells(plan: MeasuredPlan) -> list[str]:
-    point = {"topology": plan.topology, **plan.point}
-    return [
-        plan.method,
-        point_name(point),
-        f"{plan.num_reached} of {len(plan.steps)}",
-        _count(plan.mean_steps),
-        format_bytes(plan.bytes),
-        format_seconds(plan.step_seconds),
-        format_seconds(plan.seconds),
-    ]

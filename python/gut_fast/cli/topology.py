@@ -81,7 +81,7 @@ def topology(
                 heterogeneity=heterogeneity,
                 target=target,
             )
-        show_network(mixing.num_agents, question, spec, gamma, sizes=sizes, out=out, runs=runs, accuracy=accuracy)
+        show_network(mixing, question, sizes=sizes, out=out, runs=runs, accuracy=accuracy)
     else:
         _show_topology(mixing, lr, curvature, out)
 

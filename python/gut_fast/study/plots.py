@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,11 +19,13 @@ from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 __all__ = [
     "check_matplotlib",
+    "draw_costs",
     "draw_topology",
     "draw_training",
     "line_look",
@@ -199,6 +202,48 @@ def draw_topology(topology: Topology, path: str | Path) -> None:
         plot_graph(axes[0], topology)
         if topology.is_static:
             plot_spectrum(axes[1], topology)
+
+
+ALLREDUCE_STYLES = {"all-reduce, ring": ":", "all-reduce, tree": "--"}
+
+
+def draw_costs(costs: pd.DataFrame, path: str | Path) -> None:
+    """Writes time and bytes a step, and time to the target, against the number of agents, a line for each family.
+
+    Time to the target is drawn twice: by topology, each with the fastest of its methods, and by method, each on the
+    fastest of the topologies. A size at which a target is not reached is left out.
+
+    Args:
+        costs: from `gut_fast.study.network.compare`, for several numbers of agents, with methods by their names.
+        path: file to write.
+    """
+    by_method = costs.assign(family=costs["family"].where(costs["family"].isin(ALLREDUCE_STYLES), costs["method"]))
+    panels = (
+        (costs[costs["method"] == "DSGD"], "seconds_per_step", "A step, one message"),
+        (costs[costs["method"] == "DSGD"], "bytes_per_step", "Sent by an agent in a step"),
+        (costs, "seconds_to_target", "To the target, with the best method"),
+        (by_method, "seconds_to_target", "To the target, on the best topology"),
+    )
+    with new_figure(path, (12, 9)) as figure:
+        axes = figure.subplots(2, 2)
+        figure.suptitle("Time for a step, and to the target", fontweight="bold", fontsize=13)
+        for panel, (rows, value, title) in zip(axes.flat, panels, strict=True):
+            _plot_lowest(panel, rows, value)
+            panel.set(title=title, xlabel="agents", ylabel=value.partition("_")[0], xscale="log", yscale="log")
+        axes[0, 0].legend(fontsize=8.5)
+        axes[1, 1].legend(fontsize=8.5)
+
+
+def _plot_lowest(axes: Axes, costs: pd.DataFrame, value: str) -> None:
+    """Draws a line for each family: the lowest value at each number of agents."""
+    colors = itertools.cycle(COLORS)
+    for name, rows in costs.groupby("family", sort=False):
+        lowest = rows.groupby("agents")[value].min().replace(np.inf, np.nan).dropna()
+        if name in ALLREDUCE_STYLES:
+            style: dict[str, Any] = {"color": "#888888", "linestyle": ALLREDUCE_STYLES[str(name)]}
+        else:
+            style = {"color": next(colors), "marker": "o", "markersize": 4}
+        axes.plot(lowest.index, lowest, label=name, linewidth=1.8, **style)
 
 
 def plot_graph(axes: Axes, topology: Topology, *, numbered: bool | None = None) -> None:

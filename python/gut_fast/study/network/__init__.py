@@ -1,1 +1,0 @@
-"""What a network of agents needs to reach a target: planned, and measured."""
