@@ -25,7 +25,7 @@ from gut_fast.study.network import (
     step_ends,
     step_seconds,
 )
-from gut_fast.study.quadratics import EXACT_AVERAGE, Quadratics, consensus_spectrum, excess_losses, steps_to_target
+from gut_fast.study.quadratics import EXACT_AVERAGE, Quadratics, consensus_quadrature, excess_losses, steps_to_target
 from gut_fast.study.results import Results
 
 PLAIN = Network(bandwidth=1e6, latency=0.002, compute=0.05)
@@ -144,7 +144,7 @@ def test_a_hundred_thousand_agents():
     seconds = step_seconds(topology, dataclasses.replace(STRAGGLING, overlap=0.0), MESSAGE, num_steps=20)
     assert 0.072 < seconds < 4 * 0.05 + 3 * 0.022
     problem = Quadratics(target=0.6)
-    found = steps_to_target("dsgd", consensus_spectrum(topology), 100_000, problem, max_steps=500)
+    found = steps_to_target("dsgd", consensus_quadrature(topology), 100_000, problem, max_steps=500)
     assert math.isfinite(found.steps)
 
 
@@ -162,7 +162,7 @@ def test_the_expected_loss_is_that_of_drawn_runs(name):
         own = problem.heterogeneity * (own - own.mean(0))
         z = torch.ones_like(own)
         state = reference.zero_state(rule, z)
-        expected = excess_losses(rule, [setting], consensus_spectrum(topology), topology.num_agents, problem)
+        expected = excess_losses(rule, [setting], consensus_quadrature(topology), topology.num_agents, problem)
         for step in range(15):
             noise = problem.noise * torch.randn(z.shape, dtype=torch.float64, generator=generator)
             z, state = reference.step(rule, setting, z, state, h * (z + own + noise), topology.matrix(step))
@@ -171,7 +171,7 @@ def test_the_expected_loss_is_that_of_drawn_runs(name):
 
 def test_the_quadrature_reproduces_the_spectrum():
     for topology in (topologies.ring(600), topologies.torus(20, 30), topologies.random_regular(600, 4, seed=1)):
-        (nodes,), weights = consensus_spectrum(topology)
+        (nodes,), weights = consensus_quadrature(topology)
         eigenvalues = topology.eigenvalues[1:].numpy()
         assert len(nodes) <= quadratics.NUM_NODES
         exact = topology.cycle[0].group is not None
@@ -181,16 +181,16 @@ def test_the_quadrature_reproduces_the_spectrum():
 
 
 def test_where_the_steps_are_not_known_the_spectrum_is_none():
-    assert consensus_spectrum(topologies.random_matching(4, seed=0)) is None
-    assert consensus_spectrum(topologies.sequence([topologies.ring(4), topologies.star(4)])) is None
-    assert consensus_spectrum(topologies.sequence([topologies.ring(4), topologies.complete(4)])) is not None
+    assert consensus_quadrature(topologies.random_matching(4, seed=0)) is None
+    assert consensus_quadrature(topologies.sequence([topologies.ring(4), topologies.star(4)])) is None
+    assert consensus_quadrature(topologies.sequence([topologies.ring(4), topologies.complete(4)])) is not None
     assert math.isnan(steps_to_target("gut", None, 4, Quadratics()).steps)
 
 
 def test_steps_to_a_target_follow_theory():
     def steps(topology, rule="dsgd", target=0.2, **problem):
-        spectrum, problem = consensus_spectrum(topology), Quadratics(target=target, **problem)
-        return steps_to_target(rule, spectrum, topology.num_agents, problem, max_steps=1000).steps
+        quadrature, problem = consensus_quadrature(topology), Quadratics(target=target, **problem)
+        return steps_to_target(rule, quadrature, topology.num_agents, problem, max_steps=1000).steps
 
     ring = topologies.ring(16)
     assert steps(ring, target=0.4) <= steps(ring, target=0.2) <= steps(ring, target=0.1)

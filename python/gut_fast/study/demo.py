@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
@@ -25,15 +27,13 @@ from gut_fast.study.run import Run, make_simulator, samples_per_class, train
 from gut_fast.topology.names import parse_topology
 from gut_fast.verify import lockstep
 
-if TYPE_CHECKING:
-    from rich.console import Console
-
 __all__ = ["METHODS", "SEEDS", "demo", "main"]
 
 SEEDS = (0, 1, 2, 3, 4)
 
 
 def _method(rule: str, lr: float, **hyperparameters: float) -> Experiment:
+    """The experiment of the demo with one of its methods."""
     return Experiment(
         data="digits",
         model="mlp",
@@ -51,9 +51,9 @@ def _method(rule: str, lr: float, **hyperparameters: float) -> Experiment:
     )
 
 
-# Learning rates: for each method the one with the best averaged model (ties: the smallest) among 0.0125, 0.025, 0.05,
-# 0.1, 0.2, 0.4, 0.8, as the mean of seeds 100, 101 and 102, which are not seeds of the demo. At 1.6 GUT and GUTm, whose
-# best is the largest or ties with it, no longer learn; neither does DSGD.
+# The learning rate of each method is the one with the best averaged model (of equals the smallest) among 0.0125, 0.025,
+# 0.05, 0.1, 0.2, 0.4 and 0.8, as the mean of seeds 100, 101 and 102, which are not seeds of the demo. At 1.6 GUT and
+# GUTm, whose best is the largest or ties with it, no longer learn; neither does DSGD.
 METHODS: dict[str, Experiment] = {
     "DSGD": _method("dsgd", lr=0.4),
     "GUT": _method("gut", lr=0.8, mu=0.9),
@@ -63,18 +63,19 @@ METHODS: dict[str, Experiment] = {
     "QG-GUTm": _method("qg_gutm", lr=0.2, momentum=0.9, mu=0.06),
     "QG-DSGDm β+μ (control)": _method("qg_gutm", lr=0.2, momentum=0.96, mu=0.0),
 }
-"""The control, QG-DSGDm in heavy-ball form with all of QG-GUTm's momentum, shows what μ itself adds."""
+"""The methods by name; the control, QG-DSGDm with all of QG-GUTm's momentum, shows what μ itself adds."""
 
 COMPARISONS = (
     ("GUT", "DSGD"),
     ("GUTm", "QG-DSGDm"),
     ("QG-GUTm", "QG-DSGDm β+μ (control)"),
 )
+"""The pairs of methods whose difference is printed."""
 
 
 def main() -> int:
-    """Runs the demo; the exit code: 1 without the compiled kernel, 2 if a package is missing, 130 on Ctrl-C."""
-    if missing := machine.missing_packages("rich", "matplotlib", "sklearn"):
+    """Runs the demo and returns the exit code: 1 without the compiled kernel, 2 without a package, 130 on Ctrl-C."""
+    if missing := machine.missing_packages("matplotlib", "sklearn"):
         print(f"The demo cannot run: {missing}", file=sys.stderr)
         return 2
     if reason := machine.backend_status()["cpu"]:
@@ -98,11 +99,9 @@ def demo(
     Raises:
         RuntimeError: the compiled kernel is missing or disagrees with the reference.
     """
-    from rich.console import Console
-
     console = Console(highlight=False, markup=False, emoji=False)
     first = next(iter(methods.values()))
-    console.print(_task(first), style="bold")
+    console.print(_headline(first), style="bold")
     console.print(_setting(first))
     console.print(_check_kernel(methods.values()), soft_wrap=True)
     engine = _fastest_engine(first)
@@ -115,18 +114,21 @@ def demo(
     }
     _print_results(groups, differences, console)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_picture(groups, folder / "demo.png")
+    samples = samples_per_class(replace(first, seed=seeds[0]))
+    plots.draw_training(groups, samples, _headline(first), folder / "demo.png")
     _write_numbers(groups, differences, folder / "demo.json")
     console.print(f"wrote {folder / 'demo.png'} and {folder / 'demo.json'}", soft_wrap=True)
     return groups
 
 
-def _task(experiment: Experiment) -> str:
+def _headline(experiment: Experiment) -> str:
+    """What is learned, and by whom."""
     topology = parse_topology(experiment.topology)
     return f"{topology.num_agents} agents on {topology.name} learn {experiment.data}, each from a few classes"
 
 
 def _setting(experiment: Experiment) -> str:
+    """The settings that all methods share."""
     return (
         f"{experiment.model}, Dirichlet({experiment.partition_options['alpha']:g}), batch {experiment.batch_size}, "
         f"{experiment.steps} steps, lr × {experiment.decay:g} after "
@@ -135,7 +137,11 @@ def _setting(experiment: Experiment) -> str:
 
 
 def _check_kernel(experiments: Iterable[Experiment]) -> str:
-    """Compares the kernel with the reference on every rule that will be trained; the line to print."""
+    """The line that says how far kernel and reference are apart, on every rule that will be trained.
+
+    Raises:
+        RuntimeError: they disagree.
+    """
     experiments = list(experiments)
     worst: dict[str, float] = {}
     for name in ("float64", "float32"):
@@ -156,15 +162,14 @@ def _check_kernel(experiments: Iterable[Experiment]) -> str:
 
 
 def _fastest_engine(experiment: Experiment) -> str:
-    """What "auto" chooses for this model, so that all runs use the same engine; also warms up PyTorch."""
+    """The engine that "auto" chooses for this model, so that all runs use the same one; this also warms up PyTorch."""
     simulator = make_simulator(replace(experiment, engine="auto"))
     simulator.run(20, progress=False)
     return simulator.engine
 
 
 def _train_all(methods: Mapping[str, Experiment], seeds: Sequence[int], console: Console) -> dict[str, list[Run]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """The runs of every method and seed; prints the accuracy of each method as soon as its runs have ended."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     groups: dict[str, list[Run]] = {label: [] for label in methods}
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -183,6 +188,7 @@ def _train_all(methods: Mapping[str, Experiment], seeds: Sequence[int], console:
 def _print_results(
     groups: Mapping[str, Sequence[Run]], differences: Mapping[str, summary.PairedDifference], console: Console
 ) -> None:
+    """Prints the table of the methods, their differences, the versions and the machine."""
     num_seeds = len(next(iter(groups.values())))
     console.print(summary.methods_table(groups, f"After the last step, mean of {num_seeds} seeds"))
     console.print(f"{summary.LEGEND}; s: seconds per run\n")
@@ -194,14 +200,10 @@ def _print_results(
     console.print(machine.machine_line(), soft_wrap=True)
 
 
-def _write_picture(groups: Mapping[str, Sequence[Run]], path: Path) -> None:
-    experiment = next(iter(groups.values()))[0].experiment
-    plots.draw_training(groups, samples_per_class(experiment), _task(experiment), path)
-
-
 def _write_numbers(
     groups: Mapping[str, Sequence[Run]], differences: Mapping[str, summary.PairedDifference], path: Path
 ) -> None:
+    """Writes versions, machine, all histories and the differences as JSON."""
     content = {
         "versions": machine.versions(),
         "machine": machine.machine_line(),
@@ -212,7 +214,7 @@ def _write_numbers(
 
 
 def _plain(run: Run) -> dict[str, Any]:
-    """A run as JSON takes it, which has no NaN and no infinity: they become None."""
+    """The run as plain values for JSON, which has no NaN and no infinity: they become None."""
     history = [{name: value if math.isfinite(value) else None for name, value in row.items()} for row in run.history]
     return {
         "experiment": run.experiment.as_dict(),

@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 
 from gut_fast.arguments import as_integer, as_number
 from gut_fast.rules import RULES
-from gut_fast.study.quadratics import EXACT_AVERAGE, Quadratics, consensus_spectrum, steps_to_target
+from gut_fast.study.quadratics import EXACT_AVERAGE, Quadratics, consensus_quadrature, steps_to_target
 from gut_fast.study.results import Results
 from gut_fast.topology import Topology
 from gut_fast.topology.names import parse_topology
@@ -197,11 +197,11 @@ def compare(num_agents: int, question: Question, also: Topology | None = None) -
             named[topology.name] = (family, topology)
     rows: list[tuple[Any, ...]] = []
     for name, (family, topology) in named.items():
-        spectrum = consensus_spectrum(topology)
+        quadrature = consensus_quadrature(topology)
         sizes = {rule: RULES[rule].num_messages * question.model_bytes for rule in METHODS}
         seconds = {size: step_seconds(topology, question.network, size, seed=question.seed) for size in sizes.values()}
         for rule, size in sizes.items():
-            steps = steps_to_target(rule, spectrum, num_agents, question.problem)
+            steps = steps_to_target(rule, quadrature, num_agents, question.problem)
             rows.append((family, name, num_agents, rule, bytes_per_step(topology, size), seconds[size], *steps))
     for algorithm, rule in itertools.product(ALLREDUCE, ALLREDUCE_METHODS):
         name = f"all-reduce, {algorithm}"

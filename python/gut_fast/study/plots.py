@@ -1,4 +1,7 @@
-"""Pictures of runs and topologies, as matplotlib figures. matplotlib is imported only when one is made."""
+"""Pictures of runs, costs and topologies, as matplotlib figures.
+
+matplotlib is imported only when a figure is made, so that this module can be imported without it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import networkx as nx
 import numpy as np
 from torch import Tensor
 
-from gut_fast.study.run import Run
+from gut_fast.study.runner import Experiment, Run
 from gut_fast.study.summary import MEGABYTE
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
@@ -24,7 +27,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
+    "History",
     "check_matplotlib",
+    "decays_of",
     "draw_costs",
     "draw_topology",
     "draw_training",
@@ -34,15 +39,20 @@ __all__ = [
     "plot_curves",
     "plot_graph",
     "plot_spectrum",
+    "set_percent_axis",
 ]
 
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's palette without its yellow: told apart with every kind of colour vision."""
 
 LINE_STYLES = ("-", "-", "-", "--", "-.", "-", (0, (2, 1)))
+"""The style of the first line of each colour."""
 
 LINE_STYLE_OF_MORE = (0, (1, 1))
-"""Of lines beyond the first of every colour."""
+"""The style of further lines in the same colours."""
+
+History = Sequence[Mapping[str, Any]]
+"""The rows of one run, one for each evaluation, as in `gut_fast.simulation.Simulator.history`."""
 
 STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -56,7 +66,11 @@ STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 
+ALLREDUCE_STYLES = {"all-reduce, ring": ":", "all-reduce, tree": "--"}
+"""The line styles of all-reduce among the topologies."""
+
 MAX_AGENTS_WITH_NUMBERS = 40
+"""The number of agents up to which a picture names each."""
 
 
 def check_matplotlib() -> None:
@@ -84,17 +98,22 @@ def draw_training(groups: Mapping[str, Sequence[Run]], histogram: Tensor, title:
     Args:
         groups: runs of several seeds by the name of their method.
         histogram: samples of every agent and class, [N, classes], for the seed of the first run.
-        title: of the whole picture.
+        title: the heading of the whole picture.
         path: file to write.
     """
+    first, num_seeds = next(iter(groups.values()))[0], len(next(iter(groups.values())))
+    seeds = f"mean and range of {num_seeds} seeds" if num_seeds > 1 else f"seed {first.experiment.seed}"
+    histories = {label: [run.history for run in runs] for label, runs in groups.items()}
+    panels = (
+        ("test_accuracy", f"The averaged model ({seeds})", "test accuracy"),
+        ("worst_agent_accuracy", "The worst agent", "test accuracy"),
+        ("consensus_error", "Disagreement between agents", "consensus error"),
+    )
     with new_figure(path, (12, 8.4)) as figure:
         axes = figure.subplots(2, 2, width_ratios=(1.15, 1))
         figure.suptitle(title, fontweight="bold", fontsize=13)
-        first, num_seeds = next(iter(groups.values()))[0], len(next(iter(groups.values())))
-        seeds = f"mean and range of {num_seeds} seeds" if num_seeds > 1 else f"seed {first.experiment.seed}"
-        plot_curves(axes[0, 0], groups, "test_accuracy", f"The averaged model ({seeds})", "test accuracy")
-        plot_curves(axes[0, 1], groups, "worst_agent_accuracy", "The worst agent", "test accuracy")
-        plot_curves(axes[1, 0], groups, "consensus_error", "Disagreement between agents", "consensus error")
+        for panel, (metric, heading, name) in zip(axes.flat, panels, strict=False):
+            plot_curves(panel, histories, metric, heading, name, decays=decays_of(first.experiment))
         plot_class_histogram(axes[1, 1], histogram, f"Training samples of each agent (seed {first.experiment.seed})")
         lines, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 4))
@@ -106,36 +125,42 @@ def line_look(index: int) -> tuple[str, Any]:
     return COLORS[index % len(COLORS)], style
 
 
+def decays_of(experiment: Experiment) -> dict[float, str]:
+    """The steps at which the learning rate of an experiment falls, each with a label for a picture."""
+    places = (round(place * experiment.steps) if place < 1 else place for place in experiment.milestones)
+    return dict.fromkeys(places, f"lr × {experiment.decay:g}")
+
+
 def plot_curves(
     axes: Axes,
-    groups: Mapping[str, Sequence[Run]],
+    groups: Mapping[str, Sequence[History]],
     metric: str,
     title: str,
     name: str,
     *,
     against: str = "step",
     bands: bool = True,
+    decays: Mapping[float, str] | None = None,
 ) -> None:
-    """The mean over seeds of `metric` at every evaluation; the band reaches from the lowest to the highest seed.
+    """Draws the mean over seeds of `metric` at every evaluation; a band reaches from the lowest to the highest seed.
 
     Args:
-        axes: to draw on.
-        groups: runs of several seeds by the name of their method; one without runs keeps its colour free.
+        axes: the panel to draw on.
+        groups: runs of several seeds by the name of their method; a method without runs keeps its colour free.
         metric: an entry of the history.
-        title: of the panel.
-        name: of the metric, for its axis.
+        title: the heading of the panel.
+        name: what the metric is called at its axis.
         against: the entry on the other axis, ``step`` or ``mean_bytes_sent``.
         bands: whether there are bands, which hide each other where there are many groups.
+        decays: steps to be marked, each with its label.
     """
-    from matplotlib.ticker import MaxNLocator
-
     is_accuracy, is_step = metric.endswith("accuracy"), against == "step"
     means = []
     for index, (label, runs) in enumerate(groups.items()):
         if not runs:
             continue
-        places = [row[against] if is_step else row[against] / MEGABYTE for row in runs[0].history]
-        values = np.array([[row[metric] for row in run.history] for run in runs], dtype=float)
+        places = [row[against] if is_step else row[against] / MEGABYTE for row in runs[0]]
+        values = np.array([[row[metric] for row in history] for history in runs], dtype=float)
         values *= 100 if is_accuracy else 1
         color, style = line_look(index)
         means.append(values.mean(axis=0))
@@ -145,39 +170,30 @@ def plot_curves(
     axes.set(title=title, xlabel="step" if is_step else "MB sent by each agent", ylabel=name)
     axes.margins(x=0)
     if is_accuracy:
-        axes.yaxis.set_major_locator(MaxNLocator(nbins="auto", steps=[1, 2, 5, 10], integer=True))
-        axes.yaxis.set_major_formatter("{x:.0f} %")
+        set_percent_axis(axes)
         axes.set_ylim(_floor(means), 100.5)
     elif any((mean > 0).any() for mean in means):
         axes.set_yscale("log")
-    if is_step:
-        _mark_decays(axes, next(runs[0] for runs in groups.values() if runs))
+    for step, label in (decays or {}).items() if is_step else ():
+        axes.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        axes.annotate(label, (step, 0.02), xytext=(3, 0), fontsize=8, color="#666666", **place)
+
+
+def set_percent_axis(axes: Axes) -> None:
+    """Gives the vertical axis whole numbers with a sign of percent."""
+    axes.locator_params(axis="y", nbins="auto", steps=[1, 2, 5, 10], integer=True)
+    axes.yaxis.set_major_formatter("{x:.0f} %")
 
 
 def _floor(means: Sequence[Any]) -> float:
-    """Lower end of an accuracy axis: the first evaluations, which are far below the rest, may leave the picture."""
+    """The lower end of an accuracy axis: the first evaluations, far below the rest, may leave the picture."""
     late = np.concatenate([mean[len(mean) // 8 :] for mean in means])
     return max(0.0, float(np.nanmin(late)) - 3) if np.isfinite(late).any() else 0.0
 
 
-def _mark_decays(axes: Axes, run: Run) -> None:
-    steps = run.experiment.steps
-    for milestone in run.experiment.milestones:
-        step = round(milestone * steps) if milestone < 1 else milestone
-        axes.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
-        axes.annotate(
-            f"lr × {run.experiment.decay:g}",
-            (step, 0.02),
-            xycoords=("data", "axes fraction"),
-            xytext=(3, 0),
-            textcoords="offset points",
-            fontsize=8,
-            color="#666666",
-        )
-
-
 def plot_class_histogram(axes: Axes, histogram: Tensor, title: str) -> None:
-    """How many samples of each class every agent holds, as a map of shades with the numbers in it."""
+    """Draws how many samples of each class every agent holds, as a map of shades with the numbers in it."""
     counts = histogram.numpy()
     num_agents, num_classes = counts.shape
     image = axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
@@ -202,9 +218,6 @@ def draw_topology(topology: Topology, path: str | Path) -> None:
         plot_graph(axes[0], topology)
         if topology.is_static:
             plot_spectrum(axes[1], topology)
-
-
-ALLREDUCE_STYLES = {"all-reduce, ring": ":", "all-reduce, tree": "--"}
 
 
 def draw_costs(costs: pd.DataFrame, path: str | Path) -> None:
@@ -247,7 +260,10 @@ def _plot_lowest(axes: Axes, costs: pd.DataFrame, value: str) -> None:
 
 
 def plot_graph(axes: Axes, topology: Topology, *, numbered: bool | None = None) -> None:
-    """Agents and the pairs that talk; arrows where only one of the two listens. By default few agents are numbered."""
+    """Draws agents and the pairs that talk, with arrows where only one of the two listens.
+
+    `numbered` says whether the agents bear their numbers; None is yes if they are few.
+    """
     graph = topology.graph
     positions = _positions(topology)
     if numbered is None:
@@ -268,7 +284,7 @@ def plot_graph(axes: Axes, topology: Topology, *, numbered: bool | None = None) 
 
 
 def _positions(topology: Topology) -> dict[int, Any]:
-    """A torus as one seen from above; other graphs as springs pull a circle, or where that is slow as the circle."""
+    """The place of each agent: a torus is seen from above; springs pull other graphs, if small, out of a circle."""
     first = topology.cycle[0]
     if isinstance(first, MixingMatrix) and first.group is not None and len(first.group) == 2:
         return _torus_positions(*first.group)
@@ -281,7 +297,10 @@ def _positions(topology: Topology) -> dict[int, Any]:
 
 
 def _torus_positions(rows: int, cols: int) -> dict[int, Any]:
-    """Columns around the centre, rows around the tube; a twist puts its lower half between the columns of its upper."""
+    """Places on a torus: columns go around the centre, rows around the tube.
+
+    A twist puts the lower half of the tube between the columns of the upper one.
+    """
     row, col = np.divmod(np.arange(rows * cols), cols)
     around_tube = 2 * np.pi * row / rows
     angle = 2 * np.pi * col / cols + np.pi / (2 * cols) * np.sin(around_tube)
@@ -290,9 +309,7 @@ def _torus_positions(rows: int, cols: int) -> dict[int, Any]:
 
 
 def plot_spectrum(axes: Axes, topology: Topology) -> None:
-    """The eigenvalues of W, from the largest to the smallest; in the complex plane where W is not symmetric."""
-    from matplotlib.ticker import MaxNLocator
-
+    """Draws the eigenvalues of W, from the largest to the smallest; in the complex plane where W is not symmetric."""
     eigenvalues = topology.eigenvalues
     gap = f"spectral gap {topology.spectral_gap:.4f}"
     if eigenvalues.is_complex():
@@ -307,7 +324,7 @@ def plot_spectrum(axes: Axes, topology: Topology) -> None:
     axes.set(title=f"Eigenvalues of W, {gap}", xlabel="number, from the largest", ylabel="eigenvalue λ")
     axes.set_ylim(min(-0.1, values.min()) - 0.1, 1.1)
     axes.set_xlim(0.5, len(values) + 0.5)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.locator_params(axis="x", integer=True)
     axes.axhline(0, color="#888888", linewidth=0.8)
     if len(values) > 1:
         _label_eigenvalue(axes, 2, topology.lambda_2, "λ₂", above=True)
@@ -315,6 +332,7 @@ def plot_spectrum(axes: Axes, topology: Topology) -> None:
 
 
 def _label_eigenvalue(axes: Axes, number: int, value: float, name: str, *, above: bool) -> None:
+    """Marks the eigenvalue with that number and writes its name and value beside it."""
     axes.plot([number], [value], "o", color="#D55E00", markersize=7)
     axes.annotate(
         f"{name} = {round(value, 4) + 0.0:.4f}",  # + 0.0: no minus before a zero

@@ -34,13 +34,21 @@ import numpy as np
 from scipy.linalg import eigh_tridiagonal
 from scipy.sparse import csr_matrix
 
-from gut_fast.analysis.transition import Array, transitions
+from gut_fast.analysis.transition import DENSE_AGENTS, Array, transitions
 from gut_fast.arguments import as_number
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
 
-__all__ = ["EXACT_AVERAGE", "Quadratics", "Spectrum", "Steps", "consensus_spectrum", "excess_losses", "steps_to_target"]
+__all__ = [
+    "EXACT_AVERAGE",
+    "Quadratics",
+    "Quadrature",
+    "Steps",
+    "consensus_quadrature",
+    "excess_losses",
+    "steps_to_target",
+]
 
 LEARNING_RATES = tuple(2.0 ** (1 - k / 2) for k in range(15))
 """The learning rates that are tried: from 2 down in factors of √2."""
@@ -53,9 +61,6 @@ NUM_NODES = 32
 
 NUM_FOURIER_MODES = 48
 """How many modes of a time-varying topology are drawn, once, where it has more."""
-
-DENSE_AGENTS = 512
-"""The size up to which the spectrum of any W is computed exactly."""
 
 MAX_STEPS = 5_000
 
@@ -104,7 +109,7 @@ class Steps(NamedTuple):
     mu: float = math.nan
 
 
-class Spectrum(NamedTuple):
+class Quadrature(NamedTuple):
     """The eigenvalues of W on the disagreement between agents, as nodes and weights of a quadrature."""
 
     eigenvalues: Array
@@ -113,11 +118,11 @@ class Spectrum(NamedTuple):
     """[nodes], of sum 1 − 1/N."""
 
 
-EXACT_AVERAGE = Spectrum(np.zeros((1, 0)), np.zeros(0))
+EXACT_AVERAGE = Quadrature(np.zeros((1, 0)), np.zeros(0))
 """Nobody disagrees after a step, as with all-reduce."""
 
 
-def consensus_spectrum(topology: Topology) -> Spectrum | None:
+def consensus_quadrature(topology: Topology) -> Quadrature | None:
     """The spectrum of W but its leading 1, as few nodes: the part of a topology that the expected excess loss sees.
 
     It is a quadrature of at most `NUM_NODES` nodes over the exact eigenvalues up to `DENSE_AGENTS` agents and on graphs
@@ -138,13 +143,13 @@ def consensus_spectrum(topology: Topology) -> Spectrum | None:
         else:
             start = np.random.default_rng(0).standard_normal(num_agents)
             nodes, weights = _gauss_quadrature(_centered_product(first), start - start.mean())
-        return Spectrum(nodes[None], weights * (1 - 1 / num_agents))
+        return Quadrature(nodes[None], weights * (1 - 1 / num_agents))
     if not all(isinstance(mixing, MixingMatrix) and _is_circulant(mixing) for mixing in topology.cycle):
         return None
     drawn = np.random.default_rng(0).permutation(num_agents - 1)[:NUM_FOURIER_MODES] + 1
     rows = [mixing.dense_row(0).numpy() for mixing in topology.cycle if isinstance(mixing, MixingMatrix)]
     eigenvalues = np.stack([np.fft.fft(row)[drawn] for row in rows])
-    return Spectrum(eigenvalues, np.full(len(drawn), (1 - 1 / num_agents) / len(drawn)))
+    return Quadrature(eigenvalues, np.full(len(drawn), (1 - 1 / num_agents) / len(drawn)))
 
 
 def _gauss_quadrature(multiply: Callable[[Array], Array], start: Array) -> tuple[Array, Array]:
@@ -191,7 +196,7 @@ def _is_circulant(mixing: MixingMatrix) -> bool:
 def excess_losses(
     rule: str | UpdateRule,
     settings: Sequence[Mapping[str, Any]],
-    spectrum: Spectrum,
+    quadrature: Quadrature,
     num_agents: int,
     problem: Quadratics,
 ) -> Iterator[Array]:
@@ -200,7 +205,7 @@ def excess_losses(
     Args:
         rule: a rule or its name.
         settings: hyper-parameters, ``lr`` among them, of runs that are followed side by side.
-        spectrum: from `consensus_spectrum`, or `EXACT_AVERAGE`.
+        quadrature: from `consensus_quadrature`, or `EXACT_AVERAGE`.
         num_agents: N.
         problem: what is learned.
 
@@ -210,9 +215,11 @@ def excess_losses(
     Raises:
         TypeError, ValueError: a bad rule or hyper-parameter.
     """
-    maps, sources = zip(*(_moment_maps(rule, settings, nodes, problem) for nodes in spectrum.eigenvalues), strict=True)
-    node_noise = np.append(np.full(len(spectrum.weights), 1.0), 1 / num_agents)[:, None, None]
-    node_weights = np.append(spectrum.weights, 1.0)
+    maps, sources = zip(
+        *(_moment_maps(rule, settings, nodes, problem) for nodes in quadrature.eigenvalues), strict=True
+    )
+    node_noise = np.append(np.full(len(quadrature.weights), 1.0), 1 / num_agents)[:, None, None]
+    node_weights = np.append(quadrature.weights, 1.0)
     moments = np.zeros_like(maps[0])
     moments[..., :-1, -1, -1] = 1.0  # disagreement: z = 0, u of variance one
     moments[..., -1, 0, 0] = 1.0  # average: z = 1, no u
@@ -243,7 +250,11 @@ def _moment_maps(
 
 
 def steps_to_target(
-    rule: str | UpdateRule, spectrum: Spectrum | None, num_agents: int, problem: Quadratics, max_steps: int = MAX_STEPS
+    rule: str | UpdateRule,
+    quadrature: Quadrature | None,
+    num_agents: int,
+    problem: Quadratics,
+    max_steps: int = MAX_STEPS,
 ) -> Steps:
     """How many steps `rule` takes to the problem's target, at the best of its settings.
 
@@ -251,7 +262,7 @@ def steps_to_target(
 
     Args:
         rule: a rule or its name.
-        spectrum: from `consensus_spectrum`, or `EXACT_AVERAGE`.
+        quadrature: from `consensus_quadrature`, or `EXACT_AVERAGE`.
         num_agents: N.
         problem: what is learned, and the target.
         max_steps: where the search ends.
@@ -260,12 +271,12 @@ def steps_to_target(
         TypeError, ValueError: a bad rule.
     """
     rule = get_rule(rule)
-    if spectrum is None:
+    if quadrature is None:
         return Steps(math.nan)
     best = Steps(math.inf)
     for mu in MUS if "mu" in rule.hyperparameters else (None,):
         settings = [{"lr": lr} if mu is None else {"lr": lr, "mu": mu} for lr in LEARNING_RATES]
-        losses = excess_losses(rule, settings, spectrum, num_agents, problem)
+        losses = excess_losses(rule, settings, quadrature, num_agents, problem)
         last = min(max_steps, best.steps - 1)
         for step, loss in enumerate(itertools.islice(losses, int(last)), 1):
             if (loss <= problem.target).any():

@@ -1,16 +1,15 @@
-"""Numbers over seeds, and the tables that show them."""
+"""Numbers over seeds of a few runs, and the tables of a terminal that show them."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Table
 
 from gut_fast.study.run import Run
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 __all__ = [
     "PairedDifference",
@@ -29,7 +28,7 @@ LEGEND = (
     "test accuracy in % of the averaged model, mean agent, worst agent; consensus:\n"
     "error (1/N) Σ ‖zᵢ − mean z‖²; MB: sent by each agent"
 )
-"""What the columns of the tables are."""
+"""The legend under a table of runs."""
 
 
 def final_values(runs: Sequence[Run], metric: str) -> list[float]:
@@ -50,12 +49,12 @@ class PairedDifference:
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """The mean difference."""
         return statistics.fmean(self.points)
 
     @property
     def num_positive(self) -> int:
-        """On how many seeds the first method is better."""
+        """The number of seeds on which the first method is better."""
         return sum(point > 0 for point in self.points)
 
     def __str__(self) -> str:
@@ -65,7 +64,7 @@ class PairedDifference:
 
 
 def paired_difference(runs: Sequence[Run], others: Sequence[Run], metric: str = "test_accuracy") -> PairedDifference:
-    """`runs` − `others`, seed by seed. Raises ValueError if these are not the same seeds."""
+    """The difference `runs` − `others`, seed by seed. Raises ValueError if the seeds are not the same."""
     by_seed = {run.experiment.seed: run for run in runs}
     others_by_seed = {run.experiment.seed: run for run in others}
     if by_seed.keys() != others_by_seed.keys():
@@ -76,7 +75,7 @@ def paired_difference(runs: Sequence[Run], others: Sequence[Run], metric: str = 
 
 
 def methods_table(groups: Mapping[str, Sequence[Run]], title: str) -> Table:
-    """One line per method: mean ± standard deviation over its runs after the last step; seconds are those of a run."""
+    """A line for each method: mean ± standard deviation over its runs after the last step, and the seconds of a run."""
     table = plain_table(title, "method", "lr", "averaged", "mean", "worst", "consensus", "MB", "s")
     for label, runs in groups.items():
         seconds = statistics.fmean(run.seconds for run in runs)
@@ -85,7 +84,7 @@ def methods_table(groups: Mapping[str, Sequence[Run]], title: str) -> Table:
 
 
 def seeds_table(runs: Sequence[Run], title: str) -> Table:
-    """One line per seed, and one of mean ± standard deviation."""
+    """A line for each seed, and one of mean ± standard deviation."""
     table = plain_table(title, "seed", "averaged", "mean", "worst", "consensus", "MB")
     for run in runs:
         table.add_row(str(run.experiment.seed), *_cells([run]))
@@ -97,9 +96,6 @@ def seeds_table(runs: Sequence[Run], title: str) -> Table:
 
 def plain_table(title: str, *columns: str) -> Table:
     """An empty table whose first column is for names and whose others are for numbers."""
-    from rich import box
-    from rich.table import Table
-
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_style="bold")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
@@ -107,7 +103,7 @@ def plain_table(title: str, *columns: str) -> Table:
 
 
 def keep_whole(table: Table, *, but: str) -> None:
-    """In a narrow terminal only the column `but` is cut."""
+    """Makes a narrow terminal cut the column `but` alone."""
     for column in table.columns:
         if column.header == but:
             column.no_wrap, column.overflow, column.min_width = False, "ellipsis", len(but)
@@ -116,6 +112,7 @@ def keep_whole(table: Table, *, but: str) -> None:
 
 
 def _cells(runs: Sequence[Run]) -> list[str]:
+    """Accuracies, consensus error and megabytes of the runs, as text."""
     return [
         _accuracy(runs, "test_accuracy", with_std=len(runs) > 1),
         _accuracy(runs, "mean_agent_accuracy"),
@@ -126,5 +123,6 @@ def _cells(runs: Sequence[Run]) -> list[str]:
 
 
 def _accuracy(runs: Sequence[Run], metric: str, *, with_std: bool = False) -> str:
+    """The mean over the runs in percent, and the standard deviation if asked for."""
     mean, std = mean_and_std([100 * value for value in final_values(runs, metric)])
     return f"{mean:.1f} ± {std:.1f}" if with_std else f"{mean:.1f}"

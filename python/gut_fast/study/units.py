@@ -1,4 +1,7 @@
-"""Quantities as people write them: ``1Gbit``, ``100 MB/s``, ``1ms``, ``1.1MB``; in the library bytes and seconds."""
+"""Quantities as people write them, ``1Gbit``, ``100 MB/s``, ``1ms``, ``1.1MB``, read and shown.
+
+The library itself counts in bytes and seconds.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+(?:[eE][+-]?[0-9]+)?)\s*(\S*)\s*")
 
 
 def parse_bytes(text: str) -> float:
-    """Bytes: ``1.1MB`` is 1,100,000, ``1MiB`` 2^20. Raises ValueError."""
+    """The number of bytes: ``1.1MB`` is 1,100,000, ``1MiB`` 2^20. Raises ValueError."""
     return _parse(text, SIZES, "a size in bytes, such as 1.1MB or 4GiB")
 
 
@@ -32,11 +35,12 @@ def parse_bandwidth(text: str) -> float:
 
 
 def parse_seconds(text: str) -> float:
-    """Seconds: ``1ms`` is 0.001. Raises ValueError."""
+    """The number of seconds: ``1ms`` is 0.001. Raises ValueError."""
     return _parse(text, TIMES, "a time with its unit, such as 1ms, 50us or 2s")
 
 
 def _parse(text: str, units: Mapping[str, float], expected: str) -> float:
+    """The number in front of a unit, times the unit; `expected` completes the error message."""
     match = QUANTITY.fullmatch(text)
     number, unit = match.groups() if match else ("", "")
     if not match or (unit not in units and not (unit == "" and float(number) == 0)):
@@ -48,7 +52,7 @@ def _parse(text: str, units: Mapping[str, float], expected: str) -> float:
 
 
 def format_seconds(seconds: float) -> str:
-    """In a unit that leaves one to three digits before the point, three in all; a dash for infinity and NaN."""
+    """A time with three digits, in the unit that leaves one to three before the point; a dash for infinity and NaN."""
     if not math.isfinite(seconds):
         return "–"
     steps = (("µs", 1e-6, 1e-3), ("ms", 1e-3, 1.0), ("s", 1.0, 120.0), ("min", 60.0, 7200.0), ("h", 3600.0, math.inf))
@@ -57,7 +61,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(number: float) -> str:
-    """In bytes, kB, MB, GB or TB, three digits; a dash for infinity and NaN."""
+    """A size with three digits, in bytes, kB, MB, GB or TB; a dash for infinity and NaN."""
     if not math.isfinite(number):
         return "–"
     steps = (("B", 1.0, 1e3), ("kB", 1e3, 1e6), ("MB", 1e6, 1e9), ("GB", 1e9, 1e12), ("TB", 1e12, math.inf))
@@ -66,5 +70,6 @@ def format_bytes(number: float) -> str:
 
 
 def _three_digits(value: float) -> str:
+    """The number with three digits, or more where it is 1,000 and above."""
     decimals = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
     return f"{value:,.{decimals}f}"
