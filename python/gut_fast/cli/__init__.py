@@ -1,4 +1,4 @@
-"""The command ``gut-fast``: its entry, and how it speaks of errors.
+"""The entry of the command ``gut-fast``, and how it speaks of errors.
 
 The commands themselves are in `gut_fast.cli.app`. An error in what the user typed is one line on stderr and exit code
 2; any other exception is a bug and keeps its traceback.
@@ -15,15 +15,18 @@ from typing import Any
 
 __all__ = ["main"]
 
+MODULES = ("typer", "rich", "jinja2", "matplotlib", "pandas", "pydantic", "scipy", "yaml", "zstandard")
+"""The modules that the extra ``cli`` brings."""
+
 INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C has ended."""
+"""The exit code of a program that Ctrl-C has ended."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``gut-fast`` with these arguments, by default those of the process, and returns the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # λ₂ where the output is not UTF-8
+            stream.reconfigure(errors="replace")  # where the output is not UTF-8, λ₂ becomes ?₂
     try:
         import typer
 
@@ -31,10 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from gut_fast.cli.terminal import BadArgumentError
     except ModuleNotFoundError as error:
         package = str(error.name).split(".")[0]
-        if package not in ("typer", "rich"):
+        if package not in MODULES:
             raise
         return _complain(f'{package} is not installed; install with: pip install "gut_fast[cli]"')
-    # The base class of all errors in arguments, which no version of typer exports.
+    # No version of typer exports the base class of all errors in arguments.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -49,13 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str) -> int:
+    """Prints the message as one line on stderr and returns the exit code of a bad argument."""
     print(f"gut-fast: error: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 
 @contextlib.contextmanager
 def _warnings_in_a_line() -> Iterator[None]:
-    """Warnings about what was asked for, such as an unstable μ, become a line on stderr each, once."""
+    """Prints each warning about the arguments, such as an unstable μ, as one line on stderr, and only once."""
     shown: set[str] = set()
 
     def show(message: str) -> None:

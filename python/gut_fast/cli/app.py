@@ -27,6 +27,7 @@ app = typer.Typer(
 
 
 def _print_version(wanted: bool) -> None:
+    """Prints the version and ends the program, if that is what was asked for."""
     if wanted:
         typer.echo(f"gut-fast {gut_fast.__version__}")
         raise typer.Exit

@@ -1,4 +1,4 @@
-"""``gut-fast data``: a data set, where it was found, and who would hold what of it."""
+"""The command ``gut-fast data``: a data set, where it was found, and who would hold what of it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def data_command(
         str, typer.Option(help=f"One of: {', '.join(data.partition.PARTITIONS)}.")
     ] = DEFAULT.partition,
     alpha: Annotated[
-        float | None, typer.Option(help="For Dirichlet: small is different data everywhere. Default: 0.1.")
+        float | None,
+        typer.Option(help="Dirichlet: small is different data everywhere. Default: 0.1."),
     ] = None,
-    classes_per_agent: Annotated[int | None, typer.Option(help="For shards.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the division.")] = DEFAULT.seed,
+    classes_per_agent: Annotated[int | None, typer.Option(help="Shards: classes of each agent.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the division.")] = DEFAULT.seed,
     out: Annotated[Path | None, typer.Option(help="Draw who holds what into this PNG file.")] = None,
 ) -> None:
     """Show a data set, where it was found, and how it is divided among agents."""
@@ -67,6 +68,7 @@ def data_command(
 
 
 def _facts(dataset: Dataset) -> dict[str, str]:
+    """Sizes and source of a data set."""
     return {
         "training samples": f"{len(dataset.train_labels):,}",
         "test samples": f"{len(dataset.test_labels):,}",
@@ -77,6 +79,7 @@ def _facts(dataset: Dataset) -> dict[str, str]:
 
 
 def _division_facts(histogram: Tensor, division: str) -> dict[str, str]:
+    """How unlike the agents' shares are."""
     return {
         "division": f"{division}, {len(histogram):,} agents",
         "samples an agent": _range(histogram.sum(1)),
@@ -87,11 +90,13 @@ def _division_facts(histogram: Tensor, division: str) -> dict[str, str]:
 
 
 def _range(values: Tensor) -> str:
+    """The least and the largest value."""
     low, high = int(values.min()), int(values.max())
     return f"{low:,}" if low == high else f"{low:,} … {high:,}"
 
 
 def _agents_table(histogram: Tensor) -> Table:
+    """A line for each agent: how many samples it holds, and of what."""
     table = summary.plain_table("", "agent", "samples", "classes", "largest class", "its share")
     for agent, counts in enumerate(histogram):
         samples, largest = int(counts.sum()), int(counts.argmax())
@@ -101,6 +106,7 @@ def _agents_table(histogram: Tensor) -> Table:
 
 
 def _draw(histogram: Tensor, title: str, path: Path) -> None:
+    """Writes a picture of who holds what."""
     num_agents, num_classes = histogram.shape
     size = (7.5 if num_classes <= 20 else 11.0, min(max(1.5 + 0.26 * num_agents, 4.0), 11.0))
     with plots.new_figure(path, size) as figure:

@@ -29,6 +29,7 @@ def info() -> None:
 
 
 def _package_status(package: str) -> str:
+    """The version of a package, or how to install it."""
     version = machine.installed_version(package)
     extra = machine.OPTIONAL_PACKAGES[package]
     return version or f'not installed; pip install "gut_fast[{extra}]"'

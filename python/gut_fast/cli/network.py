@@ -1,4 +1,4 @@
-"""``gut-fast topology --network``: what a step and a target cost on a network, for each topology and method."""
+"""The option ``--network`` of ``gut-fast topology``: what a step and a target cost for each topology and method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.study import plots, summary
 from gut_fast.study.network import COLUMNS, MAX_AGENTS_COMPLETE, METHODS, Network, Question, compare, measured
 from gut_fast.study.quadratics import Quadratics
-from gut_fast.study.report.study import point_name
+from gut_fast.study.report.words import point_name
 from gut_fast.study.results import read_results
 from gut_fast.study.units import format_bytes, format_seconds, parse_bandwidth, parse_bytes, parse_seconds
 from gut_fast.topology import Topology

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""The options that several commands have."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Download = Annotated[bool, typer.Option("--download", help="Fetch the data set i
 
 
 def prepare_data(names: Iterable[str], folder: Path | None, download: bool) -> None:
-    """Makes this process and those it starts look for data sets in `folder`, and downloads those missing if asked to.
+    """Makes this process and its children look for data sets in `folder`; downloads missing ones if asked to.
 
     Raises:
         OSError, ImportError, RuntimeError, ValueError: a download fails, as `gut_fast.data.load`.
@@ -34,7 +34,7 @@ def prepare_data(names: Iterable[str], folder: Path | None, download: bool) -> N
 
 
 def check_picture(path: Path) -> None:
-    """Looks before any work is done whether a picture can be written.
+    """Checks, before any work is done, that a picture can be written.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""``gut-fast report``: the finished runs of sweeps as tables, pictures and a page."""
+"""The command ``gut-fast report``: the finished runs of sweeps as tables, pictures and a page."""
 
 from __future__ import annotations
 
@@ -15,18 +15,15 @@ from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from gut_fast.cli.options import DataFolder, prepare_data
 from gut_fast.cli.sweep import FILE
 from gut_fast.cli.terminal import as_bad_argument, console_of_text
 from gut_fast.study import plots
-from gut_fast.study.records import read_records
-from gut_fast.study.report import tables
-from gut_fast.study.report.sections import lead
+from gut_fast.study.folder import check_writable
 from gut_fast.study.report.study import Study, gather
-from gut_fast.study.report.tables import Table
+from gut_fast.study.report.tables import Table, main_tables
 from gut_fast.study.report.words import listed, without_folders
-from gut_fast.study.report.write import Source, write_report
-from gut_fast.study.runner import check_writable
+from gut_fast.study.report.write import Source, lead, write_report
+from gut_fast.study.results import read_results
 from gut_fast.study.summary import plain_table
 from gut_fast.study.sweep import Task, make_sweep
 from gut_fast.study.yaml_files import read_yaml
@@ -37,27 +34,30 @@ MAX_WIDTH = 1000
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(metavar="FOLDER...", help="Of a sweep; several are taken together.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDER...", help="Folder of a sweep; several are taken together.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Where the report is written. Default: folder report in the first FOLDER.")
     ] = None,
     baseline: Annotated[
         str | None, typer.Option(metavar="METHOD", help="What the others are compared with. Default: the first.")
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Of the report. Default: the name of the first FOLDER.")] = None,
-    folder: DataFolder = None,
+    title: Annotated[
+        str | None, typer.Option(help="Title of the report. Default: the name of the first FOLDER.")
+    ] = None,
 ) -> None:
     """Report what a sweep has come to so far: tables, pictures, and one page that needs no other file."""
     place = folders[0] / "report" if out is None else out
     with as_bad_argument():
         plots.check_matplotlib()
         check_writable(place)
-        prepare_data([], folder, download=False)
-        records = [record for each in folders for record in read_records(each)]
+        results = [read_results(each) for each in folders]
         planned = [task for each in folders for task in _planned(each)]
-        study = gather(records, baseline, order=[task.method for task in planned])
-    if len(planned) > len(records):
-        study = replace(study, notes=(f"{len(records)} of {len(planned)} runs are finished so far.", *study.notes))
+        study = gather(results, baseline, order=[task.method for task in planned])
+    finished = sum(len(each.runs) for each in results)
+    if len(planned) > finished:
+        study = replace(study, notes=(f"{finished} of {len(planned)} runs are finished so far.", *study.notes))
     source = Source(
         title or folders[0].resolve().name, _command(folders, baseline, title), "\n".join(map(_configuration, folders))
     )
@@ -74,7 +74,7 @@ def _planned(folder: Path) -> list[Task]:
     try:
         return make_sweep(read_yaml(folder / FILE), also=["tune"]).tasks() if (folder / FILE).exists() else []
     except (TypeError, ValueError, ImportError) as error:
-        warnings.warn(f"{folder / FILE}: {error}; methods are in the order of their files", stacklevel=2)
+        warnings.warn(f"{folder / FILE}: {error}; methods are in the order of their names", stacklevel=2)
         return []
 
 
@@ -91,15 +91,16 @@ def _command(folders: Sequence[Path], baseline: str | None, title: str | None) -
 
 
 def _configuration(folder: Path) -> str:
+    """The file of the folder's sweep, with no folder of this machine in it."""
     file = folder / FILE
     return without_folders(file.read_text(encoding="utf-8")) if file.exists() else ""
 
 
 def _show(study: Study, console: Console) -> None:
-    """The tables that a reader wants to see first."""
+    """Prints the tables that a reader wants to see first."""
     console.print(lead(study), style="bold", soft_wrap=True)
-    for moment in tables.moments(study):
-        for table in map(_terminal_table, tables.main_tables(study, moment)):
+    for moment in study.moments():
+        for table in map(_terminal_table, main_tables(study, moment)):
             # No column is cut; a narrower terminal wraps the lines.
             whole = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
             console.width = max(console.width, whole)

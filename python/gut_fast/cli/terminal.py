@@ -1,4 +1,4 @@
-"""What the commands of ``gut-fast`` share: how they speak of errors, and where they print."""
+"""The errors that all commands of ``gut-fast`` raise, and the console that they print to."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ MIN_WIDTH = 60
 
 
 class BadArgumentError(Exception):
-    """What the user asked for cannot be done; the message says why."""
+    """The command cannot do what the user asked for; the message says why."""
 
 
 @contextlib.contextmanager
 def as_bad_argument() -> Iterator[None]:
-    """What the library raises while it takes in arguments is about the arguments."""
+    """Turns the errors that the library raises while it takes in arguments into `BadArgumentError`."""
     try:
         yield
     except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
@@ -28,7 +28,7 @@ def as_bad_argument() -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """A full disk, or a folder that has become read-only, is not a bug either."""
+    """Turns the errors of a full disk, or of a folder that has become read-only, into `BadArgumentError`."""
     try:
         yield
     except OSError as error:
@@ -36,9 +36,9 @@ def writing() -> Iterator[None]:
 
 
 def console_of_text() -> Console:
-    """Names of topologies and files have brackets and colons, which rich must leave alone.
+    """A console that prints text as it is: names of topologies and files have brackets and colons.
 
-    It is never so narrow that rich would cut numbers: a terminal that is wraps the lines.
+    It is never so narrow that rich would cut numbers; a narrower terminal wraps the lines.
     """
     console = Console(highlight=False, markup=False, emoji=False)
     console.width = max(console.width, MIN_WIDTH)
@@ -46,7 +46,7 @@ def console_of_text() -> Console:
 
 
 def facts_grid(facts: Mapping[str, str]) -> Table:
-    """Names and what there is to say of them, a line each."""
+    """A table with a line for each fact: its name and its value."""
     grid = Table.grid("", "", padding=(0, 2))
     grid.columns[0].style = "dim"
     for name, value in facts.items():

@@ -1,4 +1,4 @@
-"""``gut-fast topology``: a graph, its spectrum, and which methods are stable on it."""
+"""The command ``gut-fast topology``: a graph, its spectrum, and which methods are stable on it."""
 
 from __future__ import annotations
 
@@ -42,23 +42,23 @@ def topology(
     network: Annotated[
         bool, _network("--network", help="Plan a run on a network instead: time, steps and bytes to a target.")
     ] = False,
-    bandwidth: Annotated[str, _network(help="Of each agent's link, such as 1Gbit or 100MB/s.")] = "1Gbit",
-    latency: Annotated[str, _network(help="Of a message.")] = "1ms",
+    bandwidth: Annotated[str, _network(help="Bandwidth of each agent's link, such as 1Gbit or 100MB/s.")] = "1Gbit",
+    latency: Annotated[str, _network(help="Time that a message travels.")] = "1ms",
     compute: Annotated[str, _network(help="Time for a gradient.")] = "50ms",
-    model_bytes: Annotated[str, _network(help="Of one model.")] = "1.1MB",
+    model_bytes: Annotated[str, _network(help="Size of one model.")] = "1.1MB",
     overlap: Annotated[float, _network(help="Fraction of the computation that messages can hide behind.")] = 0.0,
-    straggler_probability: Annotated[float, _network(help="That an agent is slow in a step.")] = 0.0,
-    straggler_factor: Annotated[float, _network(help="How many times slower it then is.")] = 1.0,
-    link_straggler_probability: Annotated[float, _network(help="That a link is slow in a step.")] = 0.0,
-    link_straggler_factor: Annotated[float, _network(help="How many times slower it then is.")] = 1.0,
-    noise: Annotated[float, _network(help="Of gradients, in the quadratic model of convergence.")] = 2.0,
-    heterogeneity: Annotated[float, _network(help="Of the agents' losses in it.")] = 1.0,
-    target: Annotated[float, _network(help="Fraction of the loss at the start.")] = 0.1,
+    straggler_probability: Annotated[float, _network(help="Probability that an agent is slow in a step.")] = 0.0,
+    straggler_factor: Annotated[float, _network(help="How many times slower such an agent is.")] = 1.0,
+    link_straggler_probability: Annotated[float, _network(help="Probability that a link is slow in a step.")] = 0.0,
+    link_straggler_factor: Annotated[float, _network(help="How many times slower such a link is.")] = 1.0,
+    noise: Annotated[float, _network(help="Noise of gradients, in the quadratic model of convergence.")] = 2.0,
+    heterogeneity: Annotated[float, _network(help="Difference between the agents' losses in that model.")] = 1.0,
+    target: Annotated[float, _network(help="Loss to be reached, as a fraction of that at the start.")] = 0.1,
     sizes: Annotated[str, _network(help="Numbers of agents in the picture of --out.")] = "16,100,1000,10000,100000",
     runs: Annotated[
         Path | None, _network(help="A sweep's folder: what its runs would take on this network, up to --accuracy.")
     ] = None,
-    accuracy: Annotated[float, _network(help="Of the averaged model, as a fraction.")] = 0.8,
+    accuracy: Annotated[float, _network(help="Target for --runs, a fraction.")] = 0.8,
 ) -> None:
     """Show a topology: its spectrum, which methods are stable on it, and what they settle to."""
     with as_bad_argument():
@@ -87,6 +87,7 @@ def topology(
 
 
 def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | None) -> None:
+    """Prints the facts and the tables of a topology, and draws it into `out`."""
     with as_bad_argument():
         _check_spectrum(mixing)
         tables = [_stability_table(mixing), _prediction_table(mixing, lr, curvature)] if mixing.is_static else []
@@ -102,6 +103,7 @@ def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | No
 
 
 def _check_spectrum(mixing: Topology) -> None:
+    """Raises ValueError if the spectrum would take too long to compute."""
     has_transform = getattr(mixing.cycle[0], "group", None) is not None
     if mixing.is_static and not has_transform and mixing.num_agents > MAX_AGENTS_DENSE_SPECTRUM:
         raise ValueError(
@@ -111,6 +113,7 @@ def _check_spectrum(mixing: Topology) -> None:
 
 
 def _topology_facts(mixing: Topology) -> dict[str, str]:
+    """Size, degrees and, of a constant topology, the spectrum."""
     graph: Any = mixing.graph
     degrees = sorted(degree for _, degree in (graph.in_degree() if graph.is_directed() else graph.degree()))
     facts = {
@@ -130,7 +133,7 @@ def _topology_facts(mixing: Topology) -> dict[str, str]:
 
 
 def _stability_table(mixing: Topology) -> Table:
-    """Every rule at its default hyper-parameters, and up to which μ it is stable with the others at theirs."""
+    """A table of every rule at its defaults, and of the largest stable μ with the other values at theirs."""
     table = summary.plain_table(
         "Stability of every rule at its defaults", "rule", "defaults", "verdict", "per step", "μ up to"
     )
@@ -148,7 +151,7 @@ def _stability_table(mixing: Topology) -> Table:
 
 
 def _prediction_table(mixing: Topology, lr: float, curvature: float) -> Table:
-    """Every rule with the μ that ``mu="auto"`` chooses: what it settles to, in units of what DSGD does."""
+    """A table of every rule with the μ that ``mu="auto"`` chooses: what it settles to, where DSGD settles to 1."""
     title = f'With mu="auto", at lr {lr:g} and curvature {curvature:g}'
     table = summary.plain_table(title, "rule", "auto μ", "per step", "lr up to", "bias", "step", "noise", "spread")
     for name, rule in rules.RULES.items():
@@ -173,7 +176,7 @@ def _prediction_table(mixing: Topology, lr: float, curvature: float) -> Table:
 
 
 def _prediction(rule: rules.UpdateRule, mixing: Topology, lr: float, curvature: float) -> analysis.Prediction:
-    """With the μ of ``mu="auto"``, or the rule's default where it has none or none is stable."""
+    """The prediction with the μ of ``mu="auto"``, or with the rule's default where it has no μ or none is stable."""
     found = analysis.predict(rule, {**rule.hyperparameters, "lr": lr}, mixing, curvature)
     if found.auto_mu is None or math.isnan(found.auto_mu):
         return found
@@ -181,6 +184,7 @@ def _prediction(rule: rules.UpdateRule, mixing: Topology, lr: float, curvature: 
 
 
 def _limit(limit: float | None, digits: int = 4) -> str:
+    """A limit as text: ``n/a`` without μ, ``none`` where no value is stable."""
     if limit is None:
         return "n/a"
     return "none" if math.isnan(limit) else f"{limit:.{digits}f}"

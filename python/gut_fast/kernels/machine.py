@@ -1,4 +1,4 @@
-"""What a result was computed with: packages, processor, backends."""
+"""The packages, the processor and the backends that a result was computed with."""
 
 from __future__ import annotations
 
@@ -26,14 +26,12 @@ __all__ = [
 ]
 
 OPTIONAL_PACKAGES = {
-    "typer": "cli",
-    "rich": "cli",
-    "matplotlib": "cli",
+    **dict.fromkeys(("typer", "rich", "matplotlib", "pyyaml", "jinja2", "pandas", "zstandard", "scipy"), "cli"),
     "scikit-learn": "data",
     "torchvision": "data",
     "triton": "triton",
 }
-"""Packages that are nice to have, and the extra of gut_fast that brings each."""
+"""Packages that the core does without, and the extra of gut_fast that brings each."""
 
 
 def versions() -> dict[str, str]:
@@ -63,15 +61,11 @@ def missing_packages(*modules: str) -> str | None:
 
 def instruction_tiers() -> list[str]:
     """The instruction tiers that the compiled kernel can use on this machine, the fastest first."""
-    if cpu.tier() is None:
-        return []
-    from gut_fast import _core
-
-    return list(_core.available_tiers())
+    return [] if cpu.tier() is None else list(cpu._core.available_tiers())
 
 
 def backend_status(device_type: str = "cpu") -> dict[str, str | None]:
-    """Why a backend cannot serve float32 parameters on such a device, by its name; None where it can."""
+    """The reason why each backend, by its name, cannot serve float32 parameters on such a device; None where it can."""
     return {name: backend.unavailable(device_type, torch.float32, 1, 1) for name, backend in BACKENDS.items()}
 
 
@@ -83,7 +77,7 @@ def backend_line(name: str) -> str:
 
 
 def automatic_backend(device_type: str) -> str:
-    """What ``backend="auto"`` takes for float32 parameters on such a device, and why not what it would rather take."""
+    """The backend that ``"auto"`` takes for float32 parameters on such a device, and why not those before it."""
     status = backend_status(device_type)
     passed: list[str] = []
     for name in AUTOMATIC[device_type]:
@@ -103,7 +97,7 @@ def gpu_line() -> str:
 
 
 def wrong_tier() -> str | None:
-    """What is wrong with environment variable GUT_FAST_TIER, or None; the kernel is then there, but not in use."""
+    """The error in environment variable GUT_FAST_TIER, because of which the kernel is there but not in use; or None."""
     reason = backend_status()["cpu"] or ""
     return reason if reason.startswith("environment variable GUT_FAST_TIER") else None
 
@@ -117,6 +111,7 @@ def machine_line() -> str:
 
 
 def _processor() -> str:
+    """The name of the processor."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():

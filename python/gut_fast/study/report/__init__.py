@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from gut_fast.study.report.study import Study, gather
-from gut_fast.study.report.write import write_report
+from gut_fast.study.report.write import Source, write_report
 
-__all__ = ["Study", "gather", "write_report"]
+__all__ = ["Source", "Study", "gather", "write_report"]

@@ -1,25 +1,48 @@
-"""The runs of a sweep as a grid: for every method and point of the sweep, a run per seed."""
+"""The finished runs of sweeps, side by side: which methods at which points, and their numbers at each moment."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gut_fast.rules import RULES
-from gut_fast.study.records import Record
-from gut_fast.study.report.words import listed, schedule, shown
+import numpy as np
+import pandas as pd
+from scipy import stats
 
-__all__ = ["Study", "gather"]
+from gut_fast.rules import RULES
+from gut_fast.study.report.words import listed, point_name, shown
+from gut_fast.study.results import Results
+from gut_fast.study.runner import Experiment
+
+__all__ = ["ACCURACIES", "BEFORE_DECAY", "END", "METRICS", "Study", "gather", "interval", "mean"]
 
 OF_COMPUTING = {"engine", "backend", "device", "seed"}
-"""Entries of an experiment that may differ between two runs of the same method and point."""
+"""Settings that may differ between two runs of the same method and point."""
 
 OF_METHOD = {"rule", "hyperparameters", "lr", "weight_decay", "gamma", "state_dtype", "autocast", "channels_last"}
-"""Entries that may differ between two methods that are compared."""
+"""Settings that may differ between two methods that are compared."""
 
-SYMBOLS = {"alpha": "α", "mu": "μ", "gamma": "γ"}
+END = "at the end"
+BEFORE_DECAY = "before the first decay"
+"""The last evaluation at the initial learning rate, of a run whose learning rate falls later."""
+
+CONFIDENCE = 0.95
+
+ACCURACIES = {
+    "test_accuracy": "averaged model",
+    "mean_agent_accuracy": "mean agent",
+    "worst_agent_accuracy": "worst agent",
+}
+"""The columns of `Study.values` that hold accuracies, in %, and their names."""
+
+SENT = {"mean_bytes_sent": "mean_bytes_sent_per_step", "max_bytes_sent": "max_bytes_sent_per_step"}
+"""The columns of a history that grow with the steps, and the columns of `Study.values` that hold them for one step."""
+
+METRICS = (*ACCURACIES, "consensus_error", "train_loss", *SENT.values())
+"""The columns of `Study.values` over which means are taken."""
 
 
 @dataclass(frozen=True)
@@ -27,115 +50,171 @@ class Study:
     """Finished runs, by method and point.
 
     Attributes:
+        results: the runs, each method, point and seed once; a column ``place`` of `results.runs` is the point as text.
         methods: labels, each control right after the method it belongs to.
         points: what the sweep varies beside methods and seeds, each as text: ``α = 0.1, topology = ring:16``.
         baseline: the method that the others are compared with.
         controls: the control of a method, for the methods that have one.
         notes: what a reader has to know of missing, repeated or unlike runs.
+        values: one row for each run at each moment, indexed by point, moment, method and seed, with the columns of
+            `METRICS`, ``step``, and ``diverged_agents`` (the most agents that had a loss of NaN or infinity at a time).
+            A number that is missing or infinite is NaN.
     """
 
+    results: Results
     methods: tuple[str, ...]
     points: tuple[str, ...]
     baseline: str
     controls: Mapping[str, str]
     notes: tuple[str, ...]
-    grid: Mapping[tuple[str, str], Mapping[int, Record]]
+    values: pd.DataFrame
 
-    def records(self, method: str, point: str) -> Mapping[int, Record]:
-        """The runs of a method at a point, by ascending seed; there may be none."""
-        return self.grid.get((method, point), {})
+    def numbers(self, metric: str, method: str, point: str, moment: str) -> pd.Series:
+        """A column of `values` for the runs of a method at a point and moment, by seed; there may be none."""
+        try:
+            found: pd.Series = self.values.loc[(point, moment, method), metric]
+        except KeyError:
+            return pd.Series(dtype=float)
+        return found
+
+    def differences(self, metric: str, pair: tuple[str, str], point: str, moment: str) -> pd.Series:
+        """The first method's numbers minus the second's, by the seeds that both methods have."""
+        first, second = (self.numbers(metric, method, point, moment) for method in pair)
+        seeds = first.index.intersection(second.index).sort_values()
+        return first.reindex(seeds) - second.reindex(seeds)
+
+    def runs(self, method: str, point: str) -> pd.DataFrame:
+        """The rows of `results.runs` of a method at a point, by ascending seed; there may be none."""
+        runs = self.results.runs
+        return runs[(runs["method"] == method) & (runs["place"] == point)].sort_values("seed")
 
     @property
-    def all_records(self) -> list[Record]:
-        """All runs: point by point, method by method, seed by seed."""
-        return [
-            record
-            for point in self.points
-            for method in self.methods
-            for record in self.records(method, point).values()
-        ]
+    def in_order(self) -> list[str]:
+        """The names of all runs: point by point, method by method, seed by seed."""
+        return [run for point in self.points for method in self.methods for run in self.runs(method, point).index]
+
+    def moments(self, point: str | None = None) -> tuple[str, ...]:
+        """The moments that some run has, at that point or at any: the end, perhaps one before a decay."""
+        index = self.values.index
+        here = index if point is None else index[index.get_level_values("point") == point]
+        return (END, BEFORE_DECAY) if BEFORE_DECAY in here.get_level_values("moment") else (END,)
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
         """Pairs of methods whose difference is of interest: with the baseline, then with their controls."""
         with_baseline = [(method, self.baseline) for method in self.methods if method != self.baseline]
-        with_control = [pair for pair in self.controls.items() if pair not in with_baseline]
-        return with_baseline + with_control
+        return with_baseline + [pair for pair in self.controls.items() if pair not in with_baseline]
 
     def name(self, method: str) -> str:
         """The method's label, marked if it sends more than one message a step."""
-        return f"{method} †" if any(num_messages(record) > 1 for record in self._of_method(method)) else method
+        runs = self.results.runs
+        return f"{method} †" if runs.loc[runs["method"] == method, "messages"].max() > 1 else method
 
     @property
     def accuracy(self) -> str:
-        """Which accuracy this is: of test samples, or of those held out for validation."""
-        held_out = {experiment_of(record).get("validation", 0.0) > 0 for record in self.all_records}
-        return {frozenset({False}): "test accuracy", frozenset({True}): "validation accuracy"}.get(
-            frozenset(held_out), "accuracy"
-        )
-
-    def _of_method(self, method: str) -> Iterator[Record]:
-        return (record for point in self.points for record in self.records(method, point).values())
+        """The name of the accuracy: of test samples, or of those held out for validation."""
+        held_out = self.results.runs["validation"] > 0
+        return "validation accuracy" if held_out.all() else "accuracy" if held_out.any() else "test accuracy"
 
 
-def gather(records: Sequence[Record], baseline: str | None = None, order: Sequence[str] = ()) -> Study:
-    """The study of these records.
+def mean(numbers: pd.Series) -> float:
+    """The mean of the numbers there are, NaN if there are none; the sum is rounded once, so no order changes it."""
+    there = numbers.dropna()
+    return math.fsum(there) / len(there) if len(there) else math.nan
+
+
+def interval(numbers: pd.Series) -> tuple[float, float]:
+    """Student's interval of the mean, ``mean ± t s/√n`` with n − 1 degrees of freedom; NaN for fewer than two."""
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, numbers.count() - 1) * numbers.sem()
+    return mean(numbers) - reach, mean(numbers) + reach
+
+
+def gather(found: Sequence[Results], baseline: str | None = None, order: Sequence[str] = ()) -> Study:
+    """The study of these results, taken together.
 
     Args:
-        records: in any order; what is repeated counts once.
+        found: the results of one sweep or more; what is repeated counts once.
         baseline: a method's label; None is the first method.
         order: labels of methods in the order wanted; the others follow as they come.
 
     Raises:
-        ValueError: there is no such baseline, no record at all, or a method has two different experiments at a point.
+        ValueError: there is no such baseline, no run at all, or a method has two different experiments at a point.
     """
-    if not records:
-        raise ValueError("there are no runs to report")
-    grid: dict[tuple[str, str], dict[int, Record]] = {}
-    repeated = 0
-    for record in records:
-        runs = grid.setdefault((record.method, point_name(record.point)), {})
-        if runs:
-            _check_same(next(iter(runs.values())), record)
-        repeated += record.run.experiment.seed in runs
-        runs.setdefault(record.run.experiment.seed, record)
-    grid = {place: dict(sorted(runs.items())) for place, runs in grid.items()}
-    controls = {record.control_of: record.method for record in records if record.control_of is not None}
-    methods = _methods_in_order([*order, *(record.method for record in records)], {name for name, _ in grid}, controls)
+    results, repeated = _together(found)
+    runs = results.runs
+    controls = runs.dropna(subset=["control_of"]).set_index("control_of")["method"].to_dict()
+    methods = _methods_in_order([*order, *runs["method"]], set(runs["method"]), controls)
     baseline = methods[0] if baseline is None else baseline
     if baseline not in methods:
         raise ValueError(f"there is no method {baseline!r} to compare with; there are: {', '.join(methods)}")
-    points = _points_in_order(records)
-    controls = {method: control for method, control in controls.items() if method in methods}
+    points = _points_in_order(runs["point"].unique())
     notes = (
         *([f"{listed(repeated, 'run')} found more than once; the first of each counts."] if repeated else []),
-        *_missing(methods, points, grid),
-        *_unlike(methods, points, grid),
-        *_unknown_rules(records),
+        *_missing(methods, points, runs),
+        *_unlike(methods, points, results),
+        *(
+            f"Rule {rule} is not known here; how many messages it sends shows in its bytes alone."
+            for rule in runs["rule"].unique()
+            if rule not in RULES
+        ),
     )
-    return Study(methods, points, baseline, controls, notes, grid)
+    controls = {method: control for method, control in controls.items() if method in methods}
+    return Study(results, methods, points, baseline, controls, notes, _values(results))
 
 
-def experiment_of(record: Record) -> dict[str, Any]:
-    """The configuration of the run as plain values."""
-    return record.run.experiment.as_dict()
+def _together(found: Sequence[Results]) -> tuple[Results, int]:
+    """All results as one, each method, point and seed once, and how many runs were found again."""
+    if not any(len(results.runs) for results in found):
+        raise ValueError("there are no runs to report")
+    frames, histories, experiments = [], [], {}
+    for number, results in enumerate(found):  # two folders may hold runs of the same name
+        frames.append(results.runs.rename(index=f"{number}/{{}}".format))
+        histories.append(results.history.assign(run=f"{number}/" + results.history["run"]))
+        experiments |= {f"{number}/{run}": experiment for run, experiment in results.experiments.items()}
+    runs, history = pd.concat(frames), pd.concat(histories)
+    runs["place"] = [point_name(json.loads(point)) for point in runs["point"]]
+    runs["messages"] = [RULES[rule].num_messages if rule in RULES else 1 for rule in runs["rule"]]
+    for (method, place), group in runs.groupby(["method", "place"], sort=False):
+        first, *others = (experiments[run] for run in group.index)
+        for other in others:
+            _check_same(first, other, method, place)
+    once = runs[~runs.duplicated(["method", "place", "seed"])]
+    history = history[history["run"].isin(once.index)]
+    return Results(once, history, {run: experiments[run] for run in once.index}), len(runs) - len(once)
 
 
-def num_messages(record: Record) -> int:
-    """Messages a step; 1 for a rule that is not known here."""
-    rule = RULES.get(record.run.experiment.rule)
-    return 1 if rule is None else rule.num_messages
+def _check_same(first: Experiment, other: Experiment, method: str, place: str) -> None:
+    """Raises ValueError if two runs of a method at a point differ in more than seed and machinery."""
+    mine, theirs = first.as_dict(), other.as_dict()
+    if differing := [name for name in mine if name not in OF_COMPUTING and mine[name] != theirs[name]]:
+        values = "; ".join(f"{name}: {shown(mine[name])} and {shown(theirs[name])}" for name in differing)
+        raise ValueError(
+            f"runs of {method} at {place or 'the only point'} are of two experiments ({values}); report them apart, or "
+            "relabel one"
+        )
 
 
-def point_name(point: Mapping[str, Any]) -> str:
-    """A point of the grid as text: ``α = 0.1, lr decay at 50 % and 75 %``."""
-    return ", ".join(
-        schedule(value) if name == "milestones" else f"{SYMBOLS.get(name, name.replace('_', ' '))} = {shown(value)}"
-        for name, value in point.items()
+def _values(results: Results) -> pd.DataFrame:
+    """The table `Study.values`."""
+    history = results.history.reset_index(drop=True)
+    last = history.groupby("run", sort=False).tail(1)
+    initial = results.runs["lr"].reindex(history["run"]).to_numpy(dtype=float)
+    at_first = history[np.isclose(history["lr"], initial, rtol=1e-9, atol=0)].groupby("run", sort=False).tail(1)
+    moments = {END: last, BEFORE_DECAY: at_first[~at_first.index.isin(last.index)]}
+    rows = pd.concat(moments, names=["moment"]).reset_index("moment").replace([np.inf, -np.inf], np.nan)
+    diverged = history.reindex(columns=["run", "diverged_agents"]).groupby("run")["diverged_agents"].max()
+    places = results.runs[["place", "method", "seed"]].rename(columns={"place": "point"})
+    rows = rows.drop(columns="diverged_agents", errors="ignore").join(diverged.fillna(0).astype(int), on="run")
+    rows = rows.join(places, on="run").assign(
+        **{name: 100 * rows[name] for name in ACCURACIES},
+        **{per_step: rows[name] / rows["step"] for name, per_step in SENT.items()},
     )
+    index = ["point", "moment", "method", "seed"]
+    return rows.set_index(index)[["step", *METRICS, "diverged_agents"]].sort_index()
 
 
 def _methods_in_order(labels: Iterable[str], known: set[str], controls: Mapping[str, str]) -> tuple[str, ...]:
+    """The known labels, each once, every control right after its method."""
     methods = [label for label in dict.fromkeys(labels) if label in known]
     for method, control in controls.items():
         if method in methods and control != method:
@@ -144,70 +223,53 @@ def _methods_in_order(labels: Iterable[str], known: set[str], controls: Mapping[
     return tuple(methods)
 
 
-def _points_in_order(records: Sequence[Record]) -> tuple[str, ...]:
-    """By their values, the first named first: numbers ascending, anything else in order of appearance."""
+def _points_in_order(texts: Iterable[str]) -> tuple[str, ...]:
+    """The names of points by their values, the first named first: numbers ascending, others in order of appearance."""
+    points = [json.loads(text) for text in texts]
     appearance: dict[str, int] = {}
-    for record in records:
-        for value in record.point.values():
-            appearance.setdefault(json.dumps(value), len(appearance))
+    for value in (value for point in points for value in point.values()):
+        appearance.setdefault(json.dumps(value), len(appearance))
 
     def rank(point: Mapping[str, Any]) -> list[tuple[bool, float]]:
-        is_number = {name: isinstance(value, (int, float)) for name, value in point.items()}
         return [
-            (not is_number[name], float(value) if is_number[name] else appearance[json.dumps(value)])
-            for name, value in point.items()
+            (False, float(value)) if isinstance(value, (int, float)) else (True, appearance[json.dumps(value)])
+            for value in point.values()
         ]
 
-    return tuple(dict.fromkeys(map(point_name, sorted((record.point for record in records), key=rank))))
+    return tuple(dict.fromkeys(map(point_name, sorted(points, key=rank))))
 
 
-def _check_same(first: Record, second: Record) -> None:
-    mine, other = (experiment_of(record) for record in (first, second))
-    differing = [name for name in mine if name not in OF_COMPUTING and mine[name] != other[name]]
-    if differing:
-        place = f"{first.method} at {point_name(first.point) or 'the only point'}"
-        values = "; ".join(f"{name}: {shown(mine[name])} and {shown(other[name])}" for name in differing)
-        raise ValueError(f"runs of {place} are of two experiments ({values}); report them apart, or relabel one")
-
-
-def _missing(
-    methods: Sequence[str], points: Sequence[str], grid: Mapping[tuple[str, str], Mapping[int, Record]]
-) -> Iterator[str]:
-    """For each point and each set of seeds, the methods that lack it where others have it."""
+def _missing(methods: Sequence[str], points: Sequence[str], runs: pd.DataFrame) -> Iterator[str]:
+    """A note for each point and each set of seeds that some methods lack where others have it."""
     for point in points:
-        have = {method: grid.get((method, point), {}).keys() for method in methods}
-        seeds = set[int]().union(*have.values())
+        here = runs[runs["place"] == point]
+        seeds = sorted(set(here["seed"]))
         gaps: dict[tuple[int, ...], list[str]] = {}
         for method in methods:
-            gaps.setdefault(tuple(sorted(seeds - have[method])), []).append(method)
-        for lacking, those in gaps.items():
+            lacking = tuple(sorted(set(seeds) - set(here.loc[here["method"] == method, "seed"])))
+            gaps.setdefault(lacking, []).append(method)
+        for lacking, without in gaps.items():
             if lacking:
                 of_seeds = "" if len(lacking) == len(seeds) else f" of seed {listed(lacking)}"
-                verb = "has" if len(those) == 1 else "have"
+                verb = "has" if len(without) == 1 else "have"
                 yield (
-                    f"{_at(point)}{listed(those)} {verb} no run{of_seeds}; differences are of the seeds that both "
+                    f"{_at(point)}{listed(without)} {verb} no run{of_seeds}; differences are of the seeds that both "
                     "methods have."
                 )
 
 
-def _unlike(
-    methods: Sequence[str], points: Sequence[str], grid: Mapping[tuple[str, str], Mapping[int, Record]]
-) -> Iterator[str]:
-    """Where methods at the same point differ in more than the method."""
+def _unlike(methods: Sequence[str], points: Sequence[str], results: Results) -> Iterator[str]:
+    """A note wherever methods at the same point differ in more than the method."""
+    firsts = results.runs.reset_index(names="run").groupby(["place", "method"])["run"].first()
     for point in points:
-        groups = (grid.get((method, point), {}) for method in methods)
-        experiments = [experiment_of(next(iter(runs.values()))) for runs in groups if runs]
+        present = [firsts[point, method] for method in methods if (point, method) in firsts.index]
+        experiments = [results.experiments[run].as_dict() for run in present]
         for name in experiments[0]:
             values = {shown(experiment[name]) for experiment in experiments}
             if len(values) > 1 and name not in OF_METHOD | OF_COMPUTING:
                 yield f"{_at(point)}the methods differ in {name.replace('_', ' ')}: {listed(sorted(values))}."
 
 
-def _unknown_rules(records: Sequence[Record]) -> Iterator[str]:
-    for rule in dict.fromkeys(record.run.experiment.rule for record in records):
-        if rule not in RULES:
-            yield f"Rule {rule} is not known here; how many messages it sends shows in its bytes alone."
-
-
 def _at(point: str) -> str:
+    """The beginning of a note on a point."""
     return f"{point}: " if point else ""

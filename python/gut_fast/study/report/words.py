@@ -1,4 +1,4 @@
-"""Values as words."""
+"""Values as words: what a reader of a table, a note or a heading sees."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["in_markdown", "listed", "schedule", "shown", "without_folders"]
+__all__ = ["in_markdown", "listed", "point_name", "schedule", "shown", "without_folders"]
+
+SYMBOLS = {"alpha": "α", "mu": "μ", "gamma": "γ"}
+"""The settings that are called by a letter."""
 
 FOLDERS = re.compile(r"(?<![\w./])(?:~|[A-Za-z]:)?(?:[/\\][^\s:,/\\]+)+[/\\](?=[^\s/\\])")
 """The folders in front of a file's name, where they begin at the root, a drive or a home."""
@@ -28,9 +31,17 @@ def shown(value: Any) -> str:
 
 
 def schedule(milestones: Sequence[float]) -> str:
-    """What the learning rate does: ``constant lr``, or ``lr decay at 50 % and 75 %`` of the steps."""
+    """The fate of the learning rate: ``constant lr``, or ``lr decay at 50 % and 75 %`` of the steps."""
     places = (f"{100 * place:.3g} %" if place < 1 else f"step {place:g}" for place in milestones)
     return f"lr decay at {listed(places)}" if milestones else "constant lr"
+
+
+def point_name(point: Mapping[str, Any]) -> str:
+    """A point of a sweep's grid as text: ``α = 0.1, lr decay at 50 % and 75 %``."""
+    return ", ".join(
+        schedule(value) if name == "milestones" else f"{SYMBOLS.get(name, name.replace('_', ' '))} = {shown(value)}"
+        for name, value in point.items()
+    )
 
 
 def listed(values: Iterable[Any] | int, noun: str = "") -> str:

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import base64
-import csv
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
 from gut_fast.distributed.files import replacing
-from gut_fast.study.report import statistics, tables
-from gut_fast.study.report.pictures import Picture
-from gut_fast.study.report.sections import Part, Section, glance, lead, point_sections, reading
-from gut_fast.study.report.statistics import METRICS
-from gut_fast.study.report.study import Study, num_messages
+from gut_fast.study.report import tables
+from gut_fast.study.report.pictures import Picture, draw_accuracies, draw_agents, draw_curves, draw_differences
+from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval
 from gut_fast.study.report.tables import Table, markdown_table
 from gut_fast.study.report.words import in_markdown, listed, without_folders
 
-__all__ = ["Source", "write_report"]
+__all__ = ["Source", "lead", "write_report"]
 
 TEMPLATE = "page.html"
+
+Part = Picture | Table
 
 
 @dataclass(frozen=True)
@@ -33,51 +35,108 @@ class Source:
     configuration: str = ""
 
 
+@dataclass(frozen=True)
+class Section:
+    """A heading, pictures and tables in order, and more tables that a reader may pass over."""
+
+    title: str
+    parts: tuple[Part, ...]
+    more: tuple[Table, ...] = ()
+
+
 def write_report(study: Study, source: Source, folder: Path) -> list[Path]:
     """Writes the report into `folder` and returns its files, the page first.
 
     The same runs give the same files: nothing in them tells the time, the place or the machine of the report itself.
 
     Raises:
-        ImportError: matplotlib or Jinja2 is missing.
+        ImportError: matplotlib is missing.
         OSError: a file cannot be written.
     """
-    template = _template()
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [glance(study, folder), *point_sections(study, folder)]
+    sections = list(_sections(study, folder))
     texts = {
-        "report.html": template.render(
+        "report.html": _template().render(
             source=source,
             lead=lead(study),
             study=study,
             sections=sections,
-            reading=reading(study),
-            settings=_with_columns(tables.settings(study)),
+            reading=_reading(study),
+            settings=_settings(study),
             computed=_computed_with(study),
             inlined=_inlined,
         ),
         "report.md": "\n".join(_markdown(study, source, sections)) + "\n",
     }
+    numbers = {"runs.csv": study.values, "methods.csv": _methods(study), "differences.csv": _differences(study)}
+    texts |= {name: table.to_csv(float_format="%.6g", lineterminator="\n") for name, table in numbers.items()}
     for name, text in texts.items():
         with replacing(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    rows = {"runs.csv": _runs(study), "methods.csv": _methods(study), "differences.csv": _differences(study)}
-    for name, lines in rows.items():
-        _write_csv(folder / name, list(lines))
-    pictures = [picture.path for section in sections for picture in section.pictures]
-    return [*(folder / name for name in (*texts, *rows)), *pictures]
+    pictures = [part.path for section in sections for part in section.parts if isinstance(part, Picture)]
+    return [*(folder / name for name in texts), *pictures]
+
+
+def lead(study: Study) -> str:
+    """The study in a line."""
+    runs = study.results.runs.loc[study.in_order]
+    points = [listed(len(study.points), "point")] if len(study.points) > 1 else []
+    counts = [listed(len(study.methods), "method"), *points, listed(runs["seed"].nunique(), "seed")]
+    subjects = " on ".join(listed(runs[name].unique()) for name in ("model", "data"))
+    return f"{listed(counts)}: {listed(len(runs), 'run')} of {subjects}"
+
+
+def _sections(study: Study, folder: Path) -> Iterator[Section]:
+    """The sections of the report: all at a glance, each of several points, and the runs over the steps."""
+    parts: list[Part] = [draw_accuracies(study, folder / "accuracy.png")]
+    more: list[Table] = []
+    if study.comparisons:
+        parts.append(draw_differences(study, folder / "differences.png"))
+    for moment in study.moments():
+        parts += [table for table in tables.main_tables(study, moment) if table.rows]
+        more += [table for table in tables.further_tables(study, moment) if table.rows]
+    yield Section("At a glance", tuple(parts), tuple(more))
+    for point in study.points if len(study.points) > 1 else ():
+        both = (tables.point_tables(study, point, moment) for moment in study.moments(point))
+        yield Section(point, tuple(table for pair in both for table in pair if table.rows))
+    curves = (draw_curves(study, folder / "curves.png"), draw_agents(study, folder / "agents.png"))
+    yield Section("Over the steps", curves)
+
+
+def _reading(study: Study) -> list[str]:
+    """How numbers and marks are to be read, a paragraph each."""
+    marked = [study.name(method) for method in study.methods if study.name(method) != method]
+    return [
+        f"Numbers are {study.accuracy} in %: of the averaged model, of the mean and of the worst agent. They are means "
+        "over seeds ± the sample standard deviation; the largest mean of a column is bold.",
+        *(
+            ["Before the first decay: at the last evaluation before the learning rate falls."]
+            if len(study.moments()) > 1
+            else []
+        ),
+        "Differences are paired: both methods from the same initial model, on the same division of the samples. They "
+        "are in percentage points: mean, 95 % confidence interval of the mean (Student's t, each comparison by itself, "
+        "not corrected for how many there are), and on how many seeds the first method is better (ties count for "
+        "neither and are said). A single seed has neither standard deviation nor interval.",
+        *(
+            f"{control} is the control of {method}: what {method} adds is the difference of these two."
+            for method, control in study.controls.items()
+        ),
+        *([f"† Sends more than one message a step, so more bytes: {listed(marked)}."] if marked else []),
+        "Sent a step: bytes that an agent sends in a step, to all its neighbours. Consensus error: "
+        "(1/N) Σ ‖zᵢ − mean z‖². Diverged: agents with a loss of NaN or infinity. A run that diverged counts with the "
+        "accuracy it has left; one that has none is counted as diverged in its place.",
+    ]
 
 
 def _template() -> Any:
-    try:
-        from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    except ImportError:
-        raise ImportError(
-            "reports need Jinja2, which comes with PyTorch; install it with: pip install jinja2"
-        ) from None
-    loader = FileSystemLoader(Path(__file__).parent)
+    """The template of the page, which lies beside this file."""
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     return environment.get_template(TEMPLATE)
 
@@ -87,27 +146,33 @@ def _inlined(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode('ascii')}"
 
 
+def _settings(study: Study) -> list[Table]:
+    """The tables of settings but those that hold names alone."""
+    return [table for table in tables.settings(study) if len(table.header) > 1]
+
+
 def _computed_with(study: Study) -> list[str]:
     """Engines, versions and machines of the runs, each once."""
-    records = study.all_records
-    engines = sorted({record.run.engine for record in records})
+    runs = study.results.runs.loc[study.in_order]
     versions = (
-        ", ".join(f"{name} {version}" for name, version in (record.versions or {}).items()) for record in records
+        ", ".join(f"{name} {version}" for name, version in (json.loads(text) or {}).items())
+        for text in runs["versions"].unique()
     )
-    machines = (without_folders(record.machine) for record in records)
-    return [f"engines: {listed(engines)}", *(line for line in dict.fromkeys([*versions, *machines]) if line)]
+    lines = [*versions, *map(without_folders, runs["machine"].unique())]
+    return [f"engines: {listed(sorted(runs['engine'].unique()))}", *(line for line in dict.fromkeys(lines) if line)]
 
 
 def _markdown(study: Study, source: Source, sections: Sequence[Section]) -> Iterator[str]:
+    """The lines of the report in Markdown."""
     yield from (f"# {in_markdown(source.title)}", "", in_markdown(lead(study)))
     for section in sections:
         yield from ("", f"## {in_markdown(section.title)}")
         for part in (*section.parts, *section.more):
             yield from _markdown_part(part)
     yield from ("", "## How to read this", "")
-    yield from (f"- {in_markdown(line)}" for line in (*reading(study), *study.notes))
+    yield from (f"- {in_markdown(line)}" for line in (*_reading(study), *study.notes))
     yield from ("", "## How it was run")
-    for table in _with_columns(tables.settings(study)):
+    for table in _settings(study):
         yield from _markdown_part(table)
     yield ""
     yield from (f"- {in_markdown(line)}" for line in _computed_with(study))
@@ -117,90 +182,47 @@ def _markdown(study: Study, source: Source, sections: Sequence[Section]) -> Iter
 
 
 def _markdown_part(part: Part) -> Iterator[str]:
+    """A table or a picture in Markdown."""
     if isinstance(part, Table):
         yield from ("", f"### {in_markdown(part.title)}", "", *markdown_table(part))
-    elif isinstance(part, Picture):
-        yield from ("", f"![{in_markdown(part.alt)}]({part.path.name})", "", in_markdown(part.caption))
     else:
-        yield from ("", in_markdown(part))
+        yield from ("", f"![{in_markdown(part.alt)}]({part.path.name})", "", in_markdown(part.caption))
 
 
-def _with_columns(group: Iterable[Table]) -> tuple[Table, ...]:
-    """Without those that have names alone."""
-    return tuple(table for table in group if len(table.header) > 1)
+def _methods(study: Study) -> pd.DataFrame:
+    """Mean and standard deviation of every metric, a row for each point, moment and method."""
+    groups = study.values.groupby(["point", "moment", "method"], sort=False)
+    statistics = groups[[*METRICS]].agg(["mean", "std"])
+    statistics.columns = ["_".join(names) for names in statistics.columns]
+    diverged = groups["diverged_agents"].agg(runs="size", diverged_runs=lambda agents: (agents > 0).sum())
+    return diverged.join(statistics)
 
 
-def _places(study: Study) -> Iterator[tuple[str, str]]:
-    """Every point with each of its moments."""
-    return ((point, moment) for point in study.points for moment in tables.moments(study, point))
-
-
-def _runs(study: Study) -> Iterator[dict[str, Any]]:
-    for point, moment in _places(study):
-        for method in study.methods:
-            for seed, record in study.records(method, point).items():
-                row = statistics.row_at(record.run, moment)
-                numbers = {metric.column: math.nan if row is None else metric.of(row) for metric in METRICS}
-                yield {
-                    "point": point,
-                    "method": method,
-                    "seed": seed,
-                    "moment": moment,
-                    "step": None if row is None else row["step"],
-                    "lr": record.run.experiment.lr,
-                    "messages": num_messages(record),
-                    "diverged_agents": statistics.diverged_agents(record.run),
-                    **numbers,
-                }
-
-
-def _methods(study: Study) -> Iterator[dict[str, Any]]:
-    for point, moment in _places(study):
-        for method in study.methods:
-            records = study.records(method, point)
-            row: dict[str, Any] = {"point": point, "method": method, "moment": moment, "runs": len(records)}
-            row["diverged_runs"] = sum(bool(statistics.diverged_agents(each.run)) for each in records.values())
-            for metric in METRICS:
-                number = statistics.estimate(records, metric, moment)
-                row |= {f"{metric.column}_mean": number.mean, f"{metric.column}_std": number.std}
-            yield row
-
-
-def _differences(study: Study) -> Iterator[dict[str, Any]]:
-    for point, moment in _places(study):
-        for pair in study.comparisons:
-            for metric in statistics.ACCURACIES:
-                first, second = (study.records(method, point) for method in pair)
-                number = statistics.paired(first, second, metric, moment)
-                low, high = number.interval or (math.nan, math.nan)
-                yield {
-                    "point": point,
-                    "method": pair[0],
-                    "other": pair[1],
-                    "is_control": study.controls.get(pair[0]) == pair[1],
-                    "moment": moment,
-                    "metric": metric.key,
-                    "mean": number.mean,
-                    "std": number.std,
-                    "low": low,
-                    "high": high,
-                    "better": number.num_positive,
-                    "equal": number.num_zero,
-                    "pairs": len(number.numbers),
-                    "pairs_without_number": number.num_without,
-                }
-
-
-def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Numbers with six digits, NaN and None as nothing."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, float):
-            return "" if math.isnan(value) else f"{value:.6g}"
-        return "" if value is None else value
-
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        if rows:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({name: plain(value) for name, value in row.items()} for row in rows)
+def _differences(study: Study) -> pd.DataFrame:
+    """Every paired difference with its statistics, a row for each point, moment, comparison and accuracy."""
+    rows = []
+    for point in study.points:
+        for moment in study.moments(point):
+            for pair in study.comparisons:
+                for metric in ACCURACIES:
+                    found = study.differences(metric, pair, point, moment)
+                    low, high = interval(found)
+                    rows.append(
+                        {
+                            "point": point,
+                            "moment": moment,
+                            "method": pair[0],
+                            "other": pair[1],
+                            "is_control": study.controls.get(pair[0]) == pair[1],
+                            "metric": metric,
+                            "mean": found.mean(),
+                            "std": found.std(),
+                            "low": low,
+                            "high": high,
+                            "better": (found > 0).sum(),
+                            "equal": (found == 0).sum(),
+                            "pairs": found.count(),
+                            "pairs_without_number": found.isna().sum(),
+                        }
+                    )
+    return pd.DataFrame(rows).set_index(["point", "moment", "method", "other"]) if rows else pd.DataFrame()
