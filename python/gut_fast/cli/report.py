@@ -18,12 +18,12 @@ from rich.text import Text
 from gut_fast.cli.sweep import FILE
 from gut_fast.cli.terminal import as_bad_argument, console_of_text
 from gut_fast.study import plots
-from gut_fast.study.folder import check_writable
 from gut_fast.study.report.study import Study, gather
 from gut_fast.study.report.tables import Table, main_tables
 from gut_fast.study.report.words import listed, without_folders
 from gut_fast.study.report.write import Source, lead, write_report
 from gut_fast.study.results import read_results
+from gut_fast.study.runner import check_writable
 from gut_fast.study.summary import plain_table
 from gut_fast.study.sweep import Task, make_sweep
 from gut_fast.study.yaml_files import read_yaml

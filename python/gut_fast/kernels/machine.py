@@ -61,7 +61,7 @@ def missing_packages(*modules: str) -> str | None:
 
 def instruction_tiers() -> list[str]:
     """The instruction tiers that the compiled kernel can use on this machine, the fastest first."""
-    return [] if cpu.tier() is None else list(cpu._core.available_tiers())
+    return cpu.tiers()
 
 
 def backend_status(device_type: str = "cpu") -> dict[str, str | None]:

@@ -16,7 +16,8 @@ import networkx as nx
 import numpy as np
 from torch import Tensor
 
-from gut_fast.study.runner import Experiment, Run
+from gut_fast.study.experiment import Experiment
+from gut_fast.study.run import Run
 from gut_fast.study.summary import MEGABYTE
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix

@@ -20,6 +20,7 @@ __all__ = [
     "message",
     "set_tier",
     "tier",
+    "tiers",
     "unavailable",
     "why_missing",
 ]
@@ -63,6 +64,11 @@ def unavailable(
         return f"it computes on CPU tensors, these are on {device_type!r}"
     instances = Instances(PAIRS, _core.MAX_STATES, _core.MAX_MESSAGES)
     return instances.refusal(dtype, num_states, num_messages, state_dtype)
+
+
+def tiers() -> list[str]:
+    """The instruction tiers that this machine can use, the fastest first; none without the compiled extension."""
+    return list(_core.available_tiers()) if why_missing is None else []
 
 
 def tier() -> str | None:

@@ -38,7 +38,7 @@ MAX_BANDS = 5
 FADED = 0.35
 """The opacity of single seeds."""
 
-DPI, NUM_COLORS = 110, 128
+DPI, NUM_COLORS = 110, 256
 """A picture is sharp at the width of a page, with a sixth of the bytes of 150 dpi in full colour."""
 
 Line = tuple[str, int, Callable[[str, str, str], pd.Series]]

@@ -13,9 +13,9 @@ import pandas as pd
 from scipy import stats
 
 from gut_fast.rules import RULES
+from gut_fast.study.experiment import Experiment
 from gut_fast.study.report.words import listed, point_name, shown
 from gut_fast.study.results import Results
-from gut_fast.study.runner import Experiment
 
 __all__ = ["ACCURACIES", "BEFORE_DECAY", "END", "METRICS", "Study", "gather", "interval", "mean"]
 
@@ -166,7 +166,7 @@ def _together(found: Sequence[Results]) -> tuple[Results, int]:
     """All results as one, each method, point and seed once, and how many runs were found again."""
     if not any(len(results.runs) for results in found):
         raise ValueError("there are no runs to report")
-    frames, histories, experiments = [], [], {}
+    frames, histories, experiments = [], [], dict[str, Experiment]()
     for number, results in enumerate(found):  # two folders may hold runs of the same name
         frames.append(results.runs.rename(index=f"{number}/{{}}".format))
         histories.append(results.history.assign(run=f"{number}/" + results.history["run"]))
