@@ -28,7 +28,7 @@ _numbers = itertools.count()
 
 def load_libraries():
     """Starts the process that all ranks are forked from. What it has not loaded, each of them would load anew."""
-    libraries = ["pytest", "torch._dynamo", "torch.distributed", "gut_fast", "gut_fast.cli.launch"]
+    libraries = ["pytest", "torch._dynamo", "torch.distributed", "gut_fast", "gut_fast.study.processes"]
     forkserver.set_forkserver_preload(libraries)
     forkserver.ensure_running()
 

@@ -1,5 +1,6 @@
 """Tasks that become finished runs, stopped and killed and continued; the commands sweep and tune."""
 
+import contextlib
 import io
 import multiprocessing
 import os
@@ -15,7 +16,7 @@ from rich.console import Console
 from gut_fast import cli
 from gut_fast.cli import sweep_progress
 from gut_fast.simulation import Simulator
-from gut_fast.study import Run, make_simulator, runner, train
+from gut_fast.study import Run, make_simulator, train
 from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, read_results
 from gut_fast.study.runner import (
     Failure,
@@ -54,9 +55,10 @@ class Watching:
 
     def __init__(self, act=lambda task: None):
         self._act = act
-        self.ended, self.failures, self.stops = [], [], []
+        self.ended, self.failures, self.steps = [], [], {}
 
     def working(self, task, step, row=None):
+        self.steps[task.name] = step
         self._act(task)
 
     def finished(self, task, run):
@@ -64,9 +66,6 @@ class Watching:
 
     def failed(self, failure):
         self.failures.append(failure)
-
-    def stopped(self, task, step):
-        self.stops.append((task.name, step))
 
 
 def tasks_of(settings=SETTINGS, methods=METHODS, **sections):
@@ -112,7 +111,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_history(tmp_pa
         interrupt_at(patch, 5)
         with pytest.raises(KeyboardInterrupt):
             run_all_here(tasks, tmp_path, watcher)
-    assert watcher.stops == [(first.name, 5)]
+    assert watcher.steps == {first.name: 5}
     assert unfinished(tasks, tmp_path) == tasks
     seconds = tmp_path / "checkpoints" / f"{first.name}.seconds"
     assert float(seconds.read_text()) > 0
@@ -128,19 +127,17 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_history(tmp_pa
     assert len(watcher.ended) == 2
 
 
-def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "SECONDS_BETWEEN_LOOKS", 0.01)
+def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, own_forkserver):
     first, second, broken = tasks = tasks_of(LONG, {**METHODS, "broken": {"rule": "dsgd"}})
-    killed = []
+    killed, interrupted = [], []
 
     def kill_the_first_and_interrupt_the_second(task):
         if task == first and checkpoint_of(tmp_path, first).exists() and not killed:
             (worker,) = multiprocessing.active_children()
             killed.append(worker)
             os.kill(worker.pid, signal.SIGKILL)
-        if task == second and checkpoint_of(tmp_path, second).exists():
-            (worker,) = multiprocessing.active_children()
-            os.kill(worker.pid, signal.SIGINT)
+        if task == second and checkpoint_of(tmp_path, second).exists() and not interrupted:
+            interrupted.append(task)
             signal.raise_signal(signal.SIGINT)
 
     watcher = Watching(kill_the_first_and_interrupt_the_second)
@@ -351,7 +348,7 @@ def shown(is_terminal, act, width=100):
     task = tasks_of()[0]
     text = io.StringIO()
     console = Console(file=text, force_terminal=is_terminal, width=width, markup=False, highlight=False, emoji=False)
-    with sweep_progress.Display(console, 63, 11) as watcher:
+    with contextlib.suppress(KeyboardInterrupt), sweep_progress.Display(console, 63, 11) as watcher:
         act(watcher, task)
     return text.getvalue()
 
@@ -378,7 +375,8 @@ def test_lines_count_the_runs_and_tell_of_long_ones(monkeypatch):
         watcher.finished(task, Run(task.experiment, [ROW], "vmap", 12.3))
         watcher.failed(Failure(task, "its process was killed"))
         watcher.working(task, 5, ROW)
-        watcher.stopped(task, 6)
+        watcher.working(task, 6, ROW)
+        raise KeyboardInterrupt
 
     assert shown(False, act).splitlines() == [
         "11/63  at work: GUT, seed 0: step 31/10",

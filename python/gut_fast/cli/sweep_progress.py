@@ -66,8 +66,11 @@ class Display:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
+        if error is KeyboardInterrupt:
+            for bar in self._progress.tasks[1:]:
+                self._print(f"{self._ended}/{self._total}  {bar.description}: stopped after step {bar.completed:.0f}")
 
     def working(self, task: Task, step: int, row: dict[str, Any] | None = None) -> None:
         """Moves the bar of the task, or prints a line about all tasks at work if the last line is some time ago."""
@@ -94,10 +97,6 @@ class Display:
     def failed(self, failure: Failure) -> None:
         """Prints why the run has failed."""
         self._end(failure.task, f" FAILED: {failure.reason}", style="red")
-
-    def stopped(self, task: Task, step: int) -> None:
-        """Prints where the run has stopped."""
-        self._print(f"{self._ended}/{self._total}  {title(task)}: stopped after step {step}")
 
     def _end(self, task: Task, text: str, style: str | None = None) -> None:
         self._ended += 1

@@ -1,7 +1,7 @@
-"""Processes on this machine: ranks that train together, and the end of those whose parent has been killed.
+"""Processes on this machine: children of this one, and ranks that train together.
 
-The store over which they meet lives in the launching process, so no rank takes it along when it dies. Ctrl-C is the
-launcher's, which passes it on; the ranks agree among themselves after which step they stop.
+A child is forked from a server that has loaded the libraries. Ctrl-C in a terminal does not reach it: its parent passes
+it on, so that each child gets it once. A child ends when its parent has been killed.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
@@ -26,10 +25,15 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from gut_fast.distributed import PeerError
 
-__all__ = ["RankError", "ToldError", "end_with_parent", "launch"]
+__all__ = ["INTERRUPTED", "Child", "RankError", "ToldError", "end_with_parent", "launch"]
 
 HOST = "127.0.0.1"
 INTERRUPTED = 130
+"""The exit code of a process that Ctrl-C has ended."""
+
+LIBRARIES = ["gut_fast.study.runner", "torch._dynamo", "sklearn.datasets"]
+"""Modules that the server loads once for all children, where they are installed: each would take them seconds."""
+
 SECONDS_FOR_THE_CAUSE = 0.5
 """When a rank fails the others do so too; so long is waited for the one that failed of itself."""
 
@@ -38,95 +42,46 @@ SECONDS_TO_STOP = 10.0
 
 
 class ToldError(RuntimeError):
-    """An error of which the message says all that its reader needs: a rank that ends with it prints no traceback."""
+    """An error of which the message says all that its reader needs: a process that ends with it prints no traceback."""
 
 
 class RankError(RuntimeError):
     """A rank has failed, or its process was killed; the others have been ended."""
 
 
-def launch(size: int, threads: int, function: Callable[..., object], *arguments: Any) -> None:
-    """Calls ``function(*arguments, process_group)`` in `size` processes with `threads` threads each, and waits.
+class Child:
+    """A process that calls ``function(connection, *arguments)`` with `threads` threads.
 
-    Raises:
-        RankError: one of them failed.
-        KeyboardInterrupt: Ctrl-C was pressed, and all have stopped; pressed twice, all have been killed.
+    Its exit code is 130 if it was interrupted, 1 if the function failed; a text about the error is then the last that
+    it has sent through `connection`, which ends with the process.
     """
-    store = TCPStore(HOST, 0, None, True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # libraries are loaded once
-    processes = [
-        context.Process(
-            target=_main, args=(store.port, rank, size, threads, function, arguments), name=f"rank {rank}", daemon=True
+
+    def __init__(self, name: str, threads: int, function: Callable[..., object], *arguments: Any) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(LIBRARIES)
+        self.connection, connection = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_main, args=(connection, threads, function, arguments), name=name, daemon=True
         )
-        for rank in range(size)
-    ]
-    try:
-        for process in processes:
-            process.start()
-        _watch(processes, store)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                process.kill()
-                process.join()
+        self.process.start()
+        connection.close()
+
+    def interrupt(self) -> None:
+        """Presses Ctrl-C in the process, if it is still there."""
+        assert self.process.pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGINT)
 
 
-def _watch(processes: Sequence[BaseProcess], store: TCPStore) -> None:
-    """Until all have ended well."""
-    is_stopping = False
-    while running := [process for process in processes if process.exitcode is None]:
-        limit = SECONDS_TO_STOP if is_stopping and len(running) < len(processes) else None
-        try:
-            if not wait([process.sentinel for process in running], limit):
-                break
-            if not is_stopping and any(process.exitcode not in (None, 0, INTERRUPTED) for process in processes):
-                raise RankError(_cause(processes, store))
-        except KeyboardInterrupt:
-            if is_stopping:
-                raise
-            is_stopping = True
-            for process in running:
-                assert process.pid is not None
-                with contextlib.suppress(ProcessLookupError):  # it has just ended
-                    os.kill(process.pid, signal.SIGINT)
-    if is_stopping or any(process.exitcode == INTERRUPTED for process in processes):
-        raise KeyboardInterrupt
-
-
-def _cause(processes: Sequence[BaseProcess], store: TCPStore) -> str:
-    """Why the rank failed that was not merely waiting for another one."""
-    deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
-    while time.monotonic() < deadline and any(process.exitcode is None for process in processes):
-        time.sleep(SECONDS_FOR_THE_CAUSE / 50)
-    reasons = []
-    for rank, process in enumerate(processes):
-        if process.exitcode is not None and process.exitcode < 0:
-            reasons.append(f"rank {rank} was killed by {signal.Signals(-process.exitcode).name}, or ran out of memory")
-        elif process.exitcode:
-            reasons.append(
-                store.get(f"failure {rank}").decode() if store.check([f"failure {rank}"]) else f"rank {rank} ended"
-            )
-    own = [reason for reason in reasons if PeerError.__name__ not in reason]
-    return f"{(own or reasons)[0]}; the other ranks have been ended"
-
-
-def _main(
-    port: int, rank: int, size: int, threads: int, function: Callable[..., object], arguments: tuple[Any, ...]
-) -> None:
-    """One rank."""
-    os.setpgid(0, 0)  # the terminal's Ctrl-C is the launcher's
+def _main(connection: Connection, threads: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     end_with_parent()
-    warnings.simplefilter("ignore")  # the launcher has made the same simulator, and said it
+    warnings.simplefilter("ignore")  # the parent has made the same simulator, and said it
     warnings.filterwarnings("default", ".* counts as missing$")  # of damaged checkpoints, which it has not read
     torch.set_num_threads(threads)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    store = TCPStore(HOST, port, None, False)
     try:
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
-        function(*arguments, dist.group.WORLD)
-        dist.destroy_process_group()
+        function(connection, *arguments)
     except KeyboardInterrupt:
         sys.stdout.flush()
         os._exit(INTERRUPTED)
@@ -135,7 +90,7 @@ def _main(
             traceback.print_exc()
         sys.stdout.flush()
         kind = "" if isinstance(error, ToldError) else f"{type(error).__name__}: "
-        store.set(f"failure {rank}", f"rank {rank} failed: {kind}{error}")
+        connection.send(f"{kind}{error}")
         os._exit(1)
 
 
@@ -149,3 +104,84 @@ def _wait_for_the_end() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def launch(size: int, threads: int, function: Callable[..., object], *arguments: Any) -> None:
+    """Calls ``function(*arguments, process_group)`` in `size` processes with `threads` threads each, and waits.
+
+    The store over which the ranks meet lives in this process, so no rank takes it along when it dies. The ranks agree
+    among themselves after which step they stop.
+
+    Raises:
+        RankError: one of them failed.
+        KeyboardInterrupt: Ctrl-C was pressed, and all have stopped; pressed twice, all have been killed.
+    """
+    store = TCPStore(HOST, 0, None, True, wait_for_workers=False)
+    ranks: list[Child] = []
+    try:
+        ranks.extend(
+            Child(f"rank {rank}", threads, _be_rank, store.port, rank, size, function, arguments)
+            for rank in range(size)
+        )
+        _watch(ranks)
+    finally:
+        for child in ranks:
+            child.process.kill()
+            child.process.join()
+
+
+def _be_rank(
+    connection: Connection,
+    port: int,
+    rank: int,
+    size: int,
+    function: Callable[..., object],
+    arguments: tuple[Any, ...],
+) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = TCPStore(HOST, port, None, False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
+    function(*arguments, dist.group.WORLD)
+    dist.destroy_process_group()
+
+
+def _watch(ranks: Sequence[Child]) -> None:
+    """Waits until all ranks have ended well."""
+    is_stopping = False
+    while running := [rank for rank in ranks if rank.process.exitcode is None]:
+        limit = SECONDS_TO_STOP if is_stopping and len(running) < len(ranks) else None
+        try:
+            if not wait([rank.process.sentinel for rank in running], limit):
+                break
+            if not is_stopping and any(rank.process.exitcode not in (None, 0, INTERRUPTED) for rank in ranks):
+                raise RankError(_cause(ranks))
+        except KeyboardInterrupt:
+            if is_stopping:
+                raise
+            is_stopping = True
+            for rank in running:
+                rank.interrupt()
+    if is_stopping or any(rank.process.exitcode == INTERRUPTED for rank in ranks):
+        raise KeyboardInterrupt
+
+
+def _cause(ranks: Sequence[Child]) -> str:
+    """Says why the rank failed that was not merely waiting for another one."""
+    deadline = time.monotonic() + SECONDS_FOR_THE_CAUSE
+    while (left := deadline - time.monotonic()) > 0 and (
+        running := [rank.process.sentinel for rank in ranks if rank.process.exitcode is None]
+    ):
+        wait(running, left)
+    reasons = []
+    for rank in ranks:
+        code = rank.process.exitcode
+        if code is not None and code < 0:
+            reasons.append(f"{rank.process.name} was killed by {signal.Signals(-code).name}, or ran out of memory")
+        elif code:
+            reasons.append(
+                f"{rank.process.name} failed: {rank.connection.recv()}"
+                if rank.connection.poll()
+                else f"{rank.process.name} ended"
+            )
+    own = [reason for reason in reasons if PeerError.__name__ not in reason]
+    return f"{(own or reasons)[0]}; the other ranks have been ended"

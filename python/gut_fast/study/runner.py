@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import multiprocessing
 import os
 import shutil
-import signal
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 import torch.distributed as dist
 
 from gut_fast.distributed.files import remove_leftovers, replacing
 from gut_fast.simulation import Simulator
-from gut_fast.study.processes import ToldError, end_with_parent
+from gut_fast.study.processes import INTERRUPTED, Child, ToldError
 from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, remove_half_written, write_table
 from gut_fast.study.run import Run, make_simulator, train
 from gut_fast.study.sweep import Task
@@ -49,7 +46,6 @@ __all__ = [
 ]
 
 CHECKPOINTS = "checkpoints"
-SECONDS_BETWEEN_LOOKS = 0.2
 
 
 @dataclass(frozen=True)
@@ -71,9 +67,6 @@ class Watcher(Protocol):
 
     def failed(self, failure: Failure) -> None:
         """The run has ended without results."""
-
-    def stopped(self, task: Task, step: int) -> None:
-        """Ctrl-C has stopped the run after this step; its checkpoint is written."""
 
 
 def check_writable(folder: Path, names: Sequence[str] = ()) -> None:
@@ -205,7 +198,8 @@ def run_here(
     failures = []
     for task in tasks:
         try:
-            run = _train(task, folder, watcher if is_first else None, process_group)
+            show = partial(watcher.working, task) if is_first else None
+            run = _train(task, folder, show, process_group)
         except Exception as error:
             if process_group is not None:
                 raise
@@ -225,27 +219,39 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({Path(last.filename).name}, line {last.lineno})"
 
 
-def _train(task: Task, folder: Path, watcher: Watcher | None, process_group: dist.ProcessGroup | None = None) -> Run:
-    """Trains from the checkpoint, if there is one, to the end."""
+def _train(
+    task: Task,
+    folder: Path,
+    show: Callable[[int, dict[str, Any] | None], object] | None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Run:
+    """Trains from the checkpoint, if there is one, to the end.
+
+    Args:
+        task: what is trained.
+        folder: has the checkpoints.
+        show: is given the step and the last row of the history now and then; None on all ranks but the first.
+        process_group: the ranks that train together.
+    """
     size = None if process_group is None else dist.get_world_size(process_group)
     checkpoint, seconds = checkpoint_of(folder, task, size), folder / CHECKPOINTS / f"{task.name}.seconds"
-    if watcher is not None:
-        for file in (checkpoint, seconds):
-            remove_leftovers(file)
+    is_first = show is not None
+    for file in (checkpoint, seconds) if is_first else ():
+        remove_leftovers(file)
     before = float(seconds.read_text()) if checkpoint.exists() and seconds.exists() else 0.0
     start = time.perf_counter()
     simulator = _simulator_at(checkpoint, task, process_group)
 
+    def show_last_row(step: int) -> None:
+        if show is not None:
+            show(step, simulator.history[-1] if simulator.history else None)
+
     def save_seconds() -> None:
-        if watcher is not None:
+        if is_first:
             with replacing(seconds) as temporary:
                 temporary.write_text(f"{before + time.perf_counter() - start:.3f}")
 
-    def show(step: int) -> None:
-        if watcher is not None:
-            watcher.working(task, step, simulator.history[-1] if simulator.history else None)
-
-    show(simulator.step)
+    show_last_row(simulator.step)
     try:
         run = train(
             task.experiment,
@@ -253,13 +259,11 @@ def _train(task: Task, folder: Path, watcher: Watcher | None, process_group: dis
             checkpoint=checkpoint,
             checkpoint_every=task.experiment.eval_every,
             on_checkpoint=save_seconds,
-            progress=show,
+            progress=show_last_row,
         )
-    except KeyboardInterrupt:
+    finally:
         save_seconds()
-        if watcher is not None:
-            watcher.stopped(task, simulator.step)
-        raise
+        show_last_row(simulator.step)
     return replace(run, seconds=before + run.seconds)
 
 
@@ -288,125 +292,46 @@ def run_in_processes(
     A run that fails, or whose process dies, does not stop the others; it is a `Failure`. On KeyboardInterrupt every
     process finishes its step and writes its checkpoint before the exception goes on.
     """
-    workers = [_Worker(folder, threads) for _ in range(jobs)]
-    try:
-        return list(_work(workers, iter(tasks), watcher, folder))
-    finally:
-        for worker in workers:
-            worker.stop()
-        for worker in workers:
-            worker.close()
+    failures: list[Failure] = []
+    waiting, at_work = list(tasks), dict[Any, tuple[Child, Task]]()
 
-
-def _work(workers: Sequence[_Worker], tasks: Iterator[Task], watcher: Watcher, folder: Path) -> Iterator[Failure]:
-    """Keeps every worker busy until there is no task left."""
-    idle = list(workers)
-    at_work: dict[Future[tuple[Run, str]], tuple[_Worker, Task]] = {}
-    while True:
-        while idle and (task := next(tasks, None)) is not None:
-            worker = idle.pop()
-            at_work[worker.start(task)] = (worker, task)
-        if not at_work:
+    def take_message(connection: Any) -> None:
+        child, task = at_work[connection]
+        try:
+            message = connection.recv()
+        except EOFError:
+            child.process.join()
+            message = None if child.process.exitcode == INTERRUPTED else "its process was killed, or ran out of memory"
+        if isinstance(message, tuple):
+            watcher.working(task, *message)
             return
-        done, running = wait(at_work, SECONDS_BETWEEN_LOOKS, FIRST_COMPLETED)
-        for future in running:
-            worker, task = at_work[future]
-            watcher.working(task, worker.step)
-        for future in done:
-            worker, task = at_work.pop(future)
-            idle.append(worker)
-            if (error := future.exception()) is None:
-                run, lines = future.result()
-                append_run(folder, lines)
-                watcher.finished(task, run)
-            else:
-                is_dead = isinstance(error, BrokenProcessPool)
-                failure = Failure(task, "its process was killed, or ran out of memory" if is_dead else str(error))
-                watcher.failed(failure)
-                yield failure
+        del at_work[connection]
+        if isinstance(message, Run):
+            append_run(folder, lines_of(task, message))
+            watcher.finished(task, message)
+        elif message is not None:
+            failures.append(Failure(task, message))
+            watcher.failed(failures[-1])
 
-
-class _Worker:
-    """A process that works on one task after another, and is replaced when it dies.
-
-    What it shares with the process has no lock, which a killed process might hold for ever.
-    """
-
-    def __init__(self, folder: Path, threads: int) -> None:
-        self._folder, self._threads = folder, threads
-        self._context = multiprocessing.get_context("spawn")
-        self._step, self._stop = (self._context.Value("q", 0, lock=False) for _ in range(2))
-        self._executor: ProcessPoolExecutor | None = None
-
-    @property
-    def step(self) -> int:
-        """The step that the task at work has reached."""
-        return int(self._step.value)
-
-    def start(self, task: Task) -> Future[tuple[Run, str]]:
-        """Begins a task."""
-        self._step.value = 0
-        try:
-            return self._submit(task)
-        except BrokenProcessPool:
-            self.close()
-            return self._submit(task)
-
-    def _submit(self, task: Task) -> Future[tuple[Run, str]]:
-        if self._executor is None:
-            shared = (self._step, self._stop, self._threads)
-            self._executor = ProcessPoolExecutor(1, self._context, _start_worker, shared)
-        # Ctrl-C reaches all processes of a terminal. One that starts inherits what is blocked, before it can ignore it.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            return self._executor.submit(_run_task, task, self._folder)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    def stop(self) -> None:
-        """Asks the process to write its checkpoint and leave its task."""
-        self._stop.value = 1
-
-    def close(self) -> None:
-        """Waits for the end of the process."""
-        if self._executor is not None:
-            self._executor.shutdown(cancel_futures=True)
-            self._executor = None
-
-
-class _Reporter:
-    """The watcher within a worker's process: it tells the step and learns of a stop through shared memory."""
-
-    step: Any = None
-    stop: Any = None
-
-    def working(self, task: Task, step: int, row: dict[str, Any] | None = None) -> None:
-        self.step.value = step
-        if self.stop.value:
-            raise KeyboardInterrupt
-
-    def finished(self, task: Task, run: Run) -> None: ...
-
-    def failed(self, failure: Failure) -> None: ...
-
-    def stopped(self, task: Task, step: int) -> None: ...
-
-
-def _start_worker(step: Any, stop: Any, threads: int) -> None:
-    _Reporter.step, _Reporter.stop = step, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the runner's, which sets `stop`
-    warnings.simplefilter("ignore")  # the command says once what would be said in every run
-    torch.set_num_threads(threads)
-    end_with_parent()
-
-
-class _RunError(Exception):
-    """An error in a run as text, which goes from process to process whatever it was."""
-
-
-def _run_task(task: Task, folder: Path) -> tuple[Run, str]:
     try:
-        run = _train(task, folder, _Reporter())
-        return run, lines_of(task, run)
+        while waiting or at_work:
+            while waiting and len(at_work) < jobs:
+                child = Child(waiting[0].name, threads, _run_in_child, waiting[0], folder)
+                at_work[child.connection] = (child, waiting.pop(0))
+            for connection in wait(at_work):
+                take_message(connection)
+    finally:
+        for child, _ in at_work.values():
+            child.interrupt()
+        while at_work:
+            for connection in wait(at_work):
+                take_message(connection)
+    return failures
+
+
+def _run_in_child(connection: Connection, task: Task, folder: Path) -> None:
+    """Sends step and last row of the history now and then, and the finished run, or why it failed, at the end."""
+    try:
+        connection.send(_train(task, folder, lambda step, row: connection.send((step, row))))
     except Exception as error:
-        raise _RunError(_reason(error)) from None
+        connection.send(_reason(error))
