@@ -1,3 +1,5 @@
+"""The command line: help, errors in one line, training from the shell, topologies."""
+
 import multiprocessing
 import os
 import signal
@@ -31,7 +33,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def gut_fast_command(capsys):
-    """Runs the command and returns its exit code, stdout and stderr."""
+    """A function that runs the command and returns its exit code, stdout and stderr."""
 
     def run(*arguments):
         code = cli.main(arguments)
@@ -86,7 +88,7 @@ def test_info_tells_why_the_kernel_is_missing(gut_fast_command, monkeypatch):
     assert "it was not built" in out
 
 
-@pytest.mark.parametrize("package", ["typer", "rich"])
+@pytest.mark.parametrize("package", ["typer", "rich", "pandas"])
 def test_without_its_packages_the_command_says_what_to_install(gut_fast_command, monkeypatch, package):
     for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
         monkeypatch.delitem(sys.modules, name)
@@ -494,9 +496,8 @@ def test_topology_prints_spectrum_and_stability(gut_fast_command, tmp_path):
     assert (tmp_path / "torus.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("columns", ["60", "30"])
-def test_a_narrow_terminal_cuts_no_number(gut_fast_command, monkeypatch, columns):
-    monkeypatch.setenv("COLUMNS", columns)
+def test_a_narrow_terminal_cuts_no_number(gut_fast_command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
     _, out, _ = gut_fast_command("topology", "torus:4x4")
     stable, _, settled = out.partition('With mu="auto"')
     rows = [line.split() for line in stable.splitlines() if line.split()[:1] and line.split()[0] in RULES]

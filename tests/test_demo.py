@@ -1,3 +1,5 @@
+"""The demo, reduced to two methods and two seeds, and its messages where it cannot run."""
+
 import importlib.util
 import json
 import math
@@ -11,12 +13,12 @@ from gut_fast.kernels.backends import torch as plain_torch
 from gut_fast.study import demo
 from gut_fast.verify import lockstep
 
-SEEDS = (0, 1, 2)
+SEEDS = (0, 1)
 
 
 @pytest.fixture(scope="module")
 def reduced(tmp_path_factory):
-    """The demo of DSGD and GUT on three seeds: its folder, its runs, its output, and the calls of the kernel."""
+    """The demo of DSGD and GUT on two seeds: its folder, its runs, its output, and the calls of the kernel."""
     folder = tmp_path_factory.mktemp("demo") / "outputs"
     calls = []
     with pytest.MonkeyPatch.context() as patch:
@@ -66,7 +68,7 @@ def test_gut_is_more_than_a_point_above_dsgd(reduced):
     assert statistics.mean(differences) >= 1.0
     better = sum(difference > 0 for difference in differences)
     expected = f"{statistics.mean(differences):+.1f} ± {statistics.stdev(differences):.1f} points"
-    assert f"GUT − DSGD: {expected}, better on {better} of 3 seeds" in printed
+    assert f"GUT − DSGD: {expected}, better on {better} of {len(SEEDS)} seeds" in printed
 
 
 def test_picture_and_numbers_are_written(reduced):
