@@ -4,8 +4,6 @@ import collections
 import copy
 import io
 import pickle
-import subprocess
-import sys
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gut_fast as gf
+import ranks
 from gut_fast import reference
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import cpu
@@ -42,7 +41,7 @@ def parameters(dtype=torch.float64, num_agents=6, shapes=SHAPES):
 
 
 def set_gradients(params, step):
-    """Gradients of quadratics of each agent's own, with noise of this step."""
+    """Sets the gradients of quadratics of each agent's own, with noise of this step."""
     for k, p in enumerate(params):
         p.grad = (p.detach() - seeded(*p.shape, seed=50 + k).to(p)) + 0.1 * seeded(*p.shape, seed=1000 * step + k).to(p)
 
@@ -55,14 +54,19 @@ def train(optimizer, params, steps, scheduler=None):
             scheduler.step()
 
 
+def values_of(params):
+    return [p.detach() for p in params]
+
+
 def snapshot(optimizer, params):
-    """Everything a failed call must leave as it was."""
+    """Copies everything that a failed call must leave as it was."""
     state = {k: {n: t.clone() for n, t in optimizer.state[p].items()} for k, p in enumerate(params)}
     groups = [{n: v for n, v in group.items() if n != "params"} for group in optimizer.param_groups]
     return [p.detach().clone() for p in params], state, groups, optimizer.num_steps
 
 
 def same(a, b):
+    """Returns whether nested values are equal, tensors bit for bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -72,26 +76,44 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.03}, {"maximize": True, "weight_decay": 0.01}], ids=str)
-@pytest.mark.parametrize("backend", ["cpu", "torch"])
-@pytest.mark.parametrize("rule", gf.rules.RULES)
-def test_classes_follow_the_reference(rule, backend, options):
-    cls, hyperparameters = CLASSES[rule]
-    lr = 0.02 if options.get("maximize") else 0.1
-    params = parameters()
-    optimizer = cls(params, lr=lr, topology=RING, backend=backend, **hyperparameters, **options)
-    z = [p.detach().clone() for p in params]
-    state = [reference.zero_state(rule, p.detach()) for p in params]
-    for step in range(40):
+SETTINGS = [
+    ("cpu", 0.1, {}),
+    ("torch", 0.1, {"weight_decay": 0.03}),
+    ("cpu", 0.02, {"maximize": True, "weight_decay": 0.01}),
+    ("torch", 0.1, {}),
+]
+"""(backend, learning rate, options)."""
+
+
+def follow_reference(optimizer, params, num_steps, scheduler=None):
+    """Trains with the optimizer and the reference, at the settings that a scheduler makes; returns those settings."""
+    rule, rates = optimizer.rule, set()
+    z = [value.clone() for value in values_of(params)]
+    state = [reference.zero_state(rule, value) for value in z]
+    for step in range(num_steps):
         set_gradients(params, step)
+        group = optimizer.param_groups[0]
+        settings = {key: group[key] for key in ("lr", "weight_decay", "maximize", *rule.hyperparameters)}
+        rates.add(tuple(settings.values()))
         for k, p in enumerate(params):
-            settings = {"lr": lr, **hyperparameters, **options}
             z[k], state[k] = reference.step(rule, settings, z[k], state[k], p.grad, RING.matrix())
         optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
     for k, p in enumerate(params):
         torch.testing.assert_close(p.detach(), z[k], rtol=1e-10, atol=1e-10)
-        for name in gf.rules.RULES[rule].states:
-            torch.testing.assert_close(optimizer.state[p][name], state[k][name], rtol=1e-10, atol=1e-10)
+        for name in rule.states:
+            torch.testing.assert_close(optimizer.state[p][name], state[k][name], rtol=1e-8, atol=1e-8)
+    return rates
+
+
+@pytest.mark.parametrize("rule", gf.rules.RULES)
+def test_classes_follow_the_reference(rule):
+    cls, hyperparameters = CLASSES[rule]
+    for backend, lr, options in SETTINGS:
+        params = parameters()
+        optimizer = cls(params, lr=lr, topology=RING, backend=backend, **hyperparameters, **options)
+        follow_reference(optimizer, params, 25)
 
 
 def test_every_rule_has_a_class():
@@ -113,7 +135,7 @@ def test_by_name_by_class_and_by_a_rule_of_ones_own_agree():
     ):
         params = parameters()
         train(build(params), params, range(5))
-        results.append([p.detach() for p in params])
+        results.append(values_of(params))
     assert same(results[0], results[1])
     assert same(results[0], results[2])
 
@@ -142,7 +164,7 @@ def test_groups_have_hyperparameters_of_their_own():
         set_gradients(apart, step)
         for one in alone:
             one.step()
-    assert same([p.detach() for p in together], [p.detach() for p in apart])
+    assert same(values_of(together), values_of(apart))
 
 
 def test_groups_may_differ_in_dtype():
@@ -209,25 +231,9 @@ SCHEDULERS = {
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedulers(name):
-    """A scheduled run follows the reference at the learning rates and momenta the scheduler set."""
     params = parameters()
     optimizer = gf.GUTm(params, lr=0.1, topology=RING)
-    scheduler = SCHEDULERS[name](optimizer)
-    z = [p.detach().clone() for p in params]
-    state = [reference.zero_state("gutm", p.detach()) for p in params]
-    rates = set()
-    for step in range(12):
-        set_gradients(params, step)
-        group = optimizer.param_groups[0]
-        rates.add((group["lr"], group["momentum"]))
-        settings = {key: group[key] for key in ("lr", "momentum", "mu")}
-        for k, p in enumerate(params):
-            z[k], state[k] = reference.step("gutm", settings, z[k], state[k], p.grad, RING.matrix())
-        optimizer.step()
-        scheduler.step()
-    assert len(rates) > 1
-    for k, p in enumerate(params):
-        torch.testing.assert_close(p.detach(), z[k], rtol=1e-8, atol=1e-8)
+    assert len(follow_reference(optimizer, params, 12, SCHEDULERS[name](optimizer))) > 1
 
 
 def test_reduce_on_plateau():
@@ -245,69 +251,74 @@ def build(params, topology):
 
 
 TOPOLOGIES = {"static": RING, "time-varying": gf.topology.random_matching(6, seed=3)}
+BFLOAT16 = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+FLOAT16 = [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float16, torch.float16)]
+"""Dtypes of parameters and state."""
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES.values(), ids=TOPOLOGIES)
-def test_state_dict_continues_bit_for_bit(topology):
-    whole = parameters(torch.float32)
-    optimizer = build(whole, topology)
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.95)
-    train(optimizer, whole, range(20), scheduler)
-
-    first = parameters(torch.float32)
-    optimizer = build(first, topology)
-    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.95)
-    train(optimizer, first, range(9), scheduler)
+def restored(optimizer, params, scheduler, make):
+    """Makes another optimizer and scheduler, which load the state of these from a file."""
     file = io.BytesIO()
-    torch.save([first, optimizer.state_dict(), scheduler.state_dict()], file)
+    torch.save([params, optimizer.state_dict(), scheduler.state_dict()], file)
     file.seek(0)
     values, state, schedule = torch.load(file, weights_only=True)
+    twins = [torch.nn.Parameter(value.detach().clone()) for value in values]
+    twin = make(twins)
+    twin_scheduler = lr_scheduler.ExponentialLR(twin, 0.95)
+    twin.load_state_dict(state)
+    twin_scheduler.load_state_dict(schedule)
+    return twin, twins, twin_scheduler
 
-    second = [torch.nn.Parameter(value.detach().clone()) for value in values]
-    optimizer = build(second, topology)
+
+COPIES = {
+    "state_dict": restored,
+    "pickle": lambda *parts: pickle.loads(pickle.dumps(parts[:3])),
+    "deepcopy": lambda *parts: copy.deepcopy(parts[:3]),
+}
+PAIRS_OF_COPIES = [
+    *((how, torch.float32, torch.float32) for how in COPIES),
+    *((how, *dtypes) for how, dtypes in zip([*COPIES] * 2, BFLOAT16 + FLOAT16, strict=True)),
+    *((how, *dtypes) for how, dtypes in zip(["pickle", "deepcopy", "state_dict"], BFLOAT16, strict=True)),
+]
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+@pytest.mark.parametrize(("how", "dtype", "state_dtype"), PAIRS_OF_COPIES, ids=str)
+def test_copies_continue_bit_for_bit(how, dtype, state_dtype, topology):
+    def make(params):
+        options = {"topology": TOPOLOGIES[topology], "state_dtype": state_dtype}
+        return gf.GUTm([{"params": params[:1]}, {"params": params[1:]}], 0.1, 0.7, 0.5, **options)
+
+    params = parameters(dtype)
+    optimizer = make(params)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.95)
+    train(optimizer, params, range(9), scheduler)
+    twin, twins, twin_scheduler = COPIES[how](optimizer, params, scheduler, make)
+    assert twin.num_steps == 9
+    assert same(snapshot(optimizer, params), snapshot(twin, twins))
+    assert all(twin.state[p][name].dtype == state_dtype for p in twins for name in ("m", "r"))
+    assert repr(twin) == repr(optimizer)
+    train(optimizer, params, range(9, 20), scheduler)
+    train(twin, twins, range(9, 20), twin_scheduler)
+    assert same(snapshot(optimizer, params), snapshot(twin, twins))
+
+
+def continued(rank, size, values, state):
+    """Goes on from a state in another process, and returns the parameters after twelve steps."""
+    params = [torch.nn.Parameter(value) for value in values]
+    optimizer = build(params, TOPOLOGIES["time-varying"])
     optimizer.load_state_dict(state)
-    scheduler.load_state_dict(schedule)
-    assert optimizer.num_steps == 9
-    train(optimizer, second, range(9, 20), scheduler)
-    assert same([p.detach() for p in whole], [p.detach() for p in second])
+    train(optimizer, params, range(5, 12))
+    return values_of(params)
 
 
-FRESH = """
-import sys, torch
-import gut_fast as gf
-from test_optim import build, train, TOPOLOGIES
-torch.set_num_threads(1)
-values, state = torch.load(sys.argv[1], weights_only=True)
-params = [torch.nn.Parameter(value) for value in values]
-optimizer = build(params, TOPOLOGIES["time-varying"])
-optimizer.load_state_dict(state)
-train(optimizer, params, range(5, 12))
-torch.save([p.detach() for p in params], sys.argv[1])
-"""
-
-
-def test_a_fresh_process_continues_bit_for_bit(tmp_path):
+def test_another_process_continues_bit_for_bit():
     params = parameters(torch.float32)
     optimizer = build(params, TOPOLOGIES["time-varying"])
     train(optimizer, params, range(5))
-    file = tmp_path / "state.pt"
-    torch.save([[p.detach() for p in params], optimizer.state_dict()], file)
+    saved = [p.detach().clone() for p in params], copy.deepcopy(optimizer.state_dict())
     train(optimizer, params, range(5, 12))
-    subprocess.run([sys.executable, "-c", FRESH, str(file)], cwd=sys.path[0], check=True, timeout=100)
-    assert same(torch.load(file, weights_only=True), [p.detach() for p in params])
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_copies_continue_bit_for_bit(duplicate):
-    params = parameters()
-    optimizer = build(params, TOPOLOGIES["time-varying"])
-    train(optimizer, params, range(4))
-    twin, twin_params = duplicate((optimizer, params))
-    train(optimizer, params, range(4, 8))
-    train(twin, twin_params, range(4, 8))
-    assert same(snapshot(optimizer, params), snapshot(twin, twin_params))
-    assert repr(twin) == repr(optimizer)
+    assert same(ranks.run(1, continued, *saved), [values_of(params)])
 
 
 def test_repr():
@@ -327,7 +338,7 @@ def test_none_gradients_count_as_zero_and_still_mix():
         zero[1].grad = torch.zeros_like(zero[1])
         for optimizer in optimizers:
             optimizer.step()
-    assert same(*[[p.detach() for p in params] for params in (nothing, zero)])
+    assert same(values_of(nothing), values_of(zero))
 
 
 def test_gradients_may_be_views_or_strided():
@@ -343,7 +354,7 @@ def test_gradients_may_be_views_or_strided():
     gradients = [p.grad.clone() for p in views]
     for optimizer in optimizers:
         optimizer.step()
-    assert same(*[[p.detach() for p in params] for params in (separate, views)])
+    assert same(values_of(separate), values_of(views))
     assert same([p.grad for p in views], gradients)  # never overwritten
 
 
@@ -370,7 +381,7 @@ def test_grad_scale_lets_an_agent_sit_out():
         p.grad[3] = 0
     optimizers[0].step(grad_scale=torch.tensor([1.0, 1, 1, 0, 1, 1]))
     optimizers[1].step()
-    assert same(*[[p.detach() for p in values] for values in (params, twin)])
+    assert same(values_of(params), values_of(twin))
 
 
 def test_the_topology_advances_with_the_steps():
@@ -384,36 +395,18 @@ def test_the_topology_advances_with_the_steps():
     torch.testing.assert_close(z.detach(), expected)
 
 
-def test_compile_around_a_step():
+def test_compiled_steps_with_groups_and_a_schedule():
     params, twin = parameters(), parameters()
-    optimizer, other = (gf.GUT(p, 0.1, topology=RING) for p in (params, twin))
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def compiled():
-        other.step()
-
-    for step in range(3):
-        set_gradients(params, step)
-        set_gradients(twin, step)
-        optimizer.step()
-        compiled()
-    assert same(snapshot(optimizer, params), snapshot(other, twin))
-
-
-def test_compile_with_groups_and_a_scheduler():
-    params, twin = parameters(), parameters()
-
-    def build_with_groups(values):
-        return gf.GUTm([{"params": values[:1], "lr": 0.05}, {"params": values[1:]}], 0.1, topology=RING)
-
-    optimizer, other = build_with_groups(params), build_with_groups(twin)
+    optimizer, other = (
+        gf.GUTm([{"params": values[:1], "lr": 0.05}, {"params": values[1:]}], 0.1, topology=RING)
+        for values in (params, twin)
+    )
     compiled = torch.compile(lambda: other.step(), fullgraph=True, backend="aot_eager")
-    for step in range(5):
-        for one in (optimizer, other):
+    for step in range(4):
+        for one, values in ((optimizer, params), (other, twin)):
+            set_gradients(values, step)
             for group in one.param_groups:
-                group["lr"] *= 0.9
-        set_gradients(params, step)
-        set_gradients(twin, step)
+                group["lr"] *= 0.9 if step > 1 else 1.0
         optimizer.step()
         compiled()
     assert same(snapshot(optimizer, params), snapshot(other, twin))
@@ -503,14 +496,10 @@ BAD_HYPERPARAMETERS = [
 
 
 @pytest.mark.parametrize(("bad", "error", "message"), BAD_HYPERPARAMETERS, ids=str)
-def test_bad_hyperparameters_at_construction(bad, error, message):
-    with pytest.raises(error, match=message):
-        gf.GUTm(parameters(), topology=RING, **{"lr": 0.1, **bad})
-
-
-@pytest.mark.parametrize(("bad", "error", "message"), BAD_HYPERPARAMETERS[:9], ids=str)
-def test_bad_hyperparameters_at_a_step_change_nothing(bad, error, message):
+def test_bad_hyperparameters_change_nothing(bad, error, message):
     params = parameters()
+    with pytest.raises(error, match=message):
+        gf.GUTm(params, topology=RING, **{"lr": 0.1, **bad})
     optimizer = gf.GUTm([{"params": params[:1]}, {"params": params[1:]}], 0.1, topology=RING)
     train(optimizer, params, range(2))
     set_gradients(params, 2)
@@ -540,18 +529,17 @@ BAD_PARAMETERS = {
 }
 
 
+NO_GROUP = ("nothing", "no tensor", "a set", "another rule's")
+"""The cases that are groups themselves, or that are right in a group."""
+
+
 @pytest.mark.parametrize("case", BAD_PARAMETERS)
-def test_bad_parameters(case):
+def test_bad_parameters_change_nothing(case):
     make, error, message = BAD_PARAMETERS[case]
     with pytest.raises(error, match=message):
         gf.GUT(make(), 0.1, topology=RING)
-
-
-@pytest.mark.parametrize(
-    "case", [name for name in BAD_PARAMETERS if name not in ("nothing", "no tensor", "a set", "another rule's")]
-)
-def test_a_bad_group_changes_nothing(case):
-    make, error, message = BAD_PARAMETERS[case]
+    if case in NO_GROUP:
+        return
     params = parameters()
     optimizer = gf.GUT(params, 0.1, topology=RING)
     before = snapshot(optimizer, params)
@@ -561,27 +549,6 @@ def test_a_bad_group_changes_nothing(case):
         optimizer.add_param_group({"params": params[:1]})
     assert same(snapshot(optimizer, params), before)
     train(optimizer, params, range(2))
-
-
-def test_bad_gradients_change_nothing():
-    params = parameters(shapes=((10, 3), (5,)))
-    optimizer = gf.GUT([{"params": params[:1]}, {"params": params[1:]}], 0.1, topology=RING)
-    set_gradients(params, 0)
-    before = snapshot(optimizer, params)
-    params[1].grad = params[1].grad.to_sparse()
-    with pytest.raises(TypeError, match=r"gradient 0 is torch.sparse_coo; use dense gradients"):
-        optimizer.step()
-    assert same(snapshot(optimizer, params), before)
-
-
-def test_parameters_that_changed_their_dtype_change_nothing():
-    params = parameters()
-    optimizer = gf.GUT([{"params": params[:1]}, {"params": params[1:]}], 0.1, topology=RING)
-    params[1].data = params[1].data.float()
-    before = snapshot(optimizer, params)
-    with pytest.raises(TypeError, match=r"parameter 1 is torch.float64 on cpu, but parameter 0"):
-        optimizer.step()
-    assert same(snapshot(optimizer, params), before)
 
 
 @pytest.mark.parametrize("scale", [torch.ones(5), torch.ones(6, 1), torch.ones(6) * 1j, [1.0] * 6], ids=str)
@@ -605,14 +572,6 @@ def test_bad_topology_rule_and_backend():
         gf.GUT(parameters(), 0.1, topology=RING, backend="tpu")
     with pytest.raises(RuntimeError, match=r"'cpu' is not available: it serves .*; not torch.float16 with"):
         gf.GUT(parameters(torch.float16), 0.1, topology=RING, backend="cpu")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_runs_in_torch(dtype):
-    params = parameters(dtype)
-    optimizer = gf.GUT(params, 0.1, topology=RING)
-    train(optimizer, params, range(3))
-    assert all(p.isfinite().all() for p in params)
 
 
 def damaged(state, /, **changes):
@@ -674,13 +633,9 @@ def test_stable_hyperparameters_do_not_warn():
         gf.GUT(parameters(num_agents=16), 0.1, 0.9, topology=gf.topology.torus(4, 4).lazy(0.5))
 
 
-PAIRS = [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
-HALF_PAIRS = [(torch.float32, torch.float16), (torch.float16, torch.float32), (torch.float16, torch.float16)]
-
-
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "backend"),
-    [(*pair, "cpu") for pair in PAIRS] + [(*pair, "torch") for pair in PAIRS + HALF_PAIRS],
+    [(*pair, "cpu") for pair in BFLOAT16] + [(*pair, "torch") for pair in BFLOAT16 + FLOAT16],
     ids=str,
 )
 def test_half_width_numbers_are_computed_in_float32_and_rounded_once(dtype, state_dtype, backend):
@@ -702,29 +657,6 @@ def test_half_width_numbers_are_computed_in_float32_and_rounded_once(dtype, stat
                 assert stored.dtype == (dtype if exact is z else state_dtype)
                 rounding = 0.5 * torch.finfo(stored.dtype).eps * exact.abs()
                 assert ((stored.double() - exact).abs() <= 1.01 * rounding + 1e-5).all()
-
-
-@pytest.mark.parametrize(("dtype", "state_dtype"), PAIRS + HALF_PAIRS, ids=str)
-@pytest.mark.parametrize("how", ["state_dict", "pickle", "deepcopy"])
-def test_state_of_another_dtype_continues_bit_for_bit(dtype, state_dtype, how):
-    def build(values):
-        return gf.GUTm(values, lr=0.1, topology=RING, state_dtype=state_dtype)
-
-    params = parameters(dtype)
-    optimizer = build(params)
-    train(optimizer, params, range(4))
-    if how == "state_dict":
-        twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
-        twin = build(twins)
-        twin.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
-    else:
-        duplicate = copy.deepcopy if how == "deepcopy" else lambda pair: pickle.loads(pickle.dumps(pair))
-        twin, twins = duplicate((optimizer, params))
-    assert same(snapshot(optimizer, params), snapshot(twin, twins))
-    assert all(twin.state[p]["r"].dtype == state_dtype for p in twins)
-    train(optimizer, params, range(4, 8))
-    train(twin, twins, range(4, 8))
-    assert same(snapshot(optimizer, params), snapshot(twin, twins))
 
 
 @pytest.mark.parametrize(
@@ -765,7 +697,7 @@ def test_capturable_steps_are_the_same_and_their_coefficients_stay_where_they_ar
 
 @pytest.fixture
 def captured(monkeypatch):
-    """Calling it makes CPU tensors look as if a CUDA graph of their steps were being captured."""
+    """Gives a function that makes CPU tensors look as if a CUDA graph of their steps were being captured."""
 
     def begin():
         monkeypatch.setattr(torch.Tensor, "is_cuda", True)
@@ -815,6 +747,7 @@ def test_capturable_needs_a_static_topology():
 
 
 def no_detour(*arguments):
+    """Stands for the dispatcher, which steps of plain tensors do not need."""
     raise AssertionError("a step of plain tensors went through the dispatcher")
 
 
@@ -844,27 +777,13 @@ def test_other_backends_take_plain_tensors_without_the_dispatcher(monkeypatch):
     assert same(snapshot(direct, params), snapshot(detour, twin))
 
 
-def replace_data(optimizer, params):
-    params[0].data = seeded(*params[0].shape, seed=77)
-
-
 def strided_gradient(optimizer, params):
     params[0].grad = params[0].grad.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def reset_state(optimizer, params):
-    optimizer.state = collections.defaultdict(dict)
-
-
 def assign_and_delete_state(optimizer, params):
-    optimizer.state[params[0]], optimizer.state[params[1]] = (
-        {"m": params[0].detach() + 1},
-        {"r": params[1].detach() - 1},
-    )
-
-
-def load_own_state(optimizer, params):
-    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.state[params[0]] = {"m": params[0].detach() + 1}
+    optimizer.state[params[1]] = {"r": params[1].detach() - 1}
 
 
 def add_a_group(optimizer, params):
@@ -873,40 +792,28 @@ def add_a_group(optimizer, params):
     optimizer.add_param_group({"params": params[-1:], "mu": 0.1})
 
 
-def change_the_rate(optimizer, params):
-    optimizer.param_groups[0]["lr"] = 0.03
-
-
-def share_memory(optimizer, params):
-    for p in params:
-        p.share_memory_()
-
-
 def clone_everything(optimizer, params):
     for p in params:
         p.data, p.grad = p.data.clone(), p.grad.clone()
 
 
-def compiled_step(optimizer, params):
-    torch.compile(lambda: optimizer.step(), backend="eager")()
-
-
-CHANGES = [
-    replace_data,
-    strided_gradient,
-    reset_state,
-    assign_and_delete_state,
-    load_own_state,
-    add_a_group,
-    change_the_rate,
-    share_memory,
-    clone_everything,
-    compiled_step,
-]
+CHANGES = {
+    "data replaced": lambda _, params: setattr(params[0], "data", seeded(*params[0].shape, seed=77)),
+    "a strided gradient": strided_gradient,
+    "state reset": lambda optimizer, _: setattr(optimizer, "state", collections.defaultdict(dict)),
+    "state assigned and deleted": assign_and_delete_state,
+    "its own state loaded": lambda optimizer, _: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "a group added": add_a_group,
+    "another rate": lambda optimizer, _: optimizer.param_groups[0].update(lr=0.03),
+    "shared memory": lambda _, params: [p.share_memory_() for p in params],
+    "everything cloned": clone_everything,
+    "a compiled step": lambda optimizer, _: torch.compile(lambda: optimizer.step(), backend="eager")(),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_between_steps_is_seen(change, monkeypatch):
+    """A step that reads tensors directly, as PyTorch 2.10 allows, and one that does not, see the same."""
     results = []
     for reader in (cpu._reader, None):
         monkeypatch.setattr(cpu, "_reader", reader)
@@ -914,47 +821,75 @@ def test_whatever_changes_between_steps_is_seen(change, monkeypatch):
         optimizer = gf.GUTm(params, 0.1, topology=RING)
         train(optimizer, params, range(2))
         set_gradients(params, 2)
-        change(optimizer, params)
+        CHANGES[change](optimizer, params)
         optimizer.step()
         train(optimizer, params, range(3, 5))
         results.append(snapshot(optimizer, params))
     assert same(*results)
 
 
-def gradient_of_another_shape(params):
-    params[0].grad.data = torch.zeros(6, 5, 3, dtype=torch.float64)
+def set_data(number, data):
+    """Returns a damage that gives a parameter other data."""
+    return lambda params: setattr(params[number], "data", data(params[number].data))
 
 
-def gradient_of_another_dtype(params):
-    params[0].grad.data = torch.zeros(6, 3, 5)
+def set_gradient(data):
+    """Returns a damage that gives the first parameter another gradient."""
+    return lambda params: setattr(params[0].grad, "data", data)
 
 
-def parameters_cut_short(params):
-    params[0].data = params[0].data[:4]
+def convert_all(dtype):
+    """Returns a damage that converts all parameters, without gradients."""
+
+    def damage(params):
+        for p in params:
+            p.grad, p.data = None, p.data.to(dtype)
+
+    return damage
 
 
-def parameters_turned(params):
-    params[0].data = params[0].data.transpose(1, 2)
-
-
-def all_parameters_converted(params):
-    for p in params:
-        p.grad = None
-        p.data = p.data.float()
+def sparse_gradient(params):
+    params[0].grad = params[0].grad.to_sparse()
 
 
 REFUSED = {
-    gradient_of_another_shape: (ValueError, r"gradient 0 has shape \(6, 5, 3\), expected \(6, 3, 5\)"),
-    gradient_of_another_dtype: (TypeError, "gradient 0 is torch.float32 on cpu, but parameter 0 is torch.float64"),
-    parameters_cut_short: (ValueError, r"parameter 0 has shape \(4, 3, 5\), expected \(6, ...\)"),
-    parameters_turned: (ValueError, "parameter 0 is not contiguous"),
-    all_parameters_converted: (TypeError, "the state is torch.float64; for parameters of torch.float32 it can be"),
+    "gradient of another shape": (
+        set_gradient(torch.zeros(6, 5, 3, dtype=torch.float64)),
+        ValueError,
+        r"gradient 0 has shape \(6, 5, 3\), expected \(6, 3, 5\)",
+    ),
+    "gradient of another dtype": (
+        set_gradient(torch.zeros(6, 3, 5)),
+        TypeError,
+        "gradient 0 is torch.float32 on cpu, but parameter 0 is torch.float64",
+    ),
+    "sparse gradient": (sparse_gradient, TypeError, "gradient 0 is torch.sparse_coo; use dense gradients"),
+    "parameters cut short": (
+        set_data(0, lambda data: data[:4]),
+        ValueError,
+        r"parameter 0 has shape \(4, 3, 5\), expected \(6, ...\)",
+    ),
+    "parameters turned": (
+        set_data(0, lambda data: data.transpose(1, 2)),
+        ValueError,
+        "parameter 0 is not contiguous",
+    ),
+    "one parameter converted": (
+        set_data(1, lambda data: data.float()),
+        TypeError,
+        "parameter 1 is torch.float32 on cpu, but parameter 0",
+    ),
+    "all converted to float32": (
+        convert_all(torch.float32),
+        TypeError,
+        "the state is torch.float64; for parameters of torch.float32 it can be",
+    ),
 }
 
 
-@pytest.mark.parametrize("damage", REFUSED)
-def test_what_no_longer_fits_changes_nothing(damage):
-    error, message = REFUSED[damage]
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_longer_fits_changes_nothing(case):
+    damage, error, message = REFUSED[case]
     params = parameters()
     optimizer = gf.GUTm([{"params": params[2:]}, {"params": params[:2]}], 0.1, topology=RING)
     train(optimizer, params, range(2))
@@ -969,8 +904,7 @@ def test_what_no_longer_fits_changes_nothing(damage):
 def test_converted_parameters_need_a_new_optimizer():
     params = parameters(torch.float32)
     optimizer = gf.GUT(params, 0.1, topology=RING)
-    for p in params:
-        p.data = p.data.bfloat16()
+    convert_all(torch.bfloat16)(params)
     before = snapshot(optimizer, params)
     with pytest.raises(TypeError, match=r"parameters are now torch.bfloat16, their state is torch.float32; make"):
         optimizer.step()
