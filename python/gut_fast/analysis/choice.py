@@ -1,4 +1,4 @@
-"""What to choose on a topology: the tracking scale of ``mu="auto"``, and remedies for what is unstable.
+"""The choices that suit a topology: the tracking scale of ``mu="auto"``, and remedies for what is unstable.
 
 GUT's bias is ``1 − μ`` times DSGD's, so as much tracking as possible is wanted. Its price is known before a run as
 well: tracking is an integrator in a feedback loop, and as μ grows the loop's slowest mode, at one end of W's spectrum

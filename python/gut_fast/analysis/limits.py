@@ -1,4 +1,4 @@
-"""Whether a rule is stable on a topology, how fast its modes decay, and the limits up to which it stays stable."""
+"""The stability of a rule on a topology: how fast its modes decay, and the limits up to which it stays stable."""
 
 from __future__ import annotations
 

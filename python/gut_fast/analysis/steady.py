@@ -1,4 +1,4 @@
-"""What a stable rule settles to: its bias at rest, the length of the average's steps, and its answer to noise.
+"""The steady state of a stable rule: its bias at rest, the length of the average's steps, and its answer to noise.
 
 All three follow from linear systems theory, mode by mode: the response of a linear system to a steady or a white input,
 here the agents' gradients. Each is compared with DSGD at the same learning rate.

@@ -116,9 +116,9 @@ class Spectrum:
     weights: Array
     """The multiplicity of each eigenvalue over N, [k]: Σ weights f(eigenvalues) is a mean over agents."""
     is_normal: bool = True
-    """Whether W's eigenvectors are orthogonal, so that disagreement is a sum over modes."""
+    """True if W's eigenvectors are orthogonal, so that disagreement is a sum over modes."""
     keeps_mean: bool = True
-    """Whether W's columns sum to one, so that the average over agents moves by itself."""
+    """True if W's columns sum to one, so that the average over agents moves by itself."""
 
     def __len__(self) -> int:
         return len(self.eigenvalues)
@@ -158,7 +158,7 @@ def spectrum_of(topology: Topology) -> Spectrum:
 
 
 def _is_costly(topology: Topology) -> bool:
-    """Whether the spectrum takes dense linear algebra on a large W: neither small nor a Fourier transform."""
+    """True if the spectrum takes dense linear algebra on a large W: neither small nor a Fourier transform."""
     mixing = topology.cycle[0]
     if topology.num_agents <= DENSE_AGENTS or not isinstance(mixing, MixingMatrix):
         return False

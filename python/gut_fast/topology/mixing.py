@@ -169,12 +169,12 @@ class MixingMatrix:
 
     @property
     def is_symmetric(self) -> bool:
-        """Whether ``W = Wᵀ``."""
+        """True if ``W = Wᵀ``."""
         return self._has_symmetric_pattern and _close(self.csr.weight, self._transposed.weight)
 
     @property
     def is_doubly_stochastic(self) -> bool:
-        """Whether the columns sum to one, as the rows do, so that mixing keeps the average over agents."""
+        """True if the columns sum to one, as the rows do, so that mixing keeps the average over agents."""
         given, taken = (_sums(self.num_agents, index, self.csr.weight) for index in (self.csr.neighbor, self.rows))
         return _close(given, taken)
 

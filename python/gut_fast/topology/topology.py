@@ -46,7 +46,7 @@ class Topology:
 
     @property
     def is_static(self) -> bool:
-        """Whether all steps mix with the same W."""
+        """True if all steps mix with the same W."""
         return self.period == 1
 
     @property
