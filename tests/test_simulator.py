@@ -21,8 +21,8 @@ from gut_fast import optim, topology
 from gut_fast.data import Dataset, RandomCropFlip, partition
 from gut_fast.optim.gossip import Gossip
 from gut_fast.simulation import Simulator, consensus_error, stack, write_csv, write_json_lines
-from gut_fast.simulation import checkpoint as checkpoint_module
-from gut_fast.simulation import progress as progress_module
+from gut_fast.simulation import console as progress_module
+from gut_fast.simulation import files as checkpoint_module
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
 from gut_fast.simulation.metrics import evaluate, read
 
@@ -816,7 +816,7 @@ def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     ("options", "error", "message"),
     [
         ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
-        ({"steps": 2.5}, TypeError, "steps must be an integer, got float 2.5"),
+        ({"steps": 2.5}, TypeError, "steps must be an integer, got 2.5"),
         ({"eval_every": 0}, ValueError, "eval_every must be at least 1"),
         ({"checkpoint_every": 2}, ValueError, "checkpoint_every=2 needs checkpoint="),
         ({"checkpoint": "/nowhere/at/all/x"}, FileNotFoundError, "there is no folder /nowhere/at/all"),

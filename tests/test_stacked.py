@@ -308,7 +308,7 @@ def with_parameter(parameter):
         (lambda: stack(nn.ReLU(), 2), ValueError, "ReLU has no parameters"),
         (lambda: stack(torch.zeros(3), 2), TypeError, "expected a torch.nn.Module, got Tensor"),
         (lambda: stack(nn.Linear(2, 2), 0), ValueError, "num_agents must be at least 1, got 0"),
-        (lambda: stack(nn.Linear(2, 2), 2.0), TypeError, "num_agents must be an integer, got float 2.0"),
+        (lambda: stack(nn.Linear(2, 2), 2.0), TypeError, "num_agents must be an integer, got 2.0"),
         (lambda: stack(nn.Linear(2, 2), 2, init="random"), ValueError, "'same' or 'different', got 'random'"),
         (lambda: stack(nn.LazyLinear(2), 2), ValueError, "weight has no values yet; run a lazy module once"),
         (lambda: stack(nn.LazyBatchNorm1d(), 2), ValueError, "weight has no values yet"),

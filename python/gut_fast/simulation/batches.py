@@ -5,54 +5,90 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gut_fast.data import Augmentation, ImageFiles, Inputs, RandomResizedCropFlip
+from gut_fast.arguments import as_integer
+from gut_fast.data import Augmentation, Dataset, ImageFiles, Inputs, RandomResizedCropFlip
 from gut_fast.data.image_files import Request
 from gut_fast.simulation.randomness import derive_seed
+from gut_fast.simulation.stacked import StackedModule
 
-__all__ = ["Batches"]
+__all__ = ["Batches", "like_model"]
 
 STEPS_PER_BLOCK = 64
-
-Plan = Callable[[int], tuple[Tensor, Tensor | None]]
-"""Of a step: the indices [N, B] of its samples, and what its augmentation has drawn, [N, B, ...]."""
-
-Read = Callable[[int], tuple[Tensor, Tensor, Tensor | None]]
-"""Of a step: its samples [N, B, ...], and its plan."""
+"""The number of steps whose random numbers are drawn at once."""
 
 MAX_EPOCHS_PER_BATCH = 100
-"""No agent sees its samples more often in one step; a larger batch is a slip, and would fill the memory."""
+"""The largest ratio of the batch size to an agent's samples; a larger batch is a slip, and would fill the memory."""
+
+
+class Selection(NamedTuple):
+    """The samples of a step, and the random numbers of their augmentation."""
+
+    indices: Tensor
+    """The indices of the samples, [N, B]."""
+    draws: Tensor | None
+    """The numbers that the augmentation has drawn, [N, B, ...], or None."""
+
+
+Select = Callable[[int], Selection]
+"""Gives the selection of a step."""
+
+Read = Callable[[int], tuple[Tensor, Selection]]
+"""Gives the samples [N, B, ...] of a step and their selection, without the draws if reading has used them."""
+
+
+def like_model(data: Dataset, stacked: StackedModule, channels_last: bool) -> Dataset:
+    """The data on the model's device, floating-point inputs in its dtype, images in channels-last memory if asked.
+
+    Raises:
+        ValueError: `channels_last` is set and the inputs are not images.
+    """
+    if channels_last and data.train_inputs.ndim != 4:
+        shape = tuple(data.train_inputs.shape)
+        raise ValueError(f"channels_last=True is for images [samples, C, H, W], the inputs have shape {shape}")
+
+    def move(inputs: Inputs) -> Inputs:
+        moved = inputs.to(stacked.values if inputs.is_floating_point() else stacked.device)
+        return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved.contiguous()
+
+    return replace(
+        data,
+        train_inputs=move(data.train_inputs),
+        train_labels=data.train_labels.to(stacked.device),
+        test_inputs=move(data.test_inputs),
+        test_labels=data.test_labels.to(stacked.device),
+    )
 
 
 class Batches:
     """Batches for all agents at once.
 
     Agent i goes through its samples epoch after epoch; the order in epoch e is a permutation drawn from a generator
-    seeded by (seed, i, e). Step t takes the positions t·B … (t + 1)·B − 1 of that endless stream, so a batch may cross
+    seeded by (seed, i, e). Step t takes the positions t·B … (t + 1)·B − 1 of this endless stream, so a batch may cross
     the border of two epochs, and an agent with fewer than B samples sees some more than once in a batch.
 
-    Random numbers are drawn on the CPU, so that all devices see the same batches, for many steps at once; between, a
-    batch is a few kernels and no wait for the device.
-
-    Images that stay in files are read by worker processes, some steps ahead of the one asked for.
+    Random numbers are drawn on the CPU, so that all devices see the same batches, and for many steps at once, so that
+    most batches take a few kernels and no wait for the device. Images in files are read by worker processes, some steps
+    ahead.
 
     Args:
-        inputs, targets: all samples, [samples, ...], on the device of the model. Batches of images that lie in
-            channels-last memory do so too.
+        inputs, targets: all samples, [samples, ...], on the device of the model. If images lie in channels-last memory,
+            so do their batches.
         parts: one index tensor per agent.
-        batch_size: B.
-        seed: of the orders.
+        batch_size: samples per agent and step, B.
+        seed: seed of the orders.
         augment: changes the inputs of each batch, with random numbers that are a function of (seed, agent, step) too.
-        agents: numbers of those that batches are made for; None is all.
+        agents: numbers of the agents that batches are made for; None is all.
 
     Raises:
-        TypeError, ValueError: a bad batch size or seed, a part that is empty, not 1-D, not integer or out of range, or
-            a batch of more than 100 times the samples of the agent that has most.
+        TypeError, ValueError: the batch size or seed is bad, a part is empty, not 1-D, not integer or out of range, or
+            a batch has more than 100 times the samples of the agent that has most.
     """
 
     def __init__(
@@ -65,11 +101,8 @@ class Batches:
         augment: Augmentation | None = None,
         agents: range | None = None,
     ) -> None:
-        for name, value, minimum in (("batch_size", batch_size, 1), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-            if value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        self.batch_size = as_integer(batch_size, "batch_size", minimum=1)
+        self.seed = as_integer(seed, "seed", minimum=0)
         self.parts = [_checked_part(part, agent, len(inputs)) for agent, part in enumerate(parts)]
         largest = max(map(len, self.parts), default=0)
         if batch_size > MAX_EPOCHS_PER_BATCH * largest > 0:
@@ -78,36 +111,34 @@ class Batches:
                 f"the largest part has {largest}"
             )
         self.agents = range(len(self.parts)) if agents is None else agents
-        self.batch_size = batch_size
-        self.seed = seed
         self.augment = augment
         self._targets = targets
         self._block_start = -1
         self._indices = self._draws = torch.empty(0, device="cpu")
-        # Weak, or in a circle samples and worker processes would live on until the garbage collector comes by.
+        # A strong reference would be a cycle, which keeps samples and worker processes alive until garbage collection.
         itself: Any = weakref.proxy(self)
-        plan: Plan = partial(Batches._plan, itself)
+        select: Select = partial(Batches.select, itself)
         if isinstance(inputs, ImageFiles):
             self._device = torch.device("cpu")
-            self._read: Read = _ReadAhead(inputs, plan, len(self.agents), augment)
+            self._read: Read = _ReadAhead(inputs, select, len(self.agents), augment)
         else:
             self._device = inputs.device
-            self._read = partial(_gather, inputs, plan)
+            self._read = partial(_gather, inputs, select)
 
     def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs [N, B, ...] and targets [N, B, ...] of a step."""
-        inputs, indices, draws = self._read(step)
+        """The inputs [N, B, ...] and targets [N, B, ...] of a step."""
+        inputs, (indices, draws) = self._read(step)
         targets = _take(self._targets, indices.to(self._targets.device))
         if self.augment is not None and draws is not None:
             inputs = self.augment(inputs, draws.to(inputs.device))
         return inputs, targets
 
     def indices(self, step: int) -> Tensor:
-        """Indices [N, B] of the samples of a step, on the device of the samples; the CPU where they are in files."""
-        return self._plan(step)[0]
+        """The indices [N, B] of the samples of a step, on the samples' device, or on the CPU for samples in files."""
+        return self.select(step).indices
 
-    def _plan(self, step: int) -> tuple[Tensor, Tensor | None]:
-        """Indices [N, B] of a step, and what its augmentation has drawn, [N, B, ...]."""
+    def select(self, step: int) -> Selection:
+        """The selection of a step."""
         start = step - step % STEPS_PER_BLOCK
         if start != self._block_start:
             positions = (start * self.batch_size, (start + STEPS_PER_BLOCK) * self.batch_size)
@@ -115,23 +146,23 @@ class Batches:
             if self.augment is not None:
                 self._draws = self._block([self._draw(self.augment, agent, start) for agent in self.agents])
             self._block_start = start
-        return self._indices[step - start], None if self.augment is None else self._draws[step - start]
+        return Selection(self._indices[step - start], None if self.augment is None else self._draws[step - start])
 
     def _block(self, agents: Sequence[Tensor]) -> Tensor:
-        """One tensor [steps, N, B, ...] of each agent's [steps · B, ...], on its way to the device of the samples."""
+        """One tensor [steps, N, B, ...] of the agents' tensors [steps · B, ...], on the device of the samples."""
         stacked, device = torch.stack(list(agents)), self._device
         by_step = stacked.view(len(agents), STEPS_PER_BLOCK, self.batch_size, *stacked.shape[2:]).transpose(0, 1)
         block = by_step.contiguous()
-        # From pinned memory, or the host would wait for the device.
+        # A copy from pinned memory does not wait for the device.
         return block.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else block.to(device)
 
     def _draw(self, augment: Augmentation, agent: int, start: int) -> Tensor:
-        """The random numbers of the agent's samples in the block of steps that begins at `start`."""
+        """The random numbers for the agent's samples in the block of steps that begins at `start`."""
         generator = torch.Generator().manual_seed(derive_seed("augment", self.seed, agent, start))
         return augment.draw(STEPS_PER_BLOCK * self.batch_size, generator)
 
     def _stream(self, agent: int, start: int, stop: int) -> Tensor:
-        """Positions start … stop − 1 of the agent's stream of samples."""
+        """The positions start … stop − 1 of the agent's stream of samples."""
         part = self.parts[agent]
         first_epoch, last_epoch = start // len(part), (stop - 1) // len(part)
         orders = torch.cat([self._order(agent, epoch) for epoch in range(first_epoch, last_epoch + 1)])
@@ -143,48 +174,46 @@ class Batches:
         return torch.randperm(len(self.parts[agent]), generator=generator, device="cpu")
 
 
-def _gather(samples: Tensor, plan: Plan, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The samples of a step, and its plan."""
-    indices, draws = plan(step)
-    return _take(samples, indices), indices, draws
+def _gather(samples: Tensor, select: Select, step: int) -> tuple[Tensor, Selection]:
+    """A `Read` of samples in memory."""
+    selection = select(step)
+    return _take(samples, selection.indices), selection
 
 
 class _ReadAhead:
-    """As `_gather`, from files that are read some steps ahead; any step but the next starts anew."""
+    """A `Read` of files, which are read some steps ahead; any step but the next one starts the reading anew."""
 
     steps_ahead = 2
 
-    def __init__(self, files: ImageFiles, plan: Plan, num_agents: int, augment: Augmentation | None) -> None:
-        self._files, self._plan, self._num_agents = files, plan, num_agents
+    def __init__(self, files: ImageFiles, select: Select, num_agents: int, augment: Augmentation | None) -> None:
+        self._files, self._select, self._num_agents = files, select, num_agents
         self._crop = augment if isinstance(augment, RandomResizedCropFlip) else None
         self._next_step = -1
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Images [N, B, C, H, W], their indices [N, B], and the draws unless they have been used in reading."""
+    def __call__(self, step: int) -> tuple[Tensor, Selection]:
+        """The images [N, B, C, H, W] of a step and their selection."""
         if step != self._next_step:
-            self._planned: deque[tuple[Tensor, Tensor | None]] = deque()
-            requests = _requests(self._plan, step, self._planned, with_draws=self._crop is not None)
+            self._selected: deque[Selection] = deque()
+            requests = _requests(self._select, step, self._selected, with_draws=self._crop is not None)
             self._images = self._files.batches(requests, self._crop, self.steps_ahead * self._num_agents)
-        self._next_step = -1  # until all has been read, or the same step is started anew
+        self._next_step = -1  # an error while reading starts the same step anew
         images = torch.cat([next(self._images) for _ in range(self._num_agents)])
-        indices, draws = self._planned.popleft()
+        indices, draws = self._selected.popleft()
         self._next_step = step + 1
-        return images.unflatten(0, indices.shape), indices, None if self._crop else draws
+        return images.unflatten(0, indices.shape), Selection(indices, None if self._crop else draws)
 
 
-def _requests(
-    plan: Plan, step: int, planned: deque[tuple[Tensor, Tensor | None]], *, with_draws: bool
-) -> Iterator[Request]:
-    """Those of each agent in this step and all that follow, whose plans are put into `planned`."""
+def _requests(select: Select, step: int, selected: deque[Selection], *, with_draws: bool) -> Iterator[Request]:
+    """The requests of each agent in this step and all later ones; their selections are appended to `selected`."""
     while True:
-        indices, draws = plan(step)
-        planned.append((indices, draws))
+        indices, draws = select(step)
+        selected.append(Selection(indices, draws))
         yield from zip(indices, draws if with_draws and draws is not None else [None] * len(indices), strict=True)
         step += 1
 
 
 def _take(samples: Tensor, indices: Tensor) -> Tensor:
-    """The samples at indices [N, B], as [N, B, ...] in one kernel."""
+    """The samples at indices [N, B], as [N, B, ...], in one kernel."""
     is_channels_last = (
         samples.ndim == 4 and samples.is_contiguous(memory_format=torch.channels_last) and not samples.is_contiguous()
     )

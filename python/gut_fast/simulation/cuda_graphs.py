@@ -12,24 +12,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.simulation.gradients import Compiler, Engine, LoopEngine, Loss
+from gut_fast.simulation.gradients import Compiler, Engine, LoopEngine, Loss, remember
 from gut_fast.simulation.stacked import StackedModule
-from gut_fast.simulation.undo import remember
 
 __all__ = ["Capture", "GraphedEngine", "StreamsEngine", "capture_cuda_graph"]
 
 WARM_UPS = 3
-"""Calls before a capture: libraries choose their kernels and allocate workspaces in the first ones."""
+"""The number of calls before a capture, in which libraries choose their kernels and allocate workspaces."""
 
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], None]]]
-"""Records a function without arguments. Returns its result and what repeats it: the same kernels on the same memory."""
+"""Records a function without arguments; returns its result and a function that repeats the recorded kernels."""
 
 
 class StreamsEngine(LoopEngine):
     """The loop over agents with the agents dealt out to CUDA streams, so that small kernels run side by side.
 
-    The gradients are those of `LoopEngine` bit for bit, and so are the random numbers, which are counted in the order
-    of the launches. Meant to be captured: while Python launches every kernel, one stream is hardly full.
+    Gradients and random numbers are those of `LoopEngine` bit for bit, since random numbers are counted in the order of
+    the launches. This engine is meant for `GraphedEngine`: while Python launches every kernel, one stream is hardly
+    full.
     """
 
     max_streams = 4
@@ -47,7 +47,7 @@ class StreamsEngine(LoopEngine):
         self._streams = [torch.cuda.Stream(stacked.device) for _ in range(num_streams)]
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As `Engine`."""
+        """Computes the gradients as an `Engine` does, on several streams."""
         self._stacked.zero_grad()
         here = torch.cuda.current_stream(self._stacked.device)
         for stream in self._streams:
@@ -57,7 +57,7 @@ class StreamsEngine(LoopEngine):
             for i in range(len(self._agents)):
                 with torch.cuda.stream(self._streams[i % len(self._streams)]):
                     losses.append(self._gradient(i, inputs, targets))
-        finally:  # after an error too, or it would be taken back while streams still write
+        finally:  # after an error too, or its effects would be undone while streams still write
             for stream in self._streams:
                 here.wait_stream(stream)
         return torch.stack(losses)
@@ -65,7 +65,7 @@ class StreamsEngine(LoopEngine):
 
 @dataclass
 class _Recording:
-    """A captured gradient: the batches it is for, the memory that it reads and writes, and what repeats it."""
+    """A captured gradient: the layout of its batches, the memory that it reads and writes, and its replay."""
 
     layout: tuple[Any, ...]
     inputs: Tensor
@@ -78,15 +78,15 @@ class _Recording:
 class GraphedEngine:
     """Another engine's kernels, recorded at the first call and from then on launched all at once.
 
-    For networks whose kernels take less time than launching them from Python does. Batches are copied into memory of
-    the recording's own; where their shape changes, it is made anew. Buffers, dropout and autocasting are part of it.
-    What the module and the loss do in Python besides launching kernels is done while recording only, and they must not
-    wait for the GPU, as `Tensor.item` does.
+    It serves networks whose kernels take less time than launching them from Python does. Batches are copied into memory
+    that belongs to the recording; a batch of another shape makes a new recording. Buffers, dropout and autocasting are
+    part of the recording. Python code of the module and the loss that launches no kernels runs while recording only,
+    and must not wait for the GPU, as `Tensor.item` does.
 
     Args:
-        engine: records this; nothing may call it beside.
+        engine: the engine to record; nothing else may call it.
         stacked: the agents' models, whose parameters and buffers stay where they are.
-        capture: how.
+        capture: records a function; the default is `capture_cuda_graph`.
 
     Raises:
         RuntimeError: at the first call, the module or the loss waits for the GPU; random state, buffers and gradients
@@ -101,13 +101,13 @@ class GraphedEngine:
 
     @property
     def name(self) -> str:
-        """As in `ENGINES`."""
+        """The engine's name in `ENGINES`."""
         return f"graphed-{self._engine.name}"
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As `Engine`; the gradients are in the same memory at every call."""
+        """Computes the gradients as an `Engine` does, in the same memory at every call."""
         if self._recording is None or self._recording.layout != _layout(inputs, targets):
-            self._recording = None  # first, so that its memory can be used again
+            self._recording = None  # frees the old memory before new memory is needed
             self._recording = self._record(inputs, targets)
         recording = self._recording
         recording.inputs.copy_(inputs)
@@ -118,7 +118,7 @@ class GraphedEngine:
         return recording.losses.clone()
 
     def _record(self, inputs: Tensor, targets: Tensor) -> _Recording:
-        """Buffers and random state are as before; the gradient has still to be computed."""
+        """Records the gradient and puts buffers and random state back; the first replay is still to come."""
         layout = _layout(inputs, targets)
         inputs, targets = inputs.clone(), targets.clone()
         undo = remember(self._stacked)
@@ -129,11 +129,11 @@ class GraphedEngine:
 
 
 def capture_cuda_graph(device: torch.device, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
-    """As `Capture`, on a CUDA device; the function is called a few times before.
+    """A `Capture` on a CUDA device; the function is called a few times before it is recorded.
 
     Raises:
-        RuntimeError: the function waits for the GPU. It is found out before the capture, because one that fails leaves
-            torch's random generator and allocator unusable.
+        RuntimeError: the function waits for the GPU. A call before the capture finds this out, because a capture that
+            fails leaves torch's random generator and allocator unusable.
     """
     with torch.cuda.device(device):
         here, stream = torch.cuda.current_stream(), torch.cuda.Stream()
@@ -151,13 +151,13 @@ def capture_cuda_graph(device: torch.device, function: Callable[[], Tensor]) -> 
             with torch.cuda.graph(graph, stream=stream):
                 result = function()
         finally:
-            torch.cuda.set_stream(here)  # which a capture that fails does not
+            torch.cuda.set_stream(here)  # a capture that fails does not do this
     return result, graph.replay
 
 
 @contextlib.contextmanager
 def _synchronisation_is_an_error() -> Iterator[None]:
-    """Whatever torch knows to wait for the GPU raises RuntimeError here."""
+    """A context in which operations that torch knows to wait for the GPU raise RuntimeError."""
     mode = torch.cuda.get_sync_debug_mode()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")

@@ -2,9 +2,9 @@
 
 An engine is called with inputs [N, B, ...] and targets [N, B, ...], leaves the gradients in ``.grad`` of the stacked
 parameters and returns the losses [N]. There are two ways to go through the agents, one after the other (`LoopEngine`)
-or all at once (`VmapEngine`), and three to make either faster: on a CPU `WorkersEngine` puts one agent on each core; on
-a GPU, where Python launches the kernels of small networks more slowly than they run, `GraphedEngine` records them once
-and launches them together, after `StreamsEngine` has let those of several agents run side by side; and a compiler
+or all at once (`VmapEngine`), and three ways to make either faster: on a CPU `WorkersEngine` puts one agent on each
+core; on a GPU, where Python launches the kernels of small networks more slowly than they run, `GraphedEngine` records
+them once and launches them together, with the kernels of several agents side by side by `StreamsEngine`; and a compiler
 makes fewer and larger kernels. `ENGINES` lists the combinations, `AutoEngine` measures.
 """
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from gut_fast.simulation.cuda_graphs import GraphedEngine, StreamsEngine
-from gut_fast.simulation.gradients import Engine, LoopEngine, Loss, VmapEngine, WorkersEngine
+from gut_fast.simulation.gradients import Engine, LoopEngine, Loss, VmapEngine, undo_on_error
 from gut_fast.simulation.stacked import StackedModule
-from gut_fast.simulation.undo import undo_on_error
+from gut_fast.simulation.workers import WorkersEngine
 
 __all__ = [
     "CHOICES",
@@ -41,19 +41,18 @@ __all__ = [
 ]
 
 CHOICES = {"cpu": ("loop", "vmap", "workers"), "cuda": ("loop", "vmap", "graphed-loop", "graphed-vmap")}
-"""What `AutoEngine` chooses from, by type of device. A compilation takes longer than many a run, so none compiles."""
+"""The engines that `AutoEngine` chooses from, by type of device; none compiles, which takes longer than many a run."""
 
 
 class AutoEngine:
-    """Takes the engines in turns for the first steps, then keeps the one with the smallest median time.
+    """An engine that takes others in turns for the first steps, then keeps the one with the smallest median time.
 
-    On a CPU these are the loop, vmap and, where `torch.get_num_threads()` is above 1, workers; on a GPU the loop, vmap
-    and both in CUDA graphs. The first turn of each, with its warm-up and capture, is not counted. An engine that fails
-    is left to the others, with one warning.
+    It chooses among `CHOICES`, without workers if `torch.get_num_threads()` is 1. The first turn of each engine, with
+    its warm-up and capture, is not counted. An engine that fails is left out, with one warning.
     """
 
     turns = 5
-    """Measured steps of each engine, after one that is not counted."""
+    """The number of measured steps of each engine, after one that is not counted."""
 
     def __init__(self, stacked: StackedModule, loss: Loss, autocast: torch.dtype | None = None) -> None:
         self._stacked = stacked
@@ -65,7 +64,7 @@ class AutoEngine:
         self.chosen: str | None = None
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As `Engine`."""
+        """Computes the gradients as an `Engine` does."""
         if self.chosen is not None:
             return self._engine(self.chosen)(inputs, targets)
         name = min(self._seconds, key=lambda name: len(self._seconds[name]))
@@ -81,7 +80,7 @@ class AutoEngine:
 
     @property
     def name(self) -> str:
-        """The engine it has chosen; ``"auto"`` until then."""
+        """The name of the chosen engine; ``"auto"`` until there is one."""
         return self.chosen or "auto"
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,7 +88,7 @@ class AutoEngine:
         return {"chosen": self.chosen, "seconds": {name: list(seconds) for name, seconds in self._seconds.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on where the run that saved `state` was, so that the same steps are done by the same engine."""
+        """Continues from the state of another run, so that the same engine does the same steps."""
         self.chosen = state["chosen"] if state["chosen"] in self._choices else None
         self._seconds = {name: list(seconds) for name, seconds in state["seconds"].items() if name in self._choices}
 
@@ -100,18 +99,18 @@ class AutoEngine:
 
     def _choose(self, name: str) -> None:
         self.chosen = name
-        self._engines = {name: self._engine(name)}  # the memory of captured graphs is free again
+        self._engines = {name: self._engine(name)}  # drops the memory of the other engines' graphs
 
     def _try(self, name: str, inputs: Tensor, targets: Tensor) -> Tensor:
         try:
             with undo_on_error(self._stacked):
                 return self._engine(name)(inputs, targets)
         except Exception as error:
-            # Not only RuntimeError: what vmap raises depends on the operation.
+            # The type of an error of vmap depends on the operation.
             reason = str(error).strip().split("\n")[0]
-        # Out here the failed attempt's memory is free again. An error of the model's own comes again.
+        # Outside the handler the failed attempt's memory is free again. The loop repeats an error of the model itself.
         losses = self._engine("loop")(inputs, targets)
-        # What is built upon it would fail in the same way.
+        # Engines built upon the failed one would fail in the same way.
         self._seconds = {other: times for other, times in self._seconds.items() if not other.endswith(name)}
         warnings.warn(f"engine {name!r} is left out: it failed with {reason!r}", stacklevel=2)
         return losses
@@ -123,7 +122,7 @@ class AutoEngine:
 
 
 Factory = Callable[[StackedModule, Loss, torch.dtype | None], Engine]
-"""Makes an engine of the agents, their loss, and the dtype of `torch.autocast` or None."""
+"""Makes an engine from the agents, their loss, and the dtype of `torch.autocast` or None."""
 
 
 def _graphed(factory: Factory) -> Factory:
@@ -155,16 +154,16 @@ ENGINES: dict[str, Factory] = {
 
 
 def make_engine(name: str, stacked: StackedModule, loss: Loss, autocast: torch.dtype | None = None) -> Engine:
-    """The engine of that name.
+    """The engine called `name`.
 
     Args:
-        name: as in `ENGINES`.
+        name: a name in `ENGINES`.
         stacked: the agents' models.
-        loss: mean loss of one agent's batch; outputs of half precision come in float32.
-        autocast: forward passes are computed in this dtype, as in `torch.autocast`; None is the parameters'.
+        loss: mean loss of one agent's batch; outputs of half precision reach it in float32.
+        autocast: dtype of `torch.autocast` around the forward passes; None computes in the parameters' dtype.
 
     Raises:
-        ValueError: an unknown name, or an engine that is not for the model's device.
+        ValueError: the name is unknown, or the engine is not for the model's device.
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; known are {', '.join(ENGINES)}")

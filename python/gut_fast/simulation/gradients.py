@@ -1,9 +1,9 @@
-"""Engines made of PyTorch's operators alone: agent by agent, agents on threads, and all agents at once."""
+"""The two ways through the agents, one after the other or all at once, and how to undo a gradient that fails."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -11,15 +11,13 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import functional
 
-from gut_fast.simulation.precision import at_least_float32, forward_precision
-from gut_fast.simulation.stacked import StackedModule
-from gut_fast.simulation.undo import remember
-from gut_fast.simulation.workers import Job, Workers
+from gut_fast.simulation import randomness
+from gut_fast.simulation.stacked import StackedModule, at_least_float32, forward_precision
 
-__all__ = ["Compiler", "Engine", "LoopEngine", "Loss", "VmapEngine", "WorkersEngine"]
+__all__ = ["Compiler", "Engine", "LoopEngine", "Loss", "VmapEngine", "remember", "undo_on_error"]
 
 Loss = Callable[[Any, Tensor], Tensor]
-"""Mean loss of one agent's batch: (outputs [B, ...], targets [B, ...]) -> scalar."""
+"""The mean loss of one agent's batch: (outputs [B, ...], targets [B, ...]) -> scalar."""
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes a faster function of the same arguments and results, as `torch.compile` does."""
@@ -30,10 +28,10 @@ class Engine(Protocol):
 
     @property
     def name(self) -> str:
-        """As in `ENGINES`."""
+        """The engine's name in `ENGINES`."""
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses [N] of the batches; the gradients are left in ``.grad`` of the stacked parameters."""
+        """Puts the gradients into ``.grad`` of the stacked parameters, and returns the losses [N] of the batches."""
 
 
 class LoopEngine:
@@ -41,10 +39,10 @@ class LoopEngine:
 
     Args:
         stacked: the agents' models; they are put into training mode.
-        loss: of one agent; it is given outputs of half precision in float32.
+        loss: loss of one agent; outputs of half precision reach it in float32.
         autocast: dtype of `torch.autocast` around the forward passes, or None.
-        compiler: compiles one agent's loss, once for all agents. What the forward pass does in Python besides
-            computing tensors is then done at the first call only, and random numbers are others.
+        compiler: compiles one agent's loss, once for all agents. Python code of the forward pass that computes no
+            tensors then runs at the first call only, and random numbers differ from those without a compiler.
     """
 
     name: str = "loop"
@@ -70,12 +68,12 @@ class LoopEngine:
                 module.train()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As `Engine`."""
+        """Computes the gradients as an `Engine` does, in the flat gradient buffer."""
         self._stacked.zero_grad()
         return torch.stack([self._gradient(i, inputs, targets) for i in range(len(self._agents))])
 
     def _gradient(self, i: int, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Agent i's loss; its rows of the gradients and buffers are filled."""
+        """Fills agent i's rows of the gradients and buffers, and returns its loss."""
         if self._compiled is None:
             return self._backward(i, self._forward(i, inputs, targets))
         buffers = [buffer[i] for _, buffer in self._stacked.named_buffers()]
@@ -87,7 +85,7 @@ class LoopEngine:
         return loss.detach()
 
     def _forward(self, i: int, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Agent i's loss."""
+        """The loss of agent i."""
         with forward_precision(self._autocast, inputs.device):
             outputs = self._agents[i](inputs[i])
         return self._loss(at_least_float32(outputs), targets[i])
@@ -100,71 +98,20 @@ class LoopEngine:
         return loss.detach()
 
     def _loss_and_buffers(self, inputs: Tensor, targets: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Loss and new buffers of one agent, as a function of its parameters and buffers."""
+        """The loss and new buffers of one agent, as a function of its parameters and buffers."""
         outputs, *buffers = self._agent_forward(inputs, *tensors)
         return self._loss(outputs, targets), *buffers
-
-
-class WorkersEngine(LoopEngine):
-    """The agents shared out among `torch.get_num_threads()` threads, each of which computes one agent at a time.
-
-    Small operators leave most of a machine's cores idle; whole agents do not. PyTorch releases Python's lock inside its
-    operators and runs a backward pass in the thread that starts it, and agents write to different rows, so threads are
-    enough. Within an agent every operator has one thread: the results are those of `LoopEngine` with
-    ``torch.set_num_threads(1)``, bit for bit, however many threads there are. (With several threads `LoopEngine` itself
-    may add up in another order.)
-
-    That holds for dropout and whatever else draws from torch's default generator in the forward pass: a gradient after
-    which the generator has moved is computed again, and from then on forward passes run in the order of the agents, and
-    backward passes beside them. Random numbers from elsewhere, or drawn in the backward pass, come in any order.
-    The module and the loss are called in several threads, with the caller's gradient mode and autocasting; other
-    contexts of the calling thread do not reach them.
-
-    Raises:
-        ValueError: the model is not on the CPU.
-    """
-
-    name = "workers"
-
-    def __init__(self, stacked: StackedModule, loss: Loss, autocast: torch.dtype | None = None) -> None:
-        if stacked.device.type != "cpu":
-            raise ValueError(f"engine 'workers' is for the CPU, the model is on {stacked.device}; use 'vmap' or 'loop'")
-        super().__init__(stacked, loss, autocast)
-        self._workers = Workers(max_threads=stacked.num_agents)
-        self._draws_random_numbers = False
-
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As `Engine`. An error in any agent is raised when no thread computes any more."""
-        if not self._draws_random_numbers:
-            undo, random_state = remember(self._stacked), torch.get_rng_state()
-            losses = self._run(self._in_any_order(inputs, targets))
-            if torch.equal(torch.get_rng_state(), random_state):
-                return losses
-            undo()
-            self._draws_random_numbers = True
-        return self._run(self._in_order(inputs, targets))
-
-    def _run(self, jobs: Iterator[Job[Tensor]]) -> Tensor:
-        self._stacked.zero_grad()
-        return torch.stack(self._workers.run(jobs))
-
-    def _in_any_order(self, inputs: Tensor, targets: Tensor) -> Iterator[Job[Tensor]]:
-        return (partial(self._gradient, i, inputs, targets) for i in range(len(self._agents)))
-
-    def _in_order(self, inputs: Tensor, targets: Tensor) -> Iterator[Job[Tensor]]:
-        """Forward passes are done as the jobs are made, one after the other."""
-        for i in range(len(self._agents)):
-            yield partial(self._backward, i, self._forward(i, inputs, targets))
 
 
 class VmapEngine:
     """All agents at once through `torch.func.vmap`; random operations such as dropout differ between agents.
 
-    Few, large operators: the fewest launches, but convolutions become grouped ones, which some libraries are slow at.
+    There are few, large operators, so the fewest launches; but convolutions become grouped ones, at which some
+    libraries are slow.
 
     Args:
-        stacked, loss, autocast: as for `LoopEngine`.
-        compiler: compiles the losses of all agents; see there.
+        stacked, loss, autocast: see `LoopEngine`.
+        compiler: compiles the losses of all agents; see `LoopEngine`.
     """
 
     name: str = "vmap"
@@ -187,7 +134,7 @@ class VmapEngine:
             stacked.module.train()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """As `Engine`; the gradients are separate tensors, not views of the flat buffer."""
+        """Computes the gradients as an `Engine` does, in separate tensors, not views of the flat buffer."""
         parameters = self._stacked.parameters()
         buffers = [buffer for _, buffer in self._stacked.named_buffers()]
         losses, *new_buffers = self._evaluate(inputs, targets, *parameters, *buffers)
@@ -200,15 +147,15 @@ class VmapEngine:
         return losses.detach()
 
     def _losses_and_buffers(self, inputs: Tensor, targets: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Losses and new buffers of all agents, as a function of the stacked parameters and buffers."""
+        """The losses and new buffers of all agents, as a function of the stacked parameters and buffers."""
         outputs, *new_buffers = self._forward(inputs, *tensors)
         return self._batched_loss(outputs, targets), *new_buffers
 
 
 def _agent_forward(stacked: StackedModule, autocast: torch.dtype | None) -> Callable[..., tuple[Any, ...]]:
-    """Outputs and new buffers of one agent: a function of its inputs, parameters and buffers.
+    """A function of one agent's inputs, parameters and buffers that returns its outputs and new buffers.
 
-    The function's argument list is flat, because vmap walks nested ones in Python.
+    The function's argument list is flat, because vmap walks nested arguments in Python.
     """
     names = list(stacked.state_dict())
 
@@ -221,14 +168,41 @@ def _agent_forward(stacked: StackedModule, autocast: torch.dtype | None) -> Call
 
 
 def _batched_loss(loss: Loss) -> Callable[[Any, Tensor], Tensor]:
-    """`loss` of every agent: (outputs [N, B, ...], targets [N, B, ...]) -> losses [N]."""
+    """The `loss` of every agent: (outputs [N, B, ...], targets [N, B, ...]) -> losses [N]."""
     each = vmap(loss, randomness="different")
 
     def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
         if outputs.ndim != 3 or targets.ndim != 2:
             return each(outputs, targets)
-        # One call for all samples: vmap takes this loss apart in Python, which costs more than a small model.
+        # One call takes all samples: vmap decomposes this loss in Python, which costs more than a small model.
         losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
         return losses.view(targets.shape).mean(1)
 
     return cross_entropy if loss is functional.cross_entropy else each
+
+
+@contextlib.contextmanager
+def undo_on_error(stacked: StackedModule) -> Iterator[None]:
+    """A context that puts buffers and random state back if its block raises."""
+    undo = remember(stacked)
+    try:
+        yield
+    except BaseException:
+        undo()
+        raise
+
+
+def remember(stacked: StackedModule) -> Callable[[], None]:
+    """A function that puts buffers and random state back to their values of now.
+
+    Besides the gradient they are all that computing it changes.
+    """
+    before = [flat.clone() for flat in stacked.flat_buffers]
+    random_state = randomness.get_state(stacked.device)
+
+    def undo() -> None:
+        for flat, values in zip(stacked.flat_buffers, before, strict=True):
+            flat.copy_(values)
+        randomness.set_state(random_state, stacked.device)
+
+    return undo

@@ -1,4 +1,4 @@
-"""What a run is judged by: consensus error, accuracy of the averaged model and of each agent, bytes sent."""
+"""The metrics of a run: consensus error, accuracy of the averaged model and of each agent, bytes sent."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ EVALUATION_BATCH = 256
 
 @torch.no_grad()
 def consensus_error(params: Iterable[Tensor]) -> float:
-    """Mean squared distance of the agents from their average: ``(1/N) Σ_i ||z_i − mean||²``.
+    """The mean squared distance of the agents from their average: ``(1/N) Σ_i ||z_i − mean||²``.
 
     Args:
         params: stacked parameters, each (N, *shape). Sums are in float64, one parameter after the other.
 
     Raises:
-        ValueError: there is none, or they are not all of the same number of agents.
+        ValueError: there is no parameter, or the parameters differ in their number of agents.
     """
     stacked = [parameter.detach() for parameter in params]
     sizes = {parameter.shape[0] if parameter.ndim else None for parameter in stacked}
@@ -41,7 +41,7 @@ def consensus_error(params: Iterable[Tensor]) -> float:
 
 
 def _distances(stacked: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
-    """``||z_i − mean||²`` of each agent, float64 [N]."""
+    """The squared distance ``||z_i − mean||²`` of each agent, float64 [N]."""
     total = torch.zeros(len(stacked[0]), dtype=torch.float64, device=stacked[0].device)
     for rows, mean in zip(stacked, means, strict=True):
         total += (rows.to(torch.float64) - mean).square().view(len(rows), mean.numel()).sum(1)
@@ -49,7 +49,7 @@ def _distances(stacked: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
 
 
 def read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Float64 scalars of one device as numbers: one transfer, and one wait for the device."""
+    """The float64 scalars of one device as numbers, with one transfer and one wait for the device."""
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
@@ -63,18 +63,18 @@ def evaluate(
     vectorized: bool,
     everyone: Everyone | None = None,
 ) -> dict[str, Tensor]:
-    """Test loss and accuracy of the averaged model, accuracy of the mean agent and quartiles, consensus error.
+    """Test loss and accuracy of the averaged model, mean and quartiles of the agents' accuracies, consensus error.
 
-    Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class. All are float64
-    scalars on the device of the model; `read` makes numbers of them. Test samples are read once.
+    Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class. All metrics are
+    float64 scalars on the device of the model; `read` makes numbers of them. Test samples are read once.
 
     Args:
-        stacked: the agents that are here.
-        data: its test samples are used, on the device of the model.
+        stacked: the agents in this process.
+        data: data set with its test samples on the device of the model.
         loss: mean loss of a batch.
         autocast: dtype of `torch.autocast` around the forward passes, or None.
         vectorized: evaluate all agents at once through `torch.func.vmap`.
-        everyone: of whom the numbers are; None if all agents are here.
+        everyone: computes over all agents; None if all are in this process.
     """
     if everyone is None:
         everyone = Everyone(range(stacked.num_agents), stacked.num_agents, stacked.device)
@@ -84,7 +84,7 @@ def evaluate(
         outputs, _ = stacked.call(module, state, inputs, autocast)
         return outputs  # type: ignore[no-any-return]
 
-    state, agent_hits = stacked.state_dict(), _of_each_agent(stacked, predict, vectorized)
+    state, agent_hits = stacked.state_dict(), _agent_hits(stacked, predict, vectorized)
     means = everyone.means(state)
     mean_state = {name: mean.to(state[name].dtype) for name, mean in means.items()}
     sums = []
@@ -110,16 +110,16 @@ def evaluate(
 
 
 def _spread(accuracy: Tensor) -> dict[str, Tensor]:
-    """Quartiles of the agents' accuracies, from the worst agent to the best."""
+    """The quartiles of the agents' accuracies, from the worst agent to the best."""
     names = ("worst", "lower_quartile", "median", "upper_quartile", "best")
     quartiles = torch.quantile(accuracy, torch.linspace(0, 1, 5, dtype=accuracy.dtype, device=accuracy.device))
     return {f"{name}_agent_accuracy": quartile for name, quartile in zip(names, quartiles, strict=True)}
 
 
-def _of_each_agent(
+def _agent_hits(
     stacked: StackedModule, predict: Callable[[Mapping[str, Tensor], Tensor], Tensor], vectorized: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
-    """The hits [N] of each agent, as a function of inputs and labels."""
+    """A function of inputs and labels that counts the hits [N] of each agent."""
     states = stacked.state_dict()
 
     def hits(state: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
@@ -132,20 +132,20 @@ def _of_each_agent(
 
 
 def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
-    """How many samples are predicted rightly, a float64 scalar."""
+    """The number of samples whose class is predicted, a float64 scalar."""
     return (outputs.argmax(1) == labels).sum(dtype=torch.float64)
 
 
 class BytesSent:
-    """Bytes that each agent has sent to others, counted from the mixing matrices of the optimizer's topology.
+    """The bytes that each agent has sent to others, counted from the mixing matrices of the optimizer's topology.
 
     Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a step, (messages of the rule) × (bytes of one
-    agent's parameters, in the dtype of messages) to each. An optimizer without topology sends nothing. On several ranks
-    it is the same: what the algorithm sends, whichever way it goes; ``optimizer.bytes_sent`` counts what has left this
-    process.
+    agent's parameters, in the dtype of messages) to each. An optimizer without topology sends nothing. The count is the
+    same on several ranks: all that the algorithm sends, by whichever way; ``optimizer.bytes_sent`` counts the bytes
+    that have left this process.
 
     Attributes:
-        total: int64 [N].
+        total: the bytes of each agent, int64 [N].
     """
 
     def __init__(self, optimizer: Optimizer, num_agents: int, agents_here: int) -> None:
@@ -162,11 +162,11 @@ class BytesSent:
                 self._static_receivers = self._receivers(0)
 
     def add_step(self, step: int) -> None:
-        """Counts the messages of a step."""
+        """Adds the messages of a step."""
         if self._topology is not None:
             receivers = self._receivers(step) if self._static_receivers is None else self._static_receivers
             self.total += receivers * self._bytes_per_receiver
 
     def _receivers(self, step: int) -> Tensor:
-        """How many agents each agent sends to, [N]."""
+        """The number of agents that each agent sends to, [N]."""
         return torch.bincount(self._topology.csr(step).neighbor, minlength=len(self.total))

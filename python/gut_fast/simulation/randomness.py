@@ -28,14 +28,14 @@ def get_state(device: torch.device) -> RandomState:
 
 
 def set_state(state: RandomState, device: torch.device) -> None:
-    """Undoes everything drawn on `device` since `get_state` returned `state`."""
+    """Sets the default generators back to a `state` that `get_state` has returned."""
     torch.set_rng_state(state["cpu"])
     if "cuda" in state and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def seed_generators(seed: int, device: torch.device) -> None:
-    """Seeds the same generators. (``torch.manual_seed`` would also seed those of all other GPUs.)"""
+    """Seeds the default generators of `device`; ``torch.manual_seed`` would also seed the generators of other GPUs."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -43,13 +43,13 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 def own_random_state(device: torch.device) -> AbstractContextManager[None]:
-    """A context in which the default generators may be used freely; afterwards they are as they were."""
+    """A context after which the default generators are put back to their state before."""
     context: AbstractContextManager[None] = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     return context
 
 
 def initial_state(seed: int, device: torch.device) -> RandomState:
-    """The state after `seed_generators`, which are not seeded outside."""
+    """The state that `seed_generators` would set; the generators themselves stay as they are."""
     with own_random_state(device):
         seed_generators(seed, device)
         return get_state(device)

@@ -1,4 +1,4 @@
-"""Agents shared out over the ranks of a process group, and numbers of all of them from those of each rank."""
+"""Agents shared out over the ranks of a process group, and sums and rows over all agents from each rank's own."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.optim import Optimizer
 from gut_fast.distributed import Group
 from gut_fast.simulation.stacked import means
 
-__all__ = ["Everyone", "agents_here"]
+__all__ = ["Everyone", "agents_here", "check_ranks"]
 
 ASK_EVERY = 10
-"""Steps between two moments in which ranks ask each other whether to stop."""
+"""The number of steps between two moments at which the ranks ask each other whether to stop."""
 
 
 def agents_here(num_agents: int, process_group: dist.ProcessGroup | Group | None) -> range:
-    """Numbers of the agents that live in this process: rank r of a group holds agents r · k … r · k + k − 1.
+    """The numbers of the agents in this process: rank r of a group holds agents r · k … r · k + k − 1.
 
     Raises:
-        TypeError: it is not a process group.
+        TypeError: `process_group` is not a process group.
         ValueError: the agents cannot be shared out evenly, or this process is not in the group.
     """
     if process_group is None:
@@ -40,18 +40,29 @@ def agents_here(num_agents: int, process_group: dist.ProcessGroup | Group | None
     return range(rank * here, rank * here + here)
 
 
-class Everyone:
-    """What all agents together have, computed from what those here have.
+def check_ranks(group: Group | None, process_group: dist.ProcessGroup | Group | None) -> None:
+    """Raises ValueError unless the ranks over which the optimizer mixes are as many as the ranks of `process_group`."""
+    sizes = [None if each is None else Group.size_of(each) for each in (process_group, group)]
+    if sizes[0] != sizes[1]:
+        given, has = ("no process_group" if size is None else f"one of {size} ranks" for size in sizes)
+        raise ValueError(
+            f"the simulator was given {given}, its optimizer {has}; give both the same, and the optimizer "
+            "agents_per_rank= beside it"
+        )
 
-    With a group every method is a meeting: all ranks call it, one after the other in the same order, and all get the
-    same result. What is added up are float64 sums of float32 numbers, which are hardly ever rounded, or numbers beside
-    zeros; so the results are those of one process.
+
+class Everyone:
+    """Rows and means over all agents, computed from the agents in each process.
+
+    With a group every method is collective: all ranks call it in the same order, and all get the same result. The ranks
+    add up float64 sums of float32 numbers, which are hardly ever rounded, or numbers and zeros; so the results equal
+    those of one process.
 
     Args:
-        agents: numbers of those that are here.
-        num_agents: N.
-        device: of the numbers.
-        optimizer: whose ``group`` are the ranks; None if all agents are here.
+        agents: numbers of the agents in this process.
+        num_agents: number of all agents N.
+        device: device of the numbers.
+        optimizer: the optimizer whose ``group`` holds the ranks; None if all agents are in this process.
     """
 
     def __init__(
@@ -61,17 +72,17 @@ class Everyone:
 
     @property
     def group(self) -> Group | None:
-        """The ranks, or None if all agents are here."""
+        """The group of ranks, or None if all agents are in this process."""
         group: Group | None = getattr(self._optimizer, "group", None)
         return group
 
     @property
     def is_first(self) -> bool:
-        """Whether agent 0 is here, so that this process speaks for all."""
+        """Whether agent 0 is in this process, which then reports for all."""
         return self._agents.start == 0
 
     def rows(self, own: Tensor) -> Tensor:
-        """Rows [N, ...] of all agents, from those [k, ...] of the agents here."""
+        """The rows [N, ...] of all agents, from the rows [k, ...] of the agents in this process."""
         if self.group is None:
             return own
         rows = own.new_zeros(self._num_agents, *own.shape[1:])
@@ -79,7 +90,7 @@ class Everyone:
         return self._sum(rows)
 
     def means(self, stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Of each stacked tensor the agents' mean, float64, or agent 0's value if it is not of floating point."""
+        """The agents' mean of each stacked tensor, float64; agent 0's value of a tensor that is not floating-point."""
         if self.group is None:
             return means(stacked)
         own = [
@@ -93,14 +104,14 @@ class Everyone:
         }
 
     def wants_to_stop(self, is_asked_to: bool, step: int, is_last: bool) -> bool:
-        """Whether a process has been asked to stop: all have to stop after the same step."""
+        """Whether any process has been asked to stop; all ranks get the answer at the same step."""
         if self.group is None:
             return is_asked_to
         asks = is_last or step % ASK_EVERY == 0
         return asks and bool(self._sum(torch.tensor([int(is_asked_to)], device=self._device)))
 
     def _sum(self, tensor: Tensor) -> Tensor:
-        """Over all ranks."""
+        """The sum of the tensor over all ranks."""
         group = self.group
         assert group is not None
         if group.missing:
@@ -108,7 +119,7 @@ class Everyone:
                 f"ranks {group.missing} are gone, so there are no numbers of all agents; the simulator has no "
                 "use for on_peer_failure='continue', a training loop of your own has"
             )
-        # Connections of our own are gloo's, for which it lies on the CPU.
+        # A group of our own connects by gloo, which takes tensors on the CPU.
         summed = tensor.to("cpu", copy=True) if group.is_own else tensor.clone()
         group.all_reduce(summed)
         return summed.to(tensor.device)

@@ -1,4 +1,4 @@
-"""Training all agents, in one process or shared out over several."""
+"""The simulator: it trains all agents, in one process or shared out over several."""
 
 from __future__ import annotations
 
@@ -18,28 +18,25 @@ from torch.optim.lr_scheduler import LRScheduler
 from gut_fast.data import Augmentation, Dataset, ImageFiles
 from gut_fast.distributed import Group
 from gut_fast.simulation import randomness
-from gut_fast.simulation.arguments import check_ranks, checked_optimizer, like_model
-from gut_fast.simulation.batches import Batches
-from gut_fast.simulation.checkpoint import check_configuration, digest, mixing_digest, read_checkpoint, write_checkpoint
+from gut_fast.simulation.batches import Batches, like_model
+from gut_fast.simulation.console import Display, Interrupt, Progress, deferred_interrupt, display
 from gut_fast.simulation.engines import AutoEngine, Loss, make_engine, undo_on_error
-from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
+from gut_fast.simulation.files import check_configuration, digest, mixing_digest, read_checkpoint, write_checkpoint
 from gut_fast.simulation.metrics import BytesSent, evaluate, read
-from gut_fast.simulation.plan import Plan
-from gut_fast.simulation.precision import check_autocast
-from gut_fast.simulation.progress import Display, Progress, display
-from gut_fast.simulation.sharing import Everyone, agents_here
-from gut_fast.simulation.stacked import StackedModule, stack
+from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
+from gut_fast.simulation.stacked import StackedModule, check_autocast, stack
+from gut_fast.simulation.timetable import Timetable
 from gut_fast.topology import Topology
 
 __all__ = ["Simulator"]
 
 
 class Simulator:
-    """N agents, each with its own samples, trained together.
+    """A run of N agents, each with its own samples, that are trained together.
 
     Args:
         module: the model, from which all agents start, or a `StackedModule` of all N agents.
-        topology: who mixes with whom.
+        topology: which agents mix with which, N agents.
         optimizer: makes the optimizer of the stacked parameters, for example
             ``lambda params: gf.GUT(params, lr=0.1, mu=0.9, topology=topology)``.
         data: training samples, divided by `parts`, and test samples; moved to the model's device and dtype.
@@ -48,36 +45,37 @@ class Simulator:
         loss: mean loss of a batch, (outputs [B, ...], labels [B]) -> scalar.
         engine: how gradients are computed. ``"loop"`` is agent by agent, ``"vmap"`` all agents at once; ``"workers"``
             is the loop in as many threads as torch has, for a CPU. On a GPU ``"graphed-loop"`` and ``"graphed-vmap"``
-            launch all kernels at once, by a CUDA graph, for networks that keep Python busier than the GPU. Before
-            ``loop`` and ``vmap``, ``compiled-`` is `torch.compile`: it takes a minute at the first step, or some. Both
-            go together (``"graphed-compiled-vmap"``). ``"auto"`` takes all that need no compiler in turns during the
-            first steps, then keeps the fastest. That choice depends on the time measured, and the engines round
-            differently, so a repeated run is the same bit for bit only with a named engine; a checkpoint keeps the
-            choice once made.
-        seed: of the order of the samples, their augmentation and random operations such as dropout. Torch's default
-            generators are used but put back after `run`, and what they hold before has no influence.
+            launch all kernels at once, by a CUDA graph, for networks that keep Python busier than the GPU. The prefix
+            ``compiled-`` of ``loop`` and ``vmap`` is `torch.compile`, which takes a minute or more at the first step.
+            Both prefixes go together (``"graphed-compiled-vmap"``). ``"auto"`` takes all engines that need no compiler
+            in turns during the first steps, then keeps the fastest. Its choice depends on the time measured, and the
+            engines round differently, so a repeated run is the same bit for bit only with a named engine; a checkpoint
+            keeps the choice.
+        seed: seed of the order of the samples, their augmentation and random operations such as dropout. `run` uses
+            torch's default generators, whose state before has no influence, and puts them back afterwards.
         augment: random changes to each training batch, such as `gut_fast.data.RandomCropFlip`.
         autocast: ``torch.bfloat16`` computes forward passes under `torch.autocast`, in training and evaluation; the
-            parameters stay in float32, and so does the loss. None computes in the parameters' dtype. (On a CPU, torch
-            leaves convolutions in float32 where ``vmap`` has turned them into grouped ones.)
-        channels_last: images, and so the activations of convolutional networks, lie in channels-last memory: faster
-            on GPUs with autocast, agent by agent; with ``vmap`` convolutions return to the usual layout. Parameters
-            stay as they are; convolutions convert them as they go. Images of one channel are both layouts at once, and
-            change nothing.
-        process_group: the agents are shared out: this process holds k = N / size of them, numbers rank · k and up, and
-            `optimizer` must give the same ``process_group=`` and ``agents_per_rank=k`` to its optimizer. Make the
-            simulator with the same arguments on all ranks. They get the history of a single process, bit for bit on a
-            CPU with engine ``"loop"`` and one thread; only dropout and the like draw other numbers.
+            parameters and the loss stay in float32. None computes in the parameters' dtype. (On a CPU, torch leaves
+            convolutions in float32 where ``vmap`` has turned them into grouped ones.)
+        channels_last: images, and so the activations of convolutional networks, lie in channels-last memory, which is
+            faster on GPUs with autocast, agent by agent; with ``vmap`` convolutions return to the usual layout.
+            Parameters keep their layout, and convolutions convert them. Images of one channel have both layouts at
+            once, so nothing changes.
+        process_group: the ranks that share the agents: this process holds k = N / size of them, numbers rank · k and
+            up, and `optimizer` must give the same ``process_group=`` and ``agents_per_rank=k`` to its optimizer. Make
+            the simulator with the same arguments on all ranks. They get the history of a single process, bit for bit on
+            a CPU with engine ``"loop"`` and one thread, except that dropout and the like draw other numbers.
 
     Attributes:
-        stacked: the models of the agents here.
-        optimizer: what `optimizer` returned.
-        step: steps done.
+        stacked: the models of the agents in this process.
+        optimizer: the optimizer that `optimizer` has made.
+        step: number of steps done.
         history: one dict per evaluation; `evaluate` names its entries.
 
     Raises:
-        TypeError, ValueError: a bad argument, or topology, parts and optimizer are not for the same agents or ranks.
-        MismatchError, PeerError: as the optimizer.
+        TypeError, ValueError: an argument is bad, or topology, parts and optimizer are not for the same agents or
+            ranks.
+        MismatchError, PeerError: the optimizer raises them.
     """
 
     def __init__(
@@ -111,7 +109,7 @@ class Simulator:
         self.topology = topology
         self.data = like_model(data, stacked, channels_last)
         self.batches = Batches(self.data.train_inputs, self.data.train_labels, parts, batch_size, seed, augment, agents)
-        self.optimizer = checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
+        self.optimizer = _checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
         self._everyone = Everyone(agents, num_agents, stacked.device, self.optimizer)
         check_ranks(self._everyone.group, process_group)
         self.step = 0
@@ -132,12 +130,12 @@ class Simulator:
 
     @property
     def engine(self) -> str:
-        """The engine in use; ``"auto"`` until it has chosen."""
+        """The name of the engine in use; ``"auto"`` until it has chosen."""
         return self._engine.name
 
     @property
     def bytes_sent(self) -> Tensor:
-        """Bytes that each agent has sent so far, int64 [N]."""
+        """The bytes that each agent has sent so far, int64 [N]."""
         return self._bytes_sent.total.clone()
 
     def run(
@@ -155,31 +153,32 @@ class Simulator:
     ) -> list[dict[str, Any]]:
         """Trains until `steps` steps are done in all, and returns the history.
 
-        A run that was interrupted goes on by the same call, in a new process after `load_checkpoint`, and equals the
+        The same call continues an interrupted run, in a new process after `load_checkpoint`, and equals the
         uninterrupted run bit for bit. On Ctrl-C the step is finished, the checkpoint written and KeyboardInterrupt
-        raised; a second Ctrl-C raises it at once. A loss that is NaN stops nothing; the history shows it.
+        raised; a second Ctrl-C raises it at once. A loss of NaN does not stop the run; the history shows it.
 
-        With a process_group all ranks call this, with the same arguments. The first one shows the progress; Ctrl-C in
-        any of them stops all at the next tenth step.
+        With a process_group all ranks call `run` with the same arguments. Rank 0 shows the progress; Ctrl-C in any rank
+        stops all ranks at the next tenth step.
 
         Args:
-            steps: total number of steps, those done before included.
+            steps: total number of steps, with the steps of earlier calls.
             milestones: steps after which the learning rate is multiplied by `decay`; fractions of `steps` if below 1.
-            decay: that factor.
-            schedule: instead of milestones, makes a torch scheduler of the optimizer, which is stepped at every step.
-            eval_every: steps between evaluations; there is always one after the last step.
+            decay: factor on the learning rate at each milestone.
+            schedule: makes a torch scheduler of the optimizer in place of the milestones; it is stepped at every step.
+            eval_every: steps between evaluations; the run always evaluates after the last step.
             checkpoint: file to write at the end, on Ctrl-C and every `checkpoint_every` steps; with a process_group a
                 folder, for `gut_fast.distributed.Checkpoints`.
             checkpoint_every: steps between checkpoints.
-            on_checkpoint: called after each of these, and after the one at the end.
-            progress: show the numbers of the run on stderr, or what to call with the step instead, now and then.
+            on_checkpoint: called after each checkpoint that Ctrl-C has not caused.
+            progress: whether to show the numbers of the run on stderr, or a function to call with the step now and
+                then.
 
         Raises:
-            TypeError, ValueError: a bad argument; nothing has been done.
+            TypeError, ValueError: an argument is bad; nothing has been done.
             FileNotFoundError: the folder of `checkpoint` does not exist.
         """
         file = None if checkpoint is None else Path(checkpoint)
-        plan = Plan(steps, tuple(milestones), decay, eval_every, file, checkpoint_every)
+        timetable = Timetable(steps, tuple(milestones), decay, eval_every, file, checkpoint_every)
         with (
             randomness.own_random_state(self.stacked.device),
             deferred_interrupt() as interrupt,
@@ -188,24 +187,24 @@ class Simulator:
             randomness.set_state(self._random_state, self.stacked.device)
             self._start_schedule(schedule)
             try:
-                self._run(plan, interrupt, shown, on_checkpoint)
+                self._run(timetable, interrupt, shown, on_checkpoint)
             except KeyboardInterrupt:
-                if plan.checkpoint is not None and self._is_between_steps:
-                    self._save(plan.checkpoint)
+                if file is not None and self._is_between_steps:
+                    self._save(file)
                 raise
             finally:
                 self._suspend()
         return self.history
 
     def evaluate(self) -> dict[str, Any]:
-        """One row of the history, for the agents as they are.
+        """A row of the history for the current state of the agents.
 
-        step; lr (of the step before, first group); train_loss (mean over agents and the steps since the last row);
-        diverged_agents (how many had a loss of NaN or infinity in these steps); test_loss and test_accuracy (of the
-        averaged model); mean_agent_accuracy, and the agents' quartiles from worst_agent_accuracy over
-        lower_quartile_, median_ and upper_quartile_ to best_agent_accuracy; consensus_error; mean_bytes_sent,
+        Its entries are step; lr (of the last step, first group); train_loss (mean over agents and the steps since the
+        last row); diverged_agents (number of agents with a loss of NaN or infinity in these steps); test_loss and
+        test_accuracy (of the averaged model); mean_agent_accuracy, and the agents' quartiles from worst_agent_accuracy
+        over lower_quartile_, median_ and upper_quartile_ to best_agent_accuracy; consensus_error; mean_bytes_sent and
         max_bytes_sent (per agent, since the start). Accuracies are fractions. With a process_group all ranks call
-        this, and all get the numbers of all agents.
+        `evaluate`, and all get the numbers of all agents.
         """
         vectorized = self.engine.endswith("vmap")
         loss_sums = self._everyone.rows(self._loss_sum)
@@ -229,9 +228,9 @@ class Simulator:
         }
 
     def save_checkpoint(self, path: str | Path) -> None:
-        """Writes everything that `load_checkpoint` needs to go on; an existing file is replaced in one go.
+        """Writes everything that `load_checkpoint` needs to continue the run; an existing file is replaced atomically.
 
-        With a process_group all ranks call this, and `path` is a folder.
+        With a process_group all ranks call `save_checkpoint`, and `path` is a folder.
         """
         content = {
             "configuration": self._configuration,
@@ -250,14 +249,15 @@ class Simulator:
         write_checkpoint(content, path, self._everyone.group)
 
     def load_checkpoint(self, path: str | Path) -> None:
-        """Goes on where the run that wrote `path` was; this simulator must have been made in the same way.
+        """Continues from the step at which `path` was written; this simulator must have been made with equal arguments.
 
-        With a process_group all ranks call this, `path` is a folder, and they go on from the newest step that all have.
+        With a process_group all ranks call `load_checkpoint`, `path` is a folder, and they continue from the newest
+        step that all ranks have.
 
         Raises:
             OSError: the file cannot be read.
-            RuntimeError: it is truncated, corrupt or not a checkpoint.
-            ValueError: it is of another configuration; the message says what differs. Nothing has been changed.
+            RuntimeError: the file is truncated, corrupt or not a checkpoint.
+            ValueError: the checkpoint has another configuration; the message says what differs. Nothing has changed.
         """
         content = read_checkpoint(path, self._everyone.group)
         check_configuration(content["configuration"], self._configuration, path)
@@ -273,41 +273,41 @@ class Simulator:
         self._loss_sum.copy_(content["loss_sum"])
 
     def _run(
-        self, plan: Plan, interrupt: Interrupt, shown: Display, on_checkpoint: Callable[[], object] | None
+        self, timetable: Timetable, interrupt: Interrupt, shown: Display, on_checkpoint: Callable[[], object] | None
     ) -> None:
         while True:
             already_evaluated = bool(self.history) and self.history[-1]["step"] == self.step
-            if plan.evaluates_after(self.step) and not already_evaluated:
+            if timetable.evaluates_after(self.step) and not already_evaluated:
                 self._add_to_history(self.evaluate())
-            if shown.is_due() or self.step >= plan.steps:
+            if shown.is_due() or self.step >= timetable.steps:
                 shown.show(self.step, self._headline())
-            if self._everyone.wants_to_stop(interrupt.requested, self.step, self.step >= plan.steps):
+            if self._everyone.wants_to_stop(interrupt.requested, self.step, self.step >= timetable.steps):
                 raise KeyboardInterrupt
-            if plan.checkpoint is not None and plan.saves_after(self.step):
-                self._save(plan.checkpoint)
+            if timetable.checkpoint is not None and timetable.saves_after(self.step):
+                self._save(timetable.checkpoint)
                 if on_checkpoint is not None:
                     on_checkpoint()
-            if self.step >= plan.steps:
+            if self.step >= timetable.steps:
                 return
-            self._train_step(plan)
+            self._train_step(timetable)
 
     def _add_to_history(self, row: dict[str, Any]) -> None:
-        """Adds the row and starts its sums anew; an interrupt in between counts no loss twice and saves nothing."""
+        """Adds the row and starts new sums; an interrupt in between counts no loss twice and saves no checkpoint."""
         self._is_between_steps = False
         self._loss_sum.zero_()
         self._loss_steps = 0
         self.history.append(row)
         self._is_between_steps = True
 
-    def _train_step(self, plan: Plan) -> None:
-        """One step of all agents; if the gradient fails or is interrupted, everything is as it was before."""
+    def _train_step(self, timetable: Timetable) -> None:
+        """Does one step of all agents; if the gradient fails or is interrupted, nothing has changed."""
         inputs, targets = self.batches(self.step)
         with undo_on_error(self.stacked):
             losses = self._engine(inputs, targets)
         self._is_between_steps = False
         if self._scheduler is None:
             for group, initial in zip(self.optimizer.param_groups, self._initial_options, strict=True):
-                group["lr"] = initial["lr"] * plan.lr_factor(self.step)
+                group["lr"] = initial["lr"] * timetable.lr_factor(self.step)
         self._last_lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
         if self._scheduler is not None:
@@ -319,20 +319,20 @@ class Simulator:
         self._is_between_steps = True
 
     def _start_schedule(self, schedule: Callable[[Optimizer], LRScheduler] | None) -> None:
-        """Makes the scheduler, in the state that it had when the last run ended."""
+        """Makes the scheduler, in its state at the end of the last run."""
         self._scheduler = None
         if schedule is None:
             return
         options = _options(self.optimizer)
         self._scheduler = schedule(self.optimizer)
         if self._scheduler_state is not None:
-            # A new scheduler sets the learning rate of its first step: put back what the optimizer had.
+            # A new scheduler has set the learning rate of its first step, so the optimizer's options are put back.
             self._scheduler.load_state_dict(self._scheduler_state)
             for group, saved in zip(self.optimizer.param_groups, options, strict=True):
                 group.update(saved)
 
     def _suspend(self) -> None:
-        """Takes in what lives outside the simulator during a run."""
+        """Takes in the states of the generators and the scheduler, which live outside the simulator during a run."""
         self._random_state = randomness.get_state(self.stacked.device)
         self._scheduler_state = None if self._scheduler is None else self._scheduler.state_dict()
 
@@ -346,7 +346,7 @@ class Simulator:
     def _headline(self) -> str:
         parts = [f"lr {self._last_lr:g}"]
         if self._loss_steps:
-            parts.append(f"loss {self._mean_loss(float(self._loss_sum.mean())):.4f}")  # of the agents here
+            parts.append(f"loss {self._mean_loss(float(self._loss_sum.mean())):.4f}")  # of the agents in this process
         if self.history:
             row = self.history[-1]
             parts.append(f"accuracy {row['test_accuracy']:.1%} (worst agent {row['worst_agent_accuracy']:.1%})")
@@ -355,7 +355,7 @@ class Simulator:
 
     @cached_property
     def _configuration(self) -> dict[str, Any]:
-        """What a checkpoint must have in common with this simulator, as plain values."""
+        """The plain values that a checkpoint must have in common with this simulator."""
         rule, state_dtype = (getattr(self.optimizer, name, None) for name in ("rule", "state_dtype"))
         inputs = self.data.train_inputs
         samples = inputs.fingerprint() if isinstance(inputs, ImageFiles) else inputs
@@ -379,7 +379,7 @@ class Simulator:
             "seed": self.batches.seed,
             "augmentation": None if self.batches.augment is None else repr(self.batches.augment),
             "autocast": None if self._autocast is None else str(self._autocast),
-            "channels last": self._channels_last or None,  # as in the checkpoints of before there was a choice
+            "channels last": self._channels_last or None,  # None, as in older checkpoints, which had no choice
             **{
                 f"shape of {name}": (*tensor.shape, str(tensor.dtype))
                 for name, tensor in self.stacked.state_dict().items()
@@ -389,3 +389,16 @@ class Simulator:
 
 def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+
+
+def _checked_optimizer(optimizer: Any, stacked: StackedModule, topology: Topology) -> Optimizer:
+    """Returns `optimizer`; raises TypeError or ValueError unless it trains these models over this topology."""
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    own = {id(parameter) for parameter in stacked.parameters()}
+    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("the optimizer has other parameters than the stacked ones that it was given")
+    mixes_with = getattr(optimizer, "topology", topology)
+    if mixes_with != topology:
+        raise ValueError(f"the optimizer mixes over {mixes_with}, but the simulator's topology is {topology}")
+    return optimizer

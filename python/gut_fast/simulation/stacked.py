@@ -1,12 +1,14 @@
-"""A module for each of N agents, all parameters in one flat buffer.
+"""A module for each of N agents, with all parameters in one flat buffer.
 
 The parameters lie as in `gut_fast.kernels.buffers`: segment k is parameter k of all agents, a block [N, d_k]. A stacked
-parameter is a view (N, *shape_k) of it and what the optimizer gets; agent i's module holds row i of each. Gradients
-have a buffer of the same layout: agent i's backward pass accumulates straight into row i of the stacked gradients.
+parameter is a view (N, *shape_k) of its segment, which the optimizer gets; agent i's module holds row i of each stacked
+parameter. Gradients have a buffer of the same layout: agent i's backward pass accumulates straight into row i of the
+stacked gradients.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,28 +18,30 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parameter import is_lazy
 
+from gut_fast.arguments import as_integer
 from gut_fast.kernels.buffers import allocate, segment_views
-from gut_fast.simulation.precision import at_least_float32, forward_precision
 from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 
-__all__ = ["StackedModule", "means", "stack"]
+__all__ = ["StackedModule", "at_least_float32", "check_autocast", "forward_precision", "means", "stack"]
+
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def stack(module: nn.Module, num_agents: int, *, init: str = "same", seed: int | None = None) -> StackedModule:
-    """N copies of `module`, with stacked parameters.
+    """N copies of `module` with stacked parameters.
 
     Args:
-        module: the model; it is copied and stays as it is. Move it to its device before.
-        num_agents: N.
+        module: the model; it is copied and stays as it is. Move it to its device first.
+        num_agents: number of agents N.
         init: ``"same"`` gives every agent the module's parameters; ``"different"`` calls ``reset_parameters`` of every
             submodule anew for each agent.
-        seed: for ``"different"``: agent i's parameters depend on (seed, i) alone. None takes a seed from torch's
+        seed: seed for ``"different"``: agent i's parameters depend on (seed, i) alone. None draws a seed from torch's
             default generator.
 
     Raises:
-        TypeError, ValueError: the module has no parameters, or some that are lazy, on the meta device, not of floating
-            point, or not all of one dtype and device; ``"different"`` and a submodule has parameters of its own but no
-            ``reset_parameters``; a bad argument.
+        TypeError, ValueError: the module has no parameters, or some are lazy, on the meta device, not floating-point,
+            or of different dtypes or devices; init is ``"different"`` and a submodule has parameters of its own but no
+            ``reset_parameters``; or another argument is bad.
     """
     if init not in ("same", "different"):
         raise ValueError(f"init must be 'same' or 'different', got {init!r}")
@@ -49,23 +53,22 @@ def stack(module: nn.Module, num_agents: int, *, init: str = "same", seed: int |
 
 
 class StackedModule:
-    """N agents' modules with stacked parameters; made by `stack`.
+    """The modules of N agents with stacked parameters; `stack` makes them.
 
     Attributes:
-        num_agents: N.
+        num_agents: number of agents N.
         module: the template, a module with the original parameters; it is never trained.
         values, gradients: the flat buffers, [N · Σd_k].
-        flat_buffers: the module's buffers, in one flat tensor for each dtype and device: quickly copied.
+        flat_buffers: the module's buffers, in one flat tensor for each dtype and device, so that copies are quick.
 
     Buffers, such as the running statistics of batch normalisation, are stacked (N, *shape) too and never mixed.
-    Parameters that the module shares between submodules are shared in every agent.
-
-    A copy or an unpickled one has buffers of its own, linked in the same way, and no gradients.
+    Parameters that the module shares between submodules are shared in every agent. A copied or unpickled stack has flat
+    buffers of its own, linked in the same way, and no gradients.
     """
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
         _check_stackable(module, num_agents)
-        self.num_agents = num_agents
+        self.num_agents = int(num_agents)
         self.module = copy.deepcopy(module)
         templates = dict(self.module.named_parameters())
         first = next(iter(templates.values()))
@@ -87,11 +90,11 @@ class StackedModule:
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self.values.device
 
     def parameters(self) -> list[nn.Parameter]:
-        """The stacked parameters, each of shape (N, *shape): what the optimizer gets."""
+        """The stacked parameters, each of shape (N, *shape), for an optimizer."""
         return list(self._parameters.values())
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
@@ -105,8 +108,8 @@ class StackedModule:
     def agent(self, i: int) -> nn.Module:
         """Agent i's module, the same one at every call: its parameters, gradients and buffers are rows of the stack.
 
-        Zero gradients with `zero_grad` of the stack. After an optimizer or a module has set some to None, call this
-        again: it links them anew.
+        Zero gradients with `zero_grad` of the stack. After an optimizer or a module has set gradients to None, call
+        `agent` again, which links them anew.
 
         Raises:
             IndexError: there is no agent i.
@@ -121,7 +124,7 @@ class StackedModule:
         return self._agents[i]
 
     def average(self) -> nn.Module:
-        """A plain module with the agents' mean parameters and floating-point buffers; other buffers are agent 0's."""
+        """A plain module with the agents' mean parameters and floating-point buffers, and agent 0's other buffers."""
         module = copy.deepcopy(self.module)
         mean = self.mean_state()
         with torch.no_grad():
@@ -130,12 +133,12 @@ class StackedModule:
         return module
 
     def mean_state(self) -> dict[str, Tensor]:
-        """What `average` puts into its module, by name; means are accumulated in float64."""
+        """The parameters and buffers of `average` by name; means are accumulated in float64."""
         state = self.state_dict()
         return {name: mean.to(state[name].dtype) for name, mean in means(state).items()}
 
     def part(self, agents: range) -> StackedModule:
-        """Some of the agents, with memory of their own; all of them are this module itself."""
+        """A stack of these agents alone, with memory of its own; for all agents it is this stack itself."""
         if len(agents) == self.num_agents:
             return self
         part = StackedModule(self.module, len(agents))
@@ -143,7 +146,7 @@ class StackedModule:
         return part
 
     def zero_grad(self) -> None:
-        """Zeroes all gradients, in place, and makes each stacked parameter's ``.grad`` its view of the flat buffer."""
+        """Zeroes all gradients in place, and makes each stacked parameter's ``.grad`` its view of the flat buffer."""
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
                 parameter.grad = self._gradients[name]
@@ -158,7 +161,7 @@ class StackedModule:
         """Copies the tensors into the stack.
 
         Raises:
-            ValueError: names or shapes differ from those of `state_dict`; nothing has been changed.
+            ValueError: names or shapes differ from the stack's own; nothing has been changed.
         """
         own = self.state_dict()
         if own.keys() != state_dict.keys():
@@ -177,18 +180,18 @@ class StackedModule:
         inputs: Tensor,
         autocast: torch.dtype | None = None,
     ) -> tuple[Any, dict[str, Tensor]]:
-        """Output of `module`, a copy of the template, with these parameters and buffers, and the buffers afterwards.
+        """The output of `module`, a copy of the template, for these parameters and buffers, and its buffers afterwards.
 
-        Under `torch.autocast` if there is a dtype for it; the output is as `at_least_float32` returns it.
+        The call runs under `torch.autocast` if `autocast` is a dtype; an output of half precision comes in float32.
         """
-        # By slot and without functional_call's own search for ties, which costs as much as a small forward pass.
+        # Tensors by slot need no search for ties in functional_call, which costs as much as a small forward pass.
         by_slot = {slot: tensors[name] for slot, name in self._slots.items()}
         with forward_precision(autocast, inputs.device):
             output = functional_call(module, by_slot, (inputs,), tie_weights=False)
         return at_least_float32(output), {name: by_slot[name] for name in self._buffers}
 
     def keep_buffers(self, i: int) -> None:
-        """Copies the buffers that agent i's module has replaced, not changed in place, into its rows of the stack."""
+        """Copies buffers that agent i's module has replaced, not changed in place, into agent i's rows of the stack."""
         for slot, name in self._slots.items():
             if name in self._buffers:
                 owner, _, local = slot.rpartition(".")
@@ -218,7 +221,7 @@ class StackedModule:
 
 
 def means(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of each stacked tensor the agents' mean, float64, or agent 0's value if it is not of floating point."""
+    """The agents' mean of each stacked tensor, float64; agent 0's value of a tensor that is not floating-point."""
     return {
         name: rows.mean(0, dtype=torch.float64) if rows.is_floating_point() else rows[0]
         for name, rows in stacked.items()
@@ -226,7 +229,7 @@ def means(stacked: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _stacked_buffers(module: nn.Module, num_agents: int) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """The module's buffers N times: one flat tensor for each dtype and device, and by name the views (N, *shape)."""
+    """N copies of the module's buffers: a flat tensor for each dtype and device, and the views (N, *shape) by name."""
     named = dict(module.named_buffers())
     flat, views = [], {}
     for kind in dict.fromkeys((buffer.dtype, buffer.device) for buffer in named.values()):
@@ -248,7 +251,7 @@ def _restore(module: nn.Module, num_agents: int, values: Tensor, buffers: dict[s
 
 @torch.no_grad()
 def _link_gradient(parameter: nn.Parameter, view: Tensor) -> None:
-    """Makes ``parameter.grad`` this view of the flat buffer, with the value it has; None is zero."""
+    """Makes ``parameter.grad`` this view of the flat buffer and keeps its value; None becomes zero."""
     gradient = parameter.grad
     if parameter.requires_grad and (gradient is None or gradient.data_ptr() != view.data_ptr()):
         view.zero_() if gradient is None else view.copy_(gradient)
@@ -256,7 +259,7 @@ def _link_gradient(parameter: nn.Parameter, view: Tensor) -> None:
 
 
 def _slots(module: nn.Module) -> dict[str, str]:
-    """Every place in the module that holds a parameter or buffer, and the name of the tensor it holds."""
+    """The name of the tensor in every place (slot) of the module that holds a parameter or buffer."""
     names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
     return {
         f"{prefix}.{local}" if prefix else local: names[id(tensor)]
@@ -269,10 +272,7 @@ def _slots(module: nn.Module) -> dict[str, str]:
 def _check_stackable(module: nn.Module, num_agents: int) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
-    if isinstance(num_agents, bool) or not isinstance(num_agents, int):
-        raise TypeError(f"num_agents must be an integer, got {type(num_agents).__name__} {num_agents!r}")
-    if num_agents < 1:
-        raise ValueError(f"num_agents must be at least 1, got {num_agents}")
+    as_integer(num_agents, "num_agents", minimum=1)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:
         if is_lazy(tensor) or tensor.is_meta:
@@ -311,3 +311,29 @@ def _reset_each_agent(stacked: StackedModule, seed: int) -> None:
                 if callable(reset := getattr(submodule, "reset_parameters", None)):
                     reset()
             stacked.keep_buffers(i)
+
+
+def forward_precision(autocast: torch.dtype | None, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context in which forward passes compute in `autocast`, as in `torch.autocast`; None changes nothing."""
+    if autocast is None:
+        return contextlib.nullcontext()
+    # With the cache a CUDA graph would keep reading weights that were cast before its capture.
+    return torch.autocast(device.type, autocast, cache_enabled=False)
+
+
+def at_least_float32(outputs: Any) -> Any:
+    """Outputs for a loss: a tensor of half precision is converted to float32, anything else is returned as it is."""
+    return outputs.float() if isinstance(outputs, Tensor) and outputs.dtype in HALVES else outputs
+
+
+def check_autocast(autocast: torch.dtype | None, parameters: torch.dtype) -> None:
+    """Raises ValueError unless a model with parameters of this dtype can compute in `autocast`."""
+    if autocast is None:
+        return
+    if autocast != torch.bfloat16:
+        raise ValueError(f"autocast must be torch.bfloat16 or None, got {autocast!r}; float16 needs its losses scaled")
+    if parameters != torch.float32:
+        raise ValueError(
+            f"autocast={autocast} is for parameters of torch.float32, the model's are {parameters}; without autocast a "
+            "model computes in the dtype of its parameters"
+        )

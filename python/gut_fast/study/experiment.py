@@ -17,7 +17,7 @@ from gut_fast import analysis
 from gut_fast.analysis.choice import AUTO
 from gut_fast.data.partition import PARTITIONS
 from gut_fast.rules import get_rule
-from gut_fast.simulation.plan import Plan
+from gut_fast.simulation.timetable import Timetable
 from gut_fast.topology.names import parse_topology
 
 __all__ = [
@@ -97,7 +97,7 @@ class Experiment:
         object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(given))
         object.__setattr__(self, "partition_options", dict(self.partition_options))
         object.__setattr__(self, "milestones", tuple(self.milestones))
-        Plan(self.steps, self.milestones, self.decay, self.eval_every, checkpoint=None, checkpoint_every=None)
+        Timetable(self.steps, self.milestones, self.decay, self.eval_every, checkpoint=None, checkpoint_every=None)
 
     def _check_types(self) -> None:
         """Raises TypeError for a value that would be used before anything else looks at it."""

@@ -24,7 +24,7 @@ import zstandard
 from gut_fast.distributed.files import replacing
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
-from gut_fast.simulation.history import json_line
+from gut_fast.simulation.files import json_line
 from gut_fast.study.experiment import Experiment
 from gut_fast.study.run import Run
 from gut_fast.study.sweep import Task

@@ -1,4 +1,4 @@
-"""What a run does when: learning rate, evaluations and checkpoints as functions of the step."""
+"""The timetable of a run: its learning rate, evaluations and checkpoints as functions of the step."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["Plan"]
+from gut_fast.arguments import as_integer
+
+__all__ = ["Timetable"]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The arguments of `gut_fast.Simulator.run`, checked; that is where they are explained.
+class Timetable:
+    """The arguments of `gut_fast.Simulator.run`, which explains them, after a check.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message says which.
+        TypeError, ValueError: an argument is bad; the message names it.
         FileNotFoundError: the folder of `checkpoint` does not exist.
     """
 
@@ -28,13 +30,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "checkpoint_every"):
-            value = getattr(self, name)
-            if value is None and name != "steps":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            if name == "steps" or getattr(self, name) is not None:
+                as_integer(getattr(self, name), name, minimum=1)
         for milestone in self.milestones:
             if not (milestone > 0 and (milestone < 1 or float(milestone).is_integer())):
                 raise ValueError(f"milestones are fractions between 0 and 1 or step numbers, got {milestone}")
@@ -46,18 +43,18 @@ class Plan:
             raise FileNotFoundError(f"there is no folder {self.checkpoint.parent} for the checkpoint; create it first")
 
     def lr_factor(self, step: int) -> float:
-        """Factor on the initial learning rate in the step that follows `step` steps: ``decay ** passed milestones``."""
+        """The factor ``decay ** passed milestones`` on the initial learning rate in the step after `step` steps."""
         passed = sum(
             step >= (round(milestone * self.steps) if milestone < 1 else milestone) for milestone in self.milestones
         )
         return float(self.decay**passed)
 
     def evaluates_after(self, steps: int) -> bool:
-        """Whether there is an evaluation after so many steps."""
+        """Whether the run evaluates after so many steps."""
         return steps == self.steps or _is_multiple(steps, self.eval_every)
 
     def saves_after(self, steps: int) -> bool:
-        """Whether a checkpoint is written after so many steps."""
+        """Whether the run writes a checkpoint after so many steps."""
         return self.checkpoint is not None and (steps == self.steps or _is_multiple(steps, self.checkpoint_every))
 
 

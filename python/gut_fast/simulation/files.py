@@ -1,13 +1,17 @@
-"""Checkpoints: written whole or not at all, and checked before anything is taken from them.
+"""The files of a run: its history as CSV or lines of JSON, and its checkpoint. Each is written whole or not at all.
 
-That of a run in one process is a file; of one on several ranks a folder, in which each rank has files of its own.
+The checkpoint of a run in one process is a file; that of a run on several ranks a folder, in which each rank has files
+of its own.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import json
+import math
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,15 +24,47 @@ from gut_fast.distributed.files import replacing
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
 
-__all__ = ["check_configuration", "digest", "mixing_digest", "read_checkpoint", "write_checkpoint"]
+__all__ = [
+    "check_configuration",
+    "digest",
+    "json_line",
+    "mixing_digest",
+    "read_checkpoint",
+    "write_checkpoint",
+    "write_csv",
+    "write_json_lines",
+]
 
 FORMAT = "gut_fast simulator checkpoint 1"
 
 
-def write_checkpoint(content: Mapping[str, Any], path: str | Path, group: Group | None = None) -> None:
-    """Writes `content` beside `path` and renames it: `path` is always a whole checkpoint.
+def write_csv(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes a line of names and then a line per row; a value that a row lacks is left empty."""
+    names = list(dict.fromkeys(name for row in history for name in row))
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(history)
 
-    `content` holds tensors, numbers, strings, lists and dicts, so that it can be read without running code.
+
+def write_json_lines(history: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Writes one JSON object per row and line, with null for NaN and infinity, which JSON lacks."""
+    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(map(json_line, history))
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """The row as a line of JSON, with null for NaN and infinity."""
+    content = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
+    }
+    return json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def write_checkpoint(content: Mapping[str, Any], path: str | Path, group: Group | None = None) -> None:
+    """Writes `content` beside `path` and renames it, so that `path` is always a whole checkpoint.
+
+    The content may hold tensors, numbers, strings, lists and dicts, which can be read without running code.
     """
     if group is not None:
         Checkpoints(path, group).save(content["step"], {"format": FORMAT, **content})
@@ -38,11 +74,11 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path, group: Group 
 
 
 def read_checkpoint(path: str | Path, group: Group | None = None) -> dict[str, Any]:
-    """What `write_checkpoint` wrote, tensors on the CPU; with a group at the newest step that all ranks have.
+    """The content that `write_checkpoint` wrote, tensors on the CPU; with a group, at the newest step of all ranks.
 
     Raises:
         OSError: the file cannot be read.
-        RuntimeError: it is truncated, corrupt or not a checkpoint of the simulator.
+        RuntimeError: the file is truncated, corrupt or not a checkpoint of the simulator.
     """
     content = _read_file(path) if group is None else _read_folder(path, group)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -56,7 +92,7 @@ def _read_file(path: str | Path) -> Any:
             _check_sums(file)
             return torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
-            # torch raises half a dozen types here, OSError too, depending on which byte is wrong.
+            # Depending on the damaged byte torch raises one of half a dozen types, OSError among them.
             raise RuntimeError(
                 f"{path} cannot be read as a checkpoint; it is truncated, corrupt or another file "
                 f"({type(error).__name__})"
@@ -71,7 +107,7 @@ def _read_folder(path: str | Path, group: Group) -> Any:
 
 
 def _check_sums(file: BinaryIO) -> None:
-    """Raises zipfile.BadZipFile if a byte has changed: torch writes check sums but does not look at them."""
+    """Raises zipfile.BadZipFile if a byte has changed: torch writes check sums but does not read them."""
     with zipfile.ZipFile(file) as archive:
         damaged = archive.testzip()
     if damaged is not None:
@@ -80,7 +116,7 @@ def _check_sums(file: BinaryIO) -> None:
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
-    """16 hexadecimal digits that depend on every byte of the tensors."""
+    """A digest of 16 hexadecimal digits that depends on every byte of the tensors."""
     state = hashlib.blake2b(digest_size=8)
     for tensor in tensors:
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -88,7 +124,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def mixing_digest(topology: Topology) -> str:
-    """What `digest` is of tensors, of the weights of all steps of a topology."""
+    """A digest of the mixing weights of all steps of a topology."""
     state = hashlib.blake2b(digest_size=8)
     for mixing in topology.cycle:
         state.update((digest(mixing.csr) if isinstance(mixing, MixingMatrix) else repr(mixing)).encode())
@@ -96,7 +132,7 @@ def mixing_digest(topology: Topology) -> str:
 
 
 def check_configuration(saved: Mapping[str, Any], own: Mapping[str, Any], path: str | Path) -> None:
-    """Raises ValueError that names what differs between a checkpoint's configuration and the simulator's own."""
+    """Raises ValueError with the differences between a checkpoint's configuration and the simulator's own."""
     differences = [
         f"{name} is {saved.get(name)!r} there, {own.get(name)!r} here"
         for name in dict.fromkeys((*own, *saved))
