@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from gut_fast.data import partition
 from gut_fast.data.augmentation import Augmentation, RandomCropFlip, RandomResizedCropFlip
-from gut_fast.data.catalog import DATASETS, load
+from gut_fast.data.catalog import DATASETS, digits, load
 from gut_fast.data.datasets import Dataset, Inputs
 from gut_fast.data.image_files import ImageFiles
-from gut_fast.data.packaged import digits
 
 __all__ = [
     "DATASETS",

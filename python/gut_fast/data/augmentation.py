@@ -1,4 +1,4 @@
-"""Random changes to training images, many at once and on their device."""
+"""Random changes to training images, for many images at once and on their device."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gut_fast.arguments import as_integer
+
 __all__ = ["Augmentation", "RandomCropFlip", "RandomResizedCropFlip"]
 
 
 class Augmentation(Protocol):
-    """What is random is drawn on the CPU, so that it is the same whatever device the images are on.
+    """A random change to samples, whose random numbers are drawn on the CPU and so are the same for every device.
 
-    Its `repr` goes into checkpoints, which only a simulator with an equal one can load: a frozen dataclass has a good
-    one.
+    The `repr` goes into checkpoints, which only a simulator with an equal `repr` can load; that of a frozen dataclass
+    is a good one.
     """
 
     def draw(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """The random numbers of so many samples, a CPU tensor [num_samples, ...]."""
+        """The random numbers for so many samples, a CPU tensor [num_samples, ...]."""
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """The changed samples, shaped and laid out as `inputs` [N, B, ...]; `draws` [N, B, ...] is on their device."""
+        """The changed samples, in the shape and layout of `inputs` [N, B, ...]; `draws` [N, B, ...] is beside them."""
 
 
 @dataclass(frozen=True)
 class RandomCropFlip:
-    """Images are padded with zeros, cut out at a random place in their old size, and half of them mirrored.
+    """The augmentation that pads images with zeros, cuts out their size at a random place, and mirrors half of them.
 
     With the draws (top, left, mirrored) of an image x of width W, and x zero outside its borders::
 
         out[c, h, w] = x[c, h + top − padding, v + left − padding],   v = W − 1 − w where mirrored, else w
 
-    Zero is the mean of samples that are normalised as those of `gut_fast.data` are.
+    Zero is the mean of samples that are standardised as in `gut_fast.data`.
 
     Args:
         padding: rows and columns added on each side; top and left are uniform in 0 … 2 · padding.
@@ -51,21 +53,18 @@ class RandomCropFlip:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.padding, bool) or not isinstance(self.padding, int):
-            raise TypeError(f"padding must be an integer, got {type(self.padding).__name__} {self.padding!r}")
+        as_integer(self.padding, "padding", minimum=0)
         if not isinstance(self.flip, bool):
             raise TypeError(f"flip must be True or False, got {self.flip!r}")
-        if self.padding < 0:
-            raise ValueError(f"padding must be at least 0, got {self.padding}")
 
     def draw(self, num_samples: int, generator: torch.Generator) -> Tensor:
-        """Top, left and whether mirrored: int64 [num_samples, 3]."""
+        """Top, left and whether mirrored, for each sample: int64 [num_samples, 3]."""
         offsets = torch.randint(2 * self.padding + 1, (num_samples, 2), generator=generator, device="cpu")
         mirrored = torch.randint(1 + self.flip, (num_samples, 1), generator=generator, device="cpu")
         return torch.cat([offsets, mirrored], 1)
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """The images [N, B, C, H, W], in channels-last memory where `inputs` is; the kernels are the same for any N, B.
+        """The changed images [N, B, C, H, W], in the layout of `inputs`, by the same number of kernels for any N and B.
 
         Raises:
             ValueError: the inputs are not images, or `draws` is not an int64 tensor [N, B, 3] on their device or, on
@@ -77,7 +76,7 @@ class RandomCropFlip:
         return _gather_pixels(padded, self._positions(draws.flatten(0, 1), height, width)).view_as(inputs)
 
     def _positions(self, draws: Tensor, height: int, width: int) -> Tensor:
-        """Where in its padded image each pixel of a sample comes from, [samples, height, width]."""
+        """The place in the padded image that each pixel of a sample comes from, [samples, height, width]."""
         top, left, mirrored = draws.unbind(1)
         h, w = (torch.arange(size, device=draws.device) for size in (height, width))
         rows = top[:, None] + h
@@ -93,7 +92,7 @@ class RandomCropFlip:
                 f"{self}: draws is {draws.dtype} of shape {tuple(draws.shape)} on {draws.device}, "
                 f"expected torch.int64 of shape {expected} on {inputs.device}"
             )
-        # Elsewhere looking at the numbers would wait for the device.
+        # On another device reading the numbers would wait for it.
         if draws.device.type == "cpu" and draws.numel():
             limits = torch.tensor([2 * self.padding, 2 * self.padding, 1], device="cpu")
             if bool(((draws < 0) | (draws > limits)).any()):
@@ -105,13 +104,13 @@ class RandomCropFlip:
 
 @dataclass(frozen=True)
 class RandomResizedCropFlip:
-    """A random part of each image, resized to the size of the inputs, and half of the images mirrored.
+    """The augmentation that resizes a random part of each image to the size of the inputs, and mirrors half of them.
 
-    Where images stay in files, the part is of the image in the file, in the file's own resolution.
+    For images in files, the part is cut from the image in the file, in the file's resolution.
 
     Args:
-        scale: the part's share of the area is uniform between these.
-        ratio: the logarithm of its width over its height is uniform between the logarithms of these.
+        scale: lowest and highest share of the area; the share is uniform between them.
+        ratio: lowest and highest ratio of width to height; the ratio's logarithm is uniform between their logarithms.
         flip: whether images are mirrored, left to right, with probability 1/2.
 
     Raises:
@@ -136,7 +135,7 @@ class RandomResizedCropFlip:
         return torch.randint(2**63 - 1, (num_samples, 1), generator=generator, device="cpu")
 
     def __call__(self, inputs: Tensor, draws: Tensor) -> Tensor:
-        """The images [N, B, C, H, W], one after the other.
+        """The changed images [N, B, C, H, W], computed one after the other.
 
         Raises:
             ValueError: the inputs are not images.
@@ -149,11 +148,11 @@ class RandomResizedCropFlip:
         return torch.empty_like(inputs).copy_(torch.stack(images).view_as(inputs))
 
     def crop(self, image: Any, seed: int, size: tuple[int, int]) -> Any:
-        """One image, a tensor [C, H, W] or a PIL image, changed to height and width `size`."""
+        """An image of height and width `size` from a part of one, both tensors [C, H, W] or PIL images."""
         from torchvision.transforms import RandomResizedCrop
         from torchvision.transforms.functional import hflip, resized_crop
 
-        # torchvision draws from the default generator, which is put back.
+        # torchvision draws from the default generator, which fork_rng puts back.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             part = RandomResizedCrop.get_params(image, list(self.scale), list(self.ratio))
@@ -163,7 +162,7 @@ class RandomResizedCropFlip:
 
 
 def _gather_pixels(images: Tensor, positions: Tensor) -> Tensor:
-    """Of images [S, C, H', W'] the pixels at h · W' + w = positions [S, H, W], as [S, C, H, W] in the same layout."""
+    """The pixels of images [S, C, H', W'] at h · W' + w = positions [S, H, W], as [S, C, H, W] in the same layout."""
     (samples, height, width), channels = positions.shape, images.shape[1]
     if images.is_contiguous():
         indices = positions.flatten(1)[:, None, :].expand(-1, channels, -1)

@@ -1,4 +1,4 @@
-"""A data set: samples and labels, ready to be divided among agents."""
+"""The `Dataset`: samples and labels, ready to be divided among agents."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from gut_fast.arguments import as_integer, as_number
 from gut_fast.data.augmentation import Augmentation, RandomCropFlip
 from gut_fast.data.image_files import ImageFiles
 
-__all__ = ["Dataset", "Inputs", "hold_out"]
+__all__ = ["Dataset", "Inputs", "hold_out", "standardised"]
 
 Inputs = Tensor | ImageFiles
 """Samples in memory, or in files that are read batch by batch."""
@@ -19,15 +20,15 @@ Inputs = Tensor | ImageFiles
 
 @dataclass(frozen=True)
 class Dataset:
-    """A classification task.
+    """The samples and labels of a classification task.
 
     Args:
         name: for example ``"digits"``.
-        num_classes: labels are 0 … num_classes − 1.
+        num_classes: number of classes; labels are 0 … num_classes − 1.
         train_inputs, test_inputs: tensors [samples, *input_shape], or `ImageFiles`.
         train_labels, test_labels: int64 tensors [samples].
-        source: where the samples were read from, and what was checked about them.
-        augmentation: the random changes to training images that are usual with this set.
+        source: where the samples come from, and which check sums are correct.
+        augmentation: the usual random changes to training images of this set.
 
     Raises:
         ValueError: a split is empty, inputs and labels differ in number, or a label is not a class.
@@ -66,22 +67,19 @@ class Dataset:
 
     @property
     def input_shape(self) -> tuple[int, ...]:
-        """Shape of one input, for example (1, 8, 8)."""
+        """The shape of one input, for example (1, 8, 8)."""
         return tuple(self.train_inputs.shape[1:])
 
     def pooled(self, factor: int) -> Dataset:
-        """The same with smaller images: each pixel is the mean of ``factor × factor`` pixels.
+        """The data set with smaller images: each pixel is the mean of ``factor × factor`` pixels.
 
-        The values are not scaled anew: their mean stays zero, their standard deviation falls somewhat below one.
+        The values are not scaled again: their mean stays zero, their standard deviation falls somewhat below one.
 
         Raises:
             TypeError, ValueError: factor is not an integer >= 1, the inputs are not images in memory, or their height
-                or width is not a multiple of it.
+                or width is not a multiple of factor.
         """
-        if isinstance(factor, bool) or not isinstance(factor, int):
-            raise TypeError(f"factor must be an integer, got {type(factor).__name__} {factor!r}")
-        if factor < 1:
-            raise ValueError(f"factor must be at least 1, got {factor}")
+        factor = as_integer(factor, "factor", minimum=1)
         train, test = self.train_inputs, self.test_inputs
         if isinstance(train, ImageFiles) or isinstance(test, ImageFiles):
             raise ValueError(f"data set {self.name!r} stays in files; only images in memory can be pooled")
@@ -96,17 +94,16 @@ class Dataset:
         return replace(self, train_inputs=pooled_train, test_inputs=pooled_test)
 
     def with_validation(self, fraction: float, seed: int = 0) -> Dataset:
-        """The same with training samples held out, class by class, that stand in for the test samples.
+        """The data set with some training samples, drawn class by class, in place of the test samples.
 
-        Tuning on this set cannot see a test sample of this set; where a seed has divided it, those of another seed are
-        others. What is held out is a function of the labels, fraction and seed.
+        So tuning never sees a test sample. The draw is a function of the labels, the fraction and the seed.
 
         Args:
-            fraction: of the training samples of each class, rounded to whole samples.
-            seed: of the draw.
+            fraction: share of the training samples of each class that is held out, rounded to whole samples.
+            seed: seed of the draw.
 
         Raises:
-            TypeError, ValueError: a bad seed, or a fraction that leaves some class without a sample on either side.
+            TypeError, ValueError: the seed is bad, or the fraction leaves a class without a sample on either side.
         """
         kept, held = hold_out(self.train_labels, fraction, seed)
         return replace(
@@ -119,15 +116,10 @@ class Dataset:
 
 
 def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the samples that stay and of those held out, ascending; see `Dataset.with_validation`."""
-    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)):
-        raise TypeError(f"fraction must be a number, got {type(fraction).__name__} {fraction!r}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__} {seed!r}")
-    if not 0 < fraction < 1:
+    """The ascending indices of the samples that stay, and of those held out; see `Dataset.with_validation`."""
+    seed = as_integer(seed, "seed", minimum=0)
+    if not 0 < as_number(fraction, "fraction") < 1:
         raise ValueError(f"fraction must be between 0 and 1, got {fraction}")
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0, got {seed}")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     is_held_out = torch.zeros(len(labels), dtype=torch.bool, device="cpu")
     for label in labels.unique().tolist():
@@ -140,3 +132,24 @@ def hold_out(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor
             )
         is_held_out[samples[:count]] = True
     return (~is_held_out).nonzero().flatten(), is_held_out.nonzero().flatten()
+
+
+def standardised(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
+    """The images of bytes [samples, channels, height, width] as float32, standardised by the training images.
+
+    Each channel is shifted and scaled by the mean and the standard deviation of its pixels in the training images,
+    which come from a count of the 256 values and so are exact and the same on every machine.
+    """
+    levels = torch.arange(256, dtype=torch.float64, device="cpu")
+    counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in train.unbind(1)]).to(
+        torch.float64
+    )
+    counts /= counts.sum(1, keepdim=True)
+    mean = counts @ levels
+    std = (counts * (levels - mean[:, None]).square()).sum(1).sqrt()
+
+    def scale(images: Tensor) -> Tensor:
+        shift, factor = (statistic.to(torch.float32).view(-1, 1, 1) for statistic in (mean, std))
+        return images.to(torch.float32, memory_format=torch.contiguous_format).sub_(shift).div_(factor)
+
+    return scale(train), scale(test)

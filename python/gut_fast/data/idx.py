@@ -1,4 +1,4 @@
-"""Fashion-MNIST and MNIST: IDX files, raw or gzipped, read without torchvision.
+"""Fashion-MNIST and MNIST: a reader of IDX files, raw or gzipped.
 
 An IDX file is the bytes 0, 0, 8 (unsigned bytes), the number of dimensions, each of them as four bytes, the most
 significant first, and the values. Both sets have files of the same names and shapes; the check sums tell them apart.
@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gut_fast.data.datasets import Dataset
-from gut_fast.data.files import Source, torchvision_datasets
-from gut_fast.data.pixels import standardised
+from gut_fast.data.datasets import Dataset, standardised
+from gut_fast.data.sources import Download, Source
 
 __all__ = ["fashion_mnist", "mnist"]
 
@@ -28,80 +27,88 @@ UNSIGNED_BYTE = 8
 
 @dataclass(frozen=True)
 class IdxFile:
-    """What a file must be: the shape of its values and the sha256 of its raw content, header included."""
+    """A published file: the shape of its values, the sha256 of its raw content, and the md5 of the gzipped file."""
 
     name: str
     shape: tuple[int, ...]
     sha256: str
+    gzip_md5: str
 
 
-def _files(train_images: str, train_labels: str, test_images: str, test_labels: str) -> tuple[IdxFile, ...]:
-    return (
-        IdxFile("train-images-idx3-ubyte", (60_000, 28, 28), train_images),
-        IdxFile("train-labels-idx1-ubyte", (60_000,), train_labels),
-        IdxFile("t10k-images-idx3-ubyte", (10_000, 28, 28), test_images),
-        IdxFile("t10k-labels-idx1-ubyte", (10_000,), test_labels),
+def _files(*checksums: tuple[str, str]) -> tuple[IdxFile, ...]:
+    names = (
+        ("train-images-idx3-ubyte", (60_000, 28, 28)),
+        ("train-labels-idx1-ubyte", (60_000,)),
+        ("t10k-images-idx3-ubyte", (10_000, 28, 28)),
+        ("t10k-labels-idx1-ubyte", (10_000,)),
     )
+    return tuple(IdxFile(*name, *sums) for name, sums in zip(names, checksums, strict=True))
 
 
 FILES = {
     "fashion-mnist": _files(
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+        ("c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+        ("bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9", "25c81989df183df01b3e8a0aad5dffbe"),
+        ("5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b", "bef4ecab320f06d8554ea6380940ec79"),
+        ("0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34", "bb300cfdad3c16e7a12a480ee83cd310"),
     ),
     "mnist": _files(
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+        ("ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db", "f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+        ("65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5", "d53e105ee54ea40749a09fcbcd1e9432"),
+        ("0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7", "9fb629c4189551a2d022fa330f9573f3"),
+        ("ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2", "ec29112dd5afa0611ce80d1b7f02629c"),
     ),
 }
-"""Training images and labels, test images and labels of each set."""
+"""Training images and labels, test images and labels of each set, with sha256 and md5."""
+
+URLS = {
+    "fashion-mnist": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+    "mnist": "https://ossci-datasets.s3.amazonaws.com/mnist",
+}
+"""The folder of the gzipped files of each set."""
 
 
 def fashion_mnist(folder: str | Path | None = None, download: bool = False) -> Dataset:
     """Fashion-MNIST: 60,000 training and 10,000 test images of ten kinds of clothing, 1×28×28.
 
-    Arguments, errors and what is done to the pixels: see `gut_fast.data.load`. The folder may be that of the Debian
-    package dataset-fashion-mnist, which is found without being named, or one that torchvision has filled.
+    `gut_fast.data.load` explains the arguments, the errors and the scaling of the pixels. The folder may be that of the
+    Debian package dataset-fashion-mnist, which is found without being named, or one that torchvision has filled.
 
     Source: Xiao, Rasul, Vollgraf, "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms",
     arXiv 1708.07747.
     """
-    source = _source("fashion-mnist", "FashionMNIST", package="dataset-fashion-mnist")
-    return _load(source, folder, download)
+    return _load("fashion-mnist", "FashionMNIST/raw", "dataset-fashion-mnist", folder, download)
 
 
 def mnist(folder: str | Path | None = None, download: bool = False) -> Dataset:
     """MNIST: 60,000 training and 10,000 test images of handwritten digits, 1×28×28.
 
-    Arguments, errors and what is done to the pixels: see `gut_fast.data.load`.
+    `gut_fast.data.load` explains the arguments, the errors and the scaling of the pixels.
 
     Source: LeCun et al., "Gradient-Based Learning Applied to Document Recognition", Proc. IEEE 1998.
     """
-    return _load(_source("mnist", "MNIST"), folder, download)
+    return _load("mnist", "MNIST/raw", None, folder, download)
 
 
-def _source(name: str, torchvision_name: str, package: str | None = None) -> Source:
-    return Source(
+def _load(
+    name: str, torchvision_folder: str, package: str | None, folder: str | Path | None, download: bool
+) -> Dataset:
+    source = Source(
         name,
         files=tuple(file.name for file in FILES[name]),
-        subfolders=(name, f"{torchvision_name}/raw", ""),
-        download=lambda root: getattr(torchvision_datasets(), torchvision_name)(root, download=True),
+        subfolders=(name, torchvision_folder, ""),
+        downloads=tuple(
+            Download(f"{URLS[name]}/{file.name}.gz", file.gzip_md5, torchvision_folder) for file in FILES[name]
+        ),
         package=package,
     )
-
-
-def _load(source: Source, folder: str | Path | None, download: bool) -> Dataset:
     place = source.find(folder, download)
     train_images, train_labels, test_images, test_labels = (
-        _read(source, file, source.file(place, file.name)) for file in FILES[source.name]
+        _read(source, file, source.file(place, file.name)) for file in FILES[name]
     )
     train_inputs, test_inputs = standardised(train_images.unsqueeze(1), test_images.unsqueeze(1))
     return Dataset(
-        source.name,
+        name,
         num_classes=10,
         train_inputs=train_inputs,
         train_labels=train_labels.to(torch.int64),
@@ -112,7 +119,7 @@ def _load(source: Source, folder: str | Path | None, download: bool) -> Dataset:
 
 
 def _read(source: Source, file: IdxFile, path: Path) -> Tensor:
-    """The values of a file, uint8, checked in every byte."""
+    """The values of a file, uint8, after a check of every byte."""
     header = struct.pack(f">HBB{len(file.shape)}I", 0, UNSIGNED_BYTE, len(file.shape), *file.shape)
     size = len(header) + math.prod(file.shape)
     try:
@@ -141,7 +148,7 @@ def _header_mistake(content: bytes, header: bytes) -> str:
 
 
 def _owner(digest: str) -> str:
-    """Which file has that check sum: the names are easily mixed up."""
+    """A clause that names the file with this check sum, since both sets have the same file names."""
     owners = (
         f"; it is {name}'s {file.name}" for name, files in FILES.items() for file in files if file.sha256 == digest
     )

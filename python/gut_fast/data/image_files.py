@@ -1,8 +1,9 @@
-"""Images that stay in their files, and are read and decoded batch by batch by worker processes."""
+"""Images that stay in their files; worker processes read and decode them batch by batch."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,33 +18,45 @@ from torch.utils.data import Dataset as TorchDataset
 
 from gut_fast.data.augmentation import RandomResizedCropFlip
 
-__all__ = ["ImageFiles"]
+__all__ = ["ImageFiles", "check_can_read_images"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of the pixels of ImageNet, between 0 and 1, channel by channel."""
+"""The mean and standard deviation of ImageNet's pixels, between 0 and 1, channel by channel."""
 
 RESIZED_PER_CROPPED = 256 / 224
+"""The shorter side of a resized image over the side of the square that is cut out."""
 
 MAX_WORKERS = 8
 
 CPU = torch.device("cpu")
 
 Request = tuple[Tensor, Tensor | None]
-"""Indices [B], and what an augmentation has drawn for these samples, [B, 1]."""
+"""The indices [B] of samples, and the numbers that an augmentation has drawn for them, [B, 1], or None."""
+
+
+def check_can_read_images() -> None:
+    """Raises ImportError if torchvision, which reads and crops images, cannot be imported."""
+    try:
+        importlib.import_module("torchvision")
+    except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision for another torch raises any of these
+        raise ImportError(
+            f"images in files are read with torchvision, which cannot be imported ({error}); "
+            'install the one for your torch: pip install "gut_fast[data]"'
+        ) from error
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Stands for a tensor [samples, 3, size, size] of standardised images that would not fit in memory.
+    """A stand-in for a tensor [samples, 3, size, size] of standardised images that would not fit in memory.
 
-    As far as the simulator goes it is used like that tensor: `shape`, ``len``, indices of samples, `to`, `split`. An
+    It has the methods of a tensor that the simulator uses: `shape`, ``len``, indices of samples, `to`, `split`. An
     image is resized until its shorter side is size · 256 / 224, and the square in its middle is cut out.
 
     Args:
         paths: the files, in any format that PIL reads.
-        size: of the sides of the squares, in pixels.
-        workers: processes that read ahead; 0 reads in this one. Results do not depend on it.
-        device, dtype, memory_format: of the batches.
+        size: sides of the squares, in pixels.
+        workers: number of processes that read ahead; 0 reads in this process. Results do not depend on it.
+        device, dtype, memory_format: device, dtype and layout of the batches.
     """
 
     paths: tuple[Path, ...]
@@ -55,16 +68,16 @@ class ImageFiles:
 
     @property
     def shape(self) -> torch.Size:
-        """That of the tensor."""
+        """The shape of the tensor."""
         return torch.Size((len(self.paths), 3, self.size, self.size))
 
     @property
     def ndim(self) -> int:
-        """That of the tensor."""
+        """The number of the tensor's dimensions."""
         return 4
 
     def is_floating_point(self) -> bool:
-        """True."""
+        """Whether the batches are floating-point, which they always are."""
         return True
 
     def __len__(self) -> int:
@@ -75,33 +88,33 @@ class ImageFiles:
         return replace(self, paths=tuple(self.paths[index] for index in indices.tolist()))
 
     def to(self, other: Tensor | torch.device) -> ImageFiles:
-        """The same with batches on the device of `other`, and of its dtype if it is a tensor."""
+        """The same files with batches on the device of `other`, and in its dtype if it is a tensor."""
         if isinstance(other, torch.device):
             return replace(self, device=other)
         return replace(self, device=other.device, dtype=other.dtype)
 
     def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> ImageFiles:
-        """The same with batches in this layout."""
+        """The same files with batches in this layout."""
         return replace(self, memory_format=memory_format)
 
     def fingerprint(self) -> Tensor:
-        """32 bytes, uint8, that depend on the name of every file, with its folder's, and its size."""
+        """A digest of 32 bytes, uint8, of the name, the folder's name and the size of every file."""
         listing = "\n".join(f"{path.parent.name}/{path.name} {path.stat().st_size}" for path in self.paths)
         return torch.frombuffer(bytearray(hashlib.sha256(listing.encode()).digest()), dtype=torch.uint8)
 
     def split(self, size: int) -> Iterator[Tensor]:
-        """All images, in batches of `size`; the last may be smaller."""
+        """All images in batches of `size`; the last batch may be smaller."""
         return self.batches((indices, None) for indices in torch.arange(len(self), device=CPU).split(size))
 
     def batches(
         self, requests: Iterable[Request], augment: RandomResizedCropFlip | None = None, ahead: int = 2
     ) -> Iterator[Tensor]:
-        """The images [B, 3, size, size] of each request, in their order.
+        """The images [B, 3, size, size] of each request, in the order of the requests.
 
         Args:
-            requests: may be endless; taken from while batches are read ahead.
-            augment: makes squares of the images instead, with what it has drawn for them.
-            ahead: how many batches are read ahead, or a few more.
+            requests: requests, possibly endless, which are taken while batches are read ahead.
+            augment: makes the squares from the images in place of resizing, with the numbers in the requests.
+            ahead: number of batches that are read ahead at least.
 
         Raises:
             RuntimeError: a file is missing or cannot be decoded; the message names it.
@@ -114,7 +127,7 @@ class ImageFiles:
             prefetch_factor=max(-(-ahead // self.workers), 1) if self.workers else None,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_ignore_interrupts,
-            generator=torch.Generator(),  # or it would draw from the default one
+            generator=torch.Generator(),  # leaves the default generator alone
         )
         for images in loader:
             if isinstance(images, str):
@@ -129,7 +142,7 @@ class ImageFiles:
 
 @dataclass(frozen=True)
 class _Reader(TorchDataset):
-    """What a worker does: a request becomes images [B, 3, size, size], uint8, or the message of an error."""
+    """The work of a worker process: it makes images [B, 3, size, size], uint8, or an error message of a request."""
 
     paths: Sequence[Path]
     size: int
@@ -146,7 +159,7 @@ class _Reader(TorchDataset):
             path = self.paths[index]
             try:
                 images.append(pil_to_tensor(self._square(path, seed)))
-            # PIL raises any of these on a damaged file.
+            # PIL raises any of these for a damaged file.
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 return f"{path} cannot be read as an image ({error}); get the data set again"
         return torch.stack(images)
@@ -163,10 +176,10 @@ class _Reader(TorchDataset):
 
 
 def _num_cores() -> int:
-    """That this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C reaches the workers too, but what it means is the simulator's to say, which may still need them."""
+    """Makes a worker ignore Ctrl-C, which reaches it too: the simulator decides, and may still need the worker."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

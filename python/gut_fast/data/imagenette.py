@@ -1,4 +1,4 @@
-"""Imagenette, read from its folders while the run goes on."""
+"""Imagenette, whose images are read from its folders during a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from gut_fast.data.augmentation import RandomResizedCropFlip
 from gut_fast.data.datasets import Dataset
-from gut_fast.data.files import Source, torchvision_datasets
-from gut_fast.data.image_files import ImageFiles
+from gut_fast.data.image_files import ImageFiles, check_can_read_images
+from gut_fast.data.sources import Download, Source
 
 __all__ = ["imagenette"]
 
@@ -26,31 +26,33 @@ CLASSES = (
     "n03445777",
     "n03888257",
 )
-"""WordNet's numbers of tench, English springer, cassette player, chain saw, church, French horn, garbage truck, gas
-pump, golf ball and parachute."""
+"""The numbers in WordNet of tench, English springer, cassette player, chain saw, church, French horn, garbage truck,
+gas pump, golf ball and parachute."""
 
 NUM_IMAGES = {"train": 9_469, "val": 3_925}
-"""Of the second release, the one that torchvision fetches."""
+"""The number of images in each folder of the second release."""
+
+ARCHIVE = Download("https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz", "3df6f0d01a2c9592104656642f5e78a3")
+"""The second release, with images whose shorter side has 320 pixels."""
 
 
 def imagenette(folder: str | Path | None = None, download: bool = False) -> Dataset:
     """Imagenette: 9,469 training and 3,925 test photographs of ten classes of ImageNet, 3×224×224.
 
     The images stay in their files (`ImageFiles`). The usual augmentation is a random resized crop and flip. A download
-    takes the release whose shorter sides have 320 pixels; in a folder the one in full size comes first. Published check
-    sums are of the archives only, so what is checked in a folder is that all classes and the number of images are
-    there.
+    takes the release whose shorter sides have 320 pixels; in a folder the release in full size comes first. Only the
+    archives have published check sums, so in a folder only the classes and the number of images are checked.
 
-    Arguments and errors: see `gut_fast.data.load`.
+    `gut_fast.data.load` explains the arguments and errors.
 
     Source: Howard, "Imagenette", https://github.com/fastai/imagenette.
     """
-    reader = torchvision_datasets().Imagenette  # without torchvision the images could not be read later either
+    check_can_read_images()
     source = Source(
         "imagenette",
         files=tuple(f"{split}/{name}" for split in NUM_IMAGES for name in CLASSES),
         subfolders=("imagenette2", "imagenette2-320", ""),
-        download=lambda root: reader(root, size="320px", download=True),
+        downloads=(ARCHIVE,),
     )
     place = source.find(folder, download)
     (train_inputs, train_labels), (test_inputs, test_labels) = (_split(source, place / name) for name in NUM_IMAGES)
@@ -67,7 +69,7 @@ def imagenette(folder: str | Path | None = None, download: bool = False) -> Data
 
 
 def _split(source: Source, folder: Path) -> tuple[ImageFiles, Tensor]:
-    """The images and labels below one of the two folders."""
+    """The images and labels in one of the two folders."""
     files = [sorted((folder / name).glob("*.JPEG")) for name in CLASSES]
     counts = torch.tensor([len(of_class) for of_class in files], device="cpu")
     expected = NUM_IMAGES[folder.name]

@@ -1,4 +1,4 @@
-"""Dividing labelled samples among agents, from identically distributed to one class per agent.
+"""Divisions of labelled samples among agents, from identically distributed to one class per agent.
 
 Every function returns one int64 index tensor per agent, ascending; together they hold every sample exactly once, and
 every agent has at least one. The division depends on the arguments alone, never on a global random state.
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from gut_fast.arguments import as_integer, as_number
 
 __all__ = [
     "PARTITIONS",
@@ -34,7 +36,7 @@ AGENTS_PER_BLOCK = 10
 def dirichlet(
     labels: Tensor, num_agents: int, alpha: float, seed: int = 0, *, equal: bool = True, min_size: int = 1
 ) -> list[Tensor]:
-    """Each class is divided among the agents in proportions drawn from a symmetric Dirichlet(α).
+    """The division of each class among the agents in proportions drawn from a symmetric Dirichlet(α).
 
     A small α gives each agent few classes, a large one gives all agents the same mix.
 
@@ -42,20 +44,19 @@ def dirichlet(
         labels: class of each sample, a 1-D integer tensor.
         num_agents: number of agents N.
         alpha: concentration α > 0.
-        seed: of the draw.
-        equal: sizes differ by at most one; an agent that is full takes no more, and what is left of a class goes to the
-            others in proportion. With ``equal=False`` the sizes are what the draw makes them.
+        seed: seed of the draw.
+        equal: makes sizes that differ by at most one; a full agent takes no more samples, and the rest of a class goes
+            to the other agents in proportion. With ``equal=False`` the draw alone determines the sizes.
         min_size: with ``equal=False``, agents below this size take samples from the largest agent.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message says which.
+        TypeError, ValueError: an argument is bad; the message names it.
 
     Source: the draw per class is that of Yurochkin et al., "Bayesian Nonparametric Federated Learning", ICML 2019.
     """
     classes = _checked_labels(labels, num_agents)
     _check_alpha(alpha)
-    _check_count("min_size", min_size)
-    if min_size < 1 or min_size * num_agents > len(classes):
+    if as_integer(min_size, "min_size", minimum=0) < 1 or min_size * num_agents > len(classes):
         raise ValueError(
             f"min_size={min_size} must be at least 1 and, for {len(classes)} samples and {num_agents} agents, "
             f"at most {len(classes) // num_agents}"
@@ -69,21 +70,21 @@ def dirichlet(
 
 
 def dirichlet_blocks(labels: Tensor, num_agents: int, alpha: float, seed: int = 0) -> list[Tensor]:
-    """The division in the GUT paper's experiments: Dirichlet(α) within blocks of 10 agents, re-cut to equal sizes.
+    """The division in the GUT paper's experiments: Dirichlet(α) within blocks of 10 agents, cut again to equal sizes.
 
     The shuffled samples are dealt to blocks of at most 10 agents. In a block each class is divided as by `dirichlet`
-    with ``equal=False``, but an agent that holds its share takes nothing of the classes after. The agents' samples,
-    one agent after the other, are then cut into N runs whose sizes differ by at most one. Which class mixes can occur
-    depends on the blocks, so results compare only with results on this same division.
+    with ``equal=False``, except that an agent that holds its share takes no samples of later classes. The samples of
+    all agents in a row are then cut into N runs whose sizes differ by at most one. The possible mixes of classes depend
+    on the blocks, so results compare only with results on the same division.
 
     Args:
         labels: class of each sample, a 1-D integer tensor.
         num_agents: number of agents N.
         alpha: concentration α > 0.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message says which.
+        TypeError, ValueError: an argument is bad; the message names it.
     """
     classes = _checked_labels(labels, num_agents)
     _check_alpha(alpha)
@@ -99,7 +100,7 @@ def dirichlet_blocks(labels: Tensor, num_agents: int, alpha: float, seed: int = 
 
 
 def shards(labels: Tensor, num_agents: int, classes_per_agent: int, seed: int = 0) -> list[Tensor]:
-    """Pure shards: no agent sees more than `classes_per_agent` classes, and every class is seen.
+    """The division into pure shards: no agent sees more than `classes_per_agent` classes, and every class is seen.
 
     The classes are cut into N · classes_per_agent shards of one class each and about the same size, and every agent is
     dealt `classes_per_agent` of them, of different classes where the class sizes allow.
@@ -108,17 +109,17 @@ def shards(labels: Tensor, num_agents: int, classes_per_agent: int, seed: int = 
         labels: class of each sample, a 1-D integer tensor.
         num_agents: number of agents N.
         classes_per_agent: from 1 to the number of classes; N · classes_per_agent must not be below that number.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message says which.
+        TypeError, ValueError: an argument is bad; the message names it.
 
     Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
     whose shards may straddle two classes; these do not.
     """
     classes = _checked_labels(labels, num_agents)
     num_classes = len(np.unique(classes))
-    _check_count("classes_per_agent", classes_per_agent)
+    classes_per_agent = as_integer(classes_per_agent, "classes_per_agent", minimum=0)
     num_shards = num_agents * classes_per_agent
     if not 1 <= classes_per_agent <= num_classes:
         raise ValueError(f"classes_per_agent={classes_per_agent} must be from 1 to the {num_classes} classes there are")
@@ -136,7 +137,7 @@ def shards(labels: Tensor, num_agents: int, classes_per_agent: int, seed: int = 
     for group, count in zip(groups, _shards_per_class(groups, num_shards), strict=True):
         pieces = np.array_split(group, count)
         while pieces:
-            # To the agents with the most places left first: so later classes always find enough different agents.
+            # The agents with the most free places come first, so later classes always find enough different agents.
             turns = np.lexsort((random.permutation(num_agents), dealt))
             turns = turns[dealt[turns] < classes_per_agent][: len(pieces)]
             for agent, piece in zip(turns, pieces, strict=False):
@@ -147,10 +148,10 @@ def shards(labels: Tensor, num_agents: int, classes_per_agent: int, seed: int = 
 
 
 def iid(labels: Tensor, num_agents: int, seed: int = 0) -> list[Tensor]:
-    """Shuffled samples in N runs whose sizes differ by at most one: every agent sees the same mix.
+    """The division of shuffled samples into N runs whose sizes differ by at most one: every agent sees the same mix.
 
     Raises:
-        TypeError, ValueError: a bad argument; the message says which.
+        TypeError, ValueError: an argument is bad; the message names it.
     """
     classes = _checked_labels(labels, num_agents)
     return _tensors(np.array_split(_generator(seed).permutation(len(classes)), num_agents))
@@ -166,10 +167,10 @@ PARTITIONS: dict[str, Callable[..., list[Tensor]]] = {
 
 
 def partition(name: str, labels: Tensor, num_agents: int, seed: int = 0, **options: Any) -> list[Tensor]:
-    """The division of that name, for example ``partition("dirichlet", labels, 16, alpha=0.1)``.
+    """The division called `name`, for example ``partition("dirichlet", labels, 16, alpha=0.1)``.
 
     Raises:
-        TypeError, ValueError: an unknown name, an option that this division does not take or lacks, a bad value.
+        TypeError, ValueError: the name is unknown, or an option is unknown, missing or bad.
     """
     if name not in PARTITIONS:
         raise ValueError(f"unknown partition {name!r}; known are {', '.join(PARTITIONS)}")
@@ -188,10 +189,10 @@ _COMMON_ARGUMENTS = ("labels", "num_agents", "seed")
 
 
 def class_histogram(labels: Tensor, parts: Sequence[Tensor], num_classes: int) -> Tensor:
-    """How many samples of each class every agent holds: an int64 tensor [N, num_classes].
+    """The number of samples of each class that every agent holds: an int64 tensor [N, num_classes].
 
     Raises:
-        ValueError: a label outside 0 … num_classes − 1, or labels that are not a 1-D integer tensor.
+        ValueError: a label is outside 0 … num_classes − 1, or the labels are not a 1-D integer tensor.
     """
     classes = torch.from_numpy(_checked_labels(labels, 1))
     if not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
@@ -203,16 +204,16 @@ def class_histogram(labels: Tensor, parts: Sequence[Tensor], num_classes: int) -
 
 
 def heterogeneity(histogram: Tensor) -> float:
-    """How far the agents' class mixes are from the mix of all samples, from 0, all the same, to below 1.
+    """The distance of the agents' class mixes from the mix of all samples, from 0 (equal mixes) to below 1.
 
-    The mean over agents of the total variation distance ``½ Σ_c |p_i(c) − p(c)|``: the share of an agent's samples that
-    would have to be of another class.
+    It is the mean over agents of the total variation distance ``½ Σ_c |p_i(c) − p(c)|``: the share of an agent's
+    samples that would have to be of another class.
 
     Args:
         histogram: samples of each agent and class, [N, classes], as `class_histogram` counts them.
 
     Raises:
-        ValueError: an agent without samples, or no agent.
+        ValueError: an agent has no samples, or there is no agent.
     """
     counts = histogram.to(torch.float64)
     if counts.ndim != 2 or not counts.numel() or not bool((counts.sum(1) > 0).all()):
@@ -226,8 +227,8 @@ def _divide(
 ) -> list[Indices]:
     """Divides the samples of each group among the agents by Dirichlet(α) proportions.
 
-    An agent that holds its capacity takes part in no later group; within a group it stops at its capacity, or goes
-    beyond it where `overfill` is set. The capacities sum to no less than the samples.
+    An agent that holds its capacity takes part in no later group; within a group it stops at its capacity, or exceeds
+    it if `overfill` is set. The capacities sum to at least the number of samples.
     """
     parts: list[list[Indices]] = [[] for _ in capacity]
     room = capacity.copy()
@@ -245,17 +246,18 @@ def _divide(
 
 
 def _log_dirichlet(alpha: float, size: int, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Logarithms of unnormalised Dirichlet(α) proportions.
+    """The logarithms of unnormalised Dirichlet(α) proportions.
 
-    For small α the proportions themselves underflow, all of them at once. Gamma(α) = Gamma(α + 1) · U^(1/α) does not
-    in logarithms (Marsaglia, Tsang, "A Simple Method for Generating Gamma Variables", ACM TOMS 2000, section 6).
+    For small α all proportions underflow at once; the logarithm of Gamma(α) = Gamma(α + 1) · U^(1/α) does not.
+
+    Source: Marsaglia, Tsang, "A Simple Method for Generating Gamma Variables", ACM TOMS 2000, section 6.
     """
     uniform = 1 - random.random(size)
     return np.log(random.standard_gamma(alpha + 1, size)) + np.log(uniform) / max(alpha, 1e-300)
 
 
 def _apportion(count: int, log_weights: np.ndarray[Any, np.dtype[np.float64]]) -> Indices:
-    """`count` as a sum of integers, each within one of its exact share; none where the weight is zero."""
+    """Integers that sum to `count`, each within one of its exact share; zero where the weight is zero."""
     weights = np.exp(log_weights - log_weights.max())
     edges = np.rint(np.cumsum(weights) / weights.sum() * count).astype(np.int64)
     counts: Indices = np.diff(edges, prepend=0)
@@ -263,7 +265,7 @@ def _apportion(count: int, log_weights: np.ndarray[Any, np.dtype[np.float64]]) -
 
 
 def _shards_per_class(groups: Sequence[Indices], num_shards: int) -> list[int]:
-    """Shards for each class, at least one, each shard given to the class whose shards are largest by then."""
+    """The number of shards of each class: one each, then each further shard for the class with the largest shards."""
     sizes = np.array([len(group) for group in groups])
     counts = np.ones_like(sizes)
     for _ in range(num_shards - len(sizes)):
@@ -272,7 +274,7 @@ def _shards_per_class(groups: Sequence[Indices], num_shards: int) -> list[int]:
 
 
 def _refill(parts: list[Indices], min_size: int) -> list[Indices]:
-    """Moves samples from the largest agent to those below `min_size` until there is none."""
+    """The parts after samples have moved from the largest agent to those below `min_size` until there is none."""
     parts = list(parts)
     for agent in range(len(parts)):
         while (missing := min_size - len(parts[agent])) > 0:
@@ -288,7 +290,7 @@ def _equal_sizes(num_samples: int, num_agents: int) -> Indices:
 
 
 def _shuffled_classes(classes: Indices, random: np.random.Generator, samples: Indices | None = None) -> list[Indices]:
-    """The samples (default: all) of each class, shuffled; the classes in random order, so that none is always last."""
+    """The shuffled samples (all by default) of each class, in a random order of classes so that none is always last."""
     order = random.permutation(len(classes) if samples is None else samples)
     return [order[classes[order] == label] for label in random.permutation(np.unique(classes[order]))]
 
@@ -298,11 +300,7 @@ def _tensors(parts: Sequence[Indices]) -> list[Tensor]:
 
 
 def _generator(seed: int) -> np.random.Generator:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {type(seed).__name__} {seed!r}")
-    if seed < 0:
-        raise ValueError(f"seed must be >= 0, got {seed}")
-    return np.random.default_rng(seed)
+    return np.random.default_rng(as_integer(seed, "seed", minimum=0))
 
 
 def _checked_labels(labels: Tensor, num_agents: int) -> Indices:
@@ -311,19 +309,11 @@ def _checked_labels(labels: Tensor, num_agents: int) -> Indices:
         raise ValueError(
             f"labels must be a 1-D tensor of integers, got shape {tuple(classes.shape)} of {classes.dtype}"
         )
-    _check_count("num_agents", num_agents)
-    if not 1 <= num_agents <= len(classes):
+    if not 1 <= as_integer(num_agents, "num_agents", minimum=0) <= len(classes):
         raise ValueError(f"num_agents={num_agents} must be from 1 to the number of samples, {len(classes)}")
     return classes.to("cpu", torch.int64).numpy()
 
 
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__} {value!r}")
-
-
 def _check_alpha(alpha: float) -> None:
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"alpha must be a number, got {type(alpha).__name__} {alpha!r}")
-    if not (alpha > 0 and math.isfinite(alpha)):
+    if not 0 < as_number(alpha, "alpha") < math.inf:
         raise ValueError(f"alpha={alpha} must be positive and finite; for the same mix everywhere use iid")

@@ -1,33 +1,57 @@
-"""Where the files of a data set are looked for, and what is said when one is missing or damaged."""
+"""The files of a data set: where they are looked for, how they are fetched, and what is said when one is wrong."""
 
 from __future__ import annotations
 
-import http.client
+import importlib.util
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tarfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-__all__ = ["Source", "torchvision_datasets"]
+__all__ = ["Download", "Source"]
 
 FOLDER_VARIABLE = "GUT_FAST_DATA"
-"""Names the folder of the user's data sets, unless one is given."""
+"""The environment variable with the folder of the user's data sets, which is used unless a folder is given."""
 
 SYSTEM_SHARES = ("/usr/local/share", "/usr/share")
 
 
-def torchvision_datasets() -> Any:
-    """`torchvision.datasets`, which is imported only where a set needs it. Raises ImportError if it cannot be."""
-    try:
-        from torchvision import datasets
-    except (ImportError, RuntimeError, AttributeError) as error:  # one built for another torch raises any of these
-        raise ImportError(
-            f"this data set is read with torchvision, which cannot be imported ({error}); "
-            'install the one for your torch: pip install "gut_fast[data]"'
-        ) from error
-    return datasets
+@dataclass(frozen=True)
+class Download:
+    """A file or an archive on the web.
+
+    Args:
+        url: its address; a name that ends in ``.tgz`` or ``.tar.gz`` is that of an archive, which is unpacked.
+        md5: its check sum.
+        subfolder: where it goes in a folder of data sets.
+    """
+
+    url: str
+    md5: str
+    subfolder: str = ""
+
+    def fetch(self, root: Path) -> None:
+        """Downloads the file into a folder of data sets, unless it is there; pooch checks and unpacks it.
+
+        Raises:
+            ImportError: pooch is not installed.
+            OSError, ValueError, tarfile.TarError: the download failed, has a wrong check sum, or cannot be unpacked.
+        """
+        try:
+            import pooch
+        except ImportError as error:
+            raise ImportError('downloads need pooch; install it with: pip install "gut_fast[data]"') from error
+        is_archive = self.url.endswith((".tgz", ".tar.gz"))
+        pooch.retrieve(
+            self.url,
+            known_hash=f"md5:{self.md5}",
+            fname=self.url.rpartition("/")[2],
+            path=root / self.subfolder,
+            processor=pooch.Untar(extract_dir=".") if is_archive else None,
+            progressbar=importlib.util.find_spec("tqdm") is not None,
+        )
 
 
 @dataclass(frozen=True)
@@ -35,28 +59,29 @@ class Source:
     """The files of one data set.
 
     Args:
-        name: of the data set.
-        files: their names, those of folders too; a file may have been compressed to ``.gz``.
-        subfolders: where they may lie in a folder of data sets; ``""`` is that folder itself.
-        download: fetches them into a folder of data sets.
+        name: name of the data set.
+        files: names of its files and folders; a file may have been compressed to ``.gz``.
+        subfolders: where the files may lie in a folder of data sets; ``""`` is that folder itself.
+        downloads: where the files come from.
         package: the Debian package that has them in share/datasets.
     """
 
     name: str
     files: tuple[str, ...]
     subfolders: tuple[str, ...]
-    download: Callable[[Path], object]
+    downloads: tuple[Download, ...]
     package: str | None = None
 
     def find(self, folder: str | Path | None, download: bool) -> Path:
-        """The first place that has all files; what is in them has not been looked at.
+        """The first place that has all files, whose content is not checked yet.
 
-        Places are in `folder`; without it in the folder of GUT_FAST_DATA, then where the Debian package puts them. If
-        none has all, and it is asked to, it downloads them.
+        Places are in `folder`; without it in the folder of GUT_FAST_DATA, then where the Debian package puts the files.
+        If no place has all files and `download` is set, they are downloaded.
 
         Raises:
             FileNotFoundError: files are missing; the message names the first and says how to get it.
-            ValueError: a download without a folder to write to.
+            ValueError: there is no folder to download to.
+            ImportError: pooch, which downloads, is not installed.
             OSError: the download failed.
         """
         chosen = os.environ.get(FOLDER_VARIABLE) if folder is None else folder
@@ -71,27 +96,22 @@ class Source:
                 )
             self._download(root)
             place = self._complete(self._places(root))
-            if place is None:
-                raise FileNotFoundError(
-                    f"{self.name}: {self._what_is_missing(places)} even after the download, which leaves a folder "
-                    "that is there already as it is; remove that folder and try again"
-                )
         if place is None:
             raise FileNotFoundError(f"{self.name}: {self._what_is_missing(places)}; {self._advice}")
         return place
 
     def file(self, place: Path, name: str) -> Path:
-        """The file of that name, or the compressed one."""
+        """The path of the file called `name`, or of the compressed file if there is no other."""
         path = place / name
         return path if path.exists() else place / f"{name}.gz"
 
     def damaged(self, path: Path, reason: str) -> RuntimeError:
-        """The error for a file that is not what it should be."""
+        """The error for a file that is damaged or another one, with what to do."""
         return RuntimeError(f"{self.name}: {path} {reason}. Remove it, then {self._advice}")
 
     @property
     def _advice(self) -> str:
-        """How to get the files."""
+        """How to get the files, as a clause."""
         package = "" if self.package is None else f"`apt-get install {self.package}`, or "
         return (
             f"get it by {package}download=True (--download); if it is somewhere already, name the folder with folder= "
@@ -101,14 +121,13 @@ class Source:
     def _places(self, root: Path | None) -> list[Path]:
         if root is None:
             return []
-        # The folder may be that of data sets or that of this set.
+        # The folder may be one of several data sets, or that of this set alone.
         return [*([root] if root.name in self.subfolders else []), *(root / sub for sub in self.subfolders)]
 
     def _package_places(self) -> list[Path]:
         if self.package is None:
             return []
-        shares = [f"{sys.prefix}/share", *os.environ.get("XDG_DATA_DIRS", "").split(os.pathsep)]
-        shares += SYSTEM_SHARES
+        shares = [f"{sys.prefix}/share", *os.environ.get("XDG_DATA_DIRS", "").split(os.pathsep), *SYSTEM_SHARES]
         folder = self.package.removeprefix("dataset-")
         return [Path(share) / "datasets" / folder for share in dict.fromkeys(shares) if share]
 
@@ -128,9 +147,9 @@ class Source:
 
     def _download(self, root: Path) -> None:
         try:
-            root.mkdir(parents=True, exist_ok=True)
-            self.download(root)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            for download in self.downloads:
+                download.fetch(root)
+        except (OSError, ValueError, tarfile.TarError) as error:
             raise OSError(
                 f"{self.name}: the download into {root} failed ({error}); try again, or fetch the files elsewhere and "
                 f"name their folder with folder= (--data-folder) or {FOLDER_VARIABLE}"
