@@ -57,9 +57,8 @@ def test_lines_and_the_table_hold_the_same_and_all_of_it(folder):
     ]
     assert expected.history.drop(columns="run").to_dict("records") == ROWS * 2
     assert list(expected.final()["test_loss"]) == [1e-300, 1e-300]
-    assert expected.point_variables == ["alpha", "milestones", "try"]
-    assert expected.experiment(second) == made_up(4)[1].experiment
-    assert expected.point(first) == made_up()[0].point
+    assert expected.run(second) == made_up(4)[1]
+    assert json.loads(runs.loc[first, "point"]) == made_up()[0].point
 
     assert_same(read_results(folder), expected)
     write_table(folder)
@@ -115,7 +114,7 @@ def test_a_rule_that_is_not_known_here_is_taken_as_it_was(folder):
     (folder / LINES).write_text(text.replace('"hyperparameters": {}', '"hyperparameters": {"kappa": 0.5}'))
     for _ in range(2):
         results = read_results(folder)
-        experiment = results.experiment(results.runs.index[0])
+        experiment = results.experiments[results.runs.index[0]]
         assert (experiment.rule, experiment.hyperparameters, experiment.seed) == ("my_own", {"kappa": 0.5}, 3)
         assert list(results.runs["kappa"]) == [0.5, 0.5]
         write_table(folder)

@@ -8,7 +8,7 @@ import pytest
 
 from gut_fast.study import Experiment
 from gut_fast.study.experiment import MAX_SEEDS, make_experiment, seeds_of
-from gut_fast.study.sweep import Method, Sweep, make_sweep, read_sweep
+from gut_fast.study.sweep import Sweep, make_sweep, read_sweep
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 GUT = {"GUT": {"rule": "gut"}}
@@ -190,11 +190,10 @@ def test_what_describes_no_sweep_is_told(content, message):
 
 
 def test_a_sweep_made_in_python_is_checked_too():
-    method = Method("GUT", {"rule": "gut"})
-    with pytest.raises(ValueError, match="two methods are called 'GUT'"):
-        Sweep({}, [method, method], {}, [0])
     with pytest.raises(ValueError, match="at least one method and one seed"):
-        Sweep({}, [method], {}, [])
+        Sweep({}, GUT, {}, [])
+    with pytest.raises(ValueError, match="method 'GUT' sets mu, and so does the grid"):
+        Sweep({}, {"GUT": {"rule": "gut", "mu": 0.5}}, {"mu": [0.1]}, [0])
 
 
 @pytest.mark.parametrize("value", [True, "3", 1.5, [True], ["1"], [-1], [2**63], -3, MAX_SEEDS + 1, 10**12, None])

@@ -20,7 +20,6 @@ from gut_fast.cli.sweep_progress import Display, title
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.distributed.files import replacing
 from gut_fast.rules import get_rule
-from gut_fast.simulation import write_csv
 from gut_fast.study import summary
 from gut_fast.study.results import read_results
 from gut_fast.study.run import make_simulator
@@ -35,7 +34,7 @@ from gut_fast.study.runner import (
     unfinished,
 )
 from gut_fast.study.sweep import Task, read_sweep
-from gut_fast.study.tune import Choice, choose, make_tuning, tried_rows, tuned_content
+from gut_fast.study.tune import Choice, choose, make_tuning, tried, tuned_content
 from gut_fast.study.yaml_files import about_file, read_yaml, write_yaml
 from gut_fast.topology.names import parse_topology
 
@@ -91,11 +90,12 @@ def tune(
         missing_runs(tasks, out, folder, download, advise=False)
     _run(tasks, file, out, jobs or _cores(threads), threads)
     with as_bad_argument():
-        choices = choose(tuning, read_results(out))
+        results = read_results(out)
+        choices, tries = choose(tuning, results), tried(tuning, results)
     tuned = out / "tuned.yaml"
     with writing():
         write_yaml(tuned_content(content, choices), tuned)
-        write_csv(tried_rows(choices), out / "tries.csv")
+        tries.round({"score": 6}).to_csv(out / "tries.csv", index=False)
     console = console_of_text()
     _print_choices(choices, tuning.metric, tuning.tries, console)
     console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...", soft_wrap=True)

@@ -23,7 +23,7 @@ from gut_fast.kernels import machine, ops
 from gut_fast.kernels.backends import BACKENDS
 from gut_fast.simulation.engines import ENGINES
 from gut_fast.study import plots, summary
-from gut_fast.study.experiment import ENTRIES, MAX_SEEDS, Experiment, make_experiment
+from gut_fast.study.experiment import ENTRIES, Experiment, make_experiment, seeds_of
 from gut_fast.study.presets import PRESETS, preset_settings
 from gut_fast.study.processes import launch as launch_ranks
 from gut_fast.study.results import read_results
@@ -253,13 +253,10 @@ def _seeds(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",") if part.strip()]
     if not parts or not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"--seeds {text}: expected a count or seeds with commas, such as 5 or 0,1,2")
-    numbers = [int(part) for part in parts]
-    if (len(numbers) if "," in text else numbers[0]) > MAX_SEEDS or max(numbers) >= 2**63:
-        raise ValueError(f"--seeds {text}: expected at most {MAX_SEEDS:,} seeds, each below 2^63")
-    seeds = numbers if "," in text else list(range(numbers[0]))
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"--seeds {text}: expected at least one seed, and none twice")
-    return seeds
+    try:
+        return seeds_of([int(part) for part in parts] if "," in text else int(parts[0]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--seeds {text}: {error}") from error
 
 
 def _number(text: str) -> float:

@@ -79,24 +79,10 @@ class Results:
     history: pd.DataFrame
     experiments: Mapping[str, Experiment]
 
-    def experiment(self, run: str) -> Experiment:
-        """The settings of the run with this name."""
-        return self.experiments[run]
-
-    def point(self, run: str) -> dict[str, Any]:
-        """The point of the run with this name, such as ``{"alpha": 0.1}``."""
-        point: dict[str, Any] = json.loads(self.runs.loc[run, "point"])
-        return point
-
     def run(self, name: str) -> Run:
         """The run with this name as `train` returned it."""
         rows = self.history[self.history["run"] == name].drop(columns="run").to_dict("records")
         return Run(self.experiments[name], rows, self.runs.loc[name, "engine"], self.runs.loc[name, "seconds"])
-
-    @property
-    def point_variables(self) -> list[str]:
-        """What the sweep varies beside methods and seeds, each a column of `runs`."""
-        return list(dict.fromkeys(name for point in self.runs["point"].unique() for name in json.loads(point)))
 
     def final(self) -> pd.DataFrame:
         """The last row of the history of each run, indexed by the run's name."""

@@ -33,7 +33,7 @@ from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_expe
 from gut_fast.study.presets import preset_methods, preset_settings
 from gut_fast.study.yaml_files import about_file, read_yaml
 
-__all__ = ["Method", "Sweep", "Task", "control_label", "make_sweep", "named_methods", "read_sweep", "section_of"]
+__all__ = ["Sweep", "Task", "control_label", "make_sweep", "named_methods", "read_sweep", "section_of"]
 
 CONTROLLED = "qg_gutm"
 MAX_LENGTH_OF_WORDS = 120
@@ -69,20 +69,12 @@ def _in_a_name(value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Method:
-    """A method of a sweep: its label and its settings."""
-
-    label: str
-    settings: Mapping[str, Any]
-
-
-@dataclass(frozen=True)
 class Sweep:
     """What a sweep's file says.
 
     Args:
         settings: of all runs; a hyper-parameter goes to those rules that have it.
-        methods: each with settings of its own, which come after.
+        methods: the settings of each method by its label, which come after.
         grid: values of further settings; every combination is a point.
         seeds: of each method at each point.
         controls: whether each QG-GUTm with μ > 0 brings its control along.
@@ -92,7 +84,7 @@ class Sweep:
     """
 
     settings: Mapping[str, Any]
-    methods: Sequence[Method]
+    methods: Mapping[str, Mapping[str, Any]]
     grid: Mapping[str, Sequence[Any]]
     seeds: Sequence[int]
     controls: bool = True
@@ -100,14 +92,12 @@ class Sweep:
     def __post_init__(self) -> None:
         if not self.methods or not self.seeds:
             raise ValueError("a sweep needs at least one method and one seed")
-        if twice := _first_twice(method.label for method in self.methods):
-            raise ValueError(f"two methods are called {twice!r}")
-        for names in (self.settings, self.grid, *(method.settings for method in self.methods)):
+        for names in (self.settings, self.grid, *self.methods.values()):
             if "seed" in names:
                 raise ValueError("there is no 'seed' among what can be set; section 'seeds' names them all")
-        for method in self.methods:
-            if both := method.settings.keys() & self.grid.keys():
-                raise ValueError(f"method {method.label!r} sets {', '.join(sorted(both))}, and so does the grid")
+        for label, own in self.methods.items():
+            if both := own.keys() & self.grid.keys():
+                raise ValueError(f"method {label!r} sets {', '.join(sorted(both))}, and so does the grid")
         if twice := _first_twice(task.name for task in self.tasks()):
             raise ValueError(f"two runs are the same, {twice}; look for a value that the grid names twice")
 
@@ -122,20 +112,19 @@ class Sweep:
             task
             for seed in self.seeds
             for point in self.points
-            for method in self.methods
-            for task in self._method_and_control(method, point, seed)
+            for label in self.methods
+            for task in self._method_and_control(label, point, seed)
         ]
 
-    def _method_and_control(self, method: Method, point: Mapping[str, Any], seed: int) -> list[Task]:
+    def _method_and_control(self, label: str, point: Mapping[str, Any], seed: int) -> list[Task]:
         try:
-            experiment = make_experiment(self.settings, {**method.settings, **point, "seed": seed})
-            task = Task(method.label, point, experiment)
+            experiment = make_experiment(self.settings, {**self.methods[label], **point, "seed": seed})
+            task = Task(label, point, experiment)
             control = _control(task) if self.controls else None
         except (TypeError, ValueError) as error:
             place = f" at {point}" if point else ""
-            raise type(error)(f"method {method.label!r}{place}: {error}") from error
-        has_own = control is not None and control.method in (other.label for other in self.methods)
-        return [task] if control is None or has_own else [task, control]
+            raise type(error)(f"method {label!r}{place}: {error}") from error
+        return [task] if control is None or control.method in self.methods else [task, control]
 
 
 def _first_twice(names: Any) -> str | None:
@@ -185,7 +174,7 @@ def make_sweep(content: Mapping[str, Any], also: Sequence[str] = ()) -> Sweep:
             raise ValueError(f"there is no section {name!r}; {nearest(name, known)}")
     of_preset = preset_settings(content["preset"]) if "preset" in content else {}
     settings = section_of(content, "settings", {})
-    methods = [Method(label, own) for label, own in named_methods(content).items()]
+    methods = named_methods(content)
     grid = {name: _values(name, values) for name, values in section_of(content, "grid", {}).items()}
     controls = content.get("controls", True)
     if not isinstance(controls, bool):

@@ -27,14 +27,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from gut_fast.rules import get_rule
 from gut_fast.study.experiment import as_setting, nearest, number_if_text, seeds_of
 from gut_fast.study.results import Results
-from gut_fast.study.sweep import Method, Sweep, Task, make_sweep, named_methods, section_of
+from gut_fast.study.sweep import Sweep, Task, make_sweep, named_methods, section_of
 
-__all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tried_rows", "tuned_content"]
+__all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tried", "tuned_content"]
 
 METRICS = ("test_accuracy", "mean_agent_accuracy", "worst_agent_accuracy")
 MAX_TRIES = 10_000
@@ -108,8 +109,8 @@ class Tuning:
             raise ValueError(f"tune: metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
         if not (isinstance(self.validation, float) and 0 < self.validation < 1):
             raise ValueError(f"tune: validation must be a fraction between 0 and 1, got {self.validation!r}")
-        for method in self.sweep.methods:
-            self._check_different(method.label)
+        for label in self.sweep.methods:
+            self._check_different(label)
         self.tasks()
 
     def _check_different(self, label: str) -> None:
@@ -142,10 +143,10 @@ class Tuning:
     def tasks(self) -> list[Task]:
         """All runs of all tries; the number of the try is part of the point."""
         tasks = []
-        for method in self.sweep.methods:
-            for number, settings in enumerate(self.settings(method.label)):
-                tried = Method(method.label, {**method.settings, **settings, "validation": self.validation})
-                sweep = Sweep(self.sweep.settings, [tried], self.sweep.grid, self.seeds, controls=False)
+        for label, own in self.sweep.methods.items():
+            for number, settings in enumerate(self.settings(label)):
+                tried = {label: {**own, **settings, "validation": self.validation}}
+                sweep = Sweep(self.sweep.settings, tried, self.sweep.grid, self.seeds, controls=False)
                 tasks += [replace(task, point={**task.point, "try": number}) for task in sweep.tasks()]
         return tasks
 
@@ -162,13 +163,13 @@ class Choice:
     settings: Mapping[str, Any]
     score: float
     at_edge: tuple[str, ...]
-    """What is the first or last of all values tried, so that a better one may lie beyond."""
-    tries: tuple[tuple[Mapping[str, Any], float], ...]
-    """All settings tried, each with its score."""
+    """The settings whose value is the lowest or highest of all tried, so that a better one may lie beyond."""
 
 
-def choose(tuning: Tuning, results: Results) -> list[Choice]:
-    """The best try of every method; a run whose averaged model ended in NaN or infinity counts as an accuracy of 0.
+def tried(tuning: Tuning, results: Results) -> pd.DataFrame:
+    """All tries as a table: method, try, score and settings.
+
+    The score is the mean over points and seeds; a run whose averaged model ended in NaN or infinity counts as 0.
 
     Raises:
         ValueError: runs are missing.
@@ -176,29 +177,26 @@ def choose(tuning: Tuning, results: Results) -> list[Choice]:
     last = results.runs[["method", "try"]].join(results.final()[["test_loss", tuning.metric]])
     # A network that is NaN still has an accuracy, that of always answering the first class.
     is_sound = np.isfinite(last[["test_loss", tuning.metric]]).all(axis="columns")
-    scores = last[tuning.metric].where(is_sound, 0.0).groupby([last["method"], last["try"]])
-    means, counts = scores.mean(), scores.count()
-    choices = []
-    for method in tuning.sweep.methods:
-        tries = tuning.settings(method.label)
-        for number in range(len(tries)):
-            count, expected = counts.get((method.label, number), 0), len(tuning.seeds) * len(tuning.sweep.points)
+    scores = last[tuning.metric].where(is_sound, 0.0).groupby([last["method"], last["try"]]).agg(["mean", "count"])
+    expected = len(tuning.seeds) * len(tuning.sweep.points)
+    rows = []
+    for label in tuning.sweep.methods:
+        for number, settings in enumerate(tuning.settings(label)):
+            mean, count = scores.loc[(label, number)] if (label, number) in scores.index else (0, 0)
             if count != expected:
-                raise ValueError(f"try {number} of {method.label!r} has {count} finished runs of {expected}")
-        own = [float(means[method.label, number]) for number in range(len(tries))]
-        best = max(range(len(tries)), key=lambda number: own[number])
-        edges = tuple(name for name in tries[best] if _is_extreme(tries[best][name], [one[name] for one in tries]))
-        choices.append(Choice(method.label, tries[best], own[best], edges, tuple(zip(tries, own, strict=True))))
+                raise ValueError(f"try {number} of {label!r} has {count:.0f} finished runs of {expected}")
+            rows.append({"method": label, "try": number, "score": mean, **settings})
+    return pd.DataFrame(rows)
+
+
+def choose(tuning: Tuning, results: Results) -> list[Choice]:
+    """The best try of every method. Raises as `tried`."""
+    choices = []
+    for label, tries in tried(tuning, results).groupby("method", sort=False):
+        settings, best = tuning.settings(label), int(tries["score"].argmax())
+        edges = [name for name in settings[best] if _is_extreme(settings[best][name], [one[name] for one in settings])]
+        choices.append(Choice(label, settings[best], float(tries["score"].iloc[best]), tuple(edges)))
     return choices
-
-
-def tried_rows(choices: Sequence[Choice]) -> list[dict[str, Any]]:
-    """What every method tried and how it did, as rows of a table."""
-    return [
-        {"method": choice.label, "try": number, "score": round(score, 6), **settings}
-        for choice in choices
-        for number, (settings, score) in enumerate(choice.tries)
-    ]
 
 
 def _is_extreme(value: Any, tried: Sequence[Any]) -> bool:
