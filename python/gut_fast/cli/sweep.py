@@ -162,10 +162,10 @@ def _run(tasks: Sequence[Task], file: Path, out: Path, jobs: int, threads: int) 
     def run(missing: Sequence[Task]) -> list[Failure]:
         _keep(file, out / FILE)
         at_a_time = min(jobs, len(missing))
+        torch.set_num_threads(threads)
         with Display(console, len(tasks), len(tasks) - len(missing)) as display:
             if at_a_time > 1:
                 return run_in_processes(missing, out, display, jobs=at_a_time, threads=threads)
-            torch.set_num_threads(threads)
             return run_here(missing, out, display)
 
     execute(partial(run_missing, tasks, out, run), out, console, "the same command")

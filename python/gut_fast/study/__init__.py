@@ -1,4 +1,4 @@
-"""Finished experiments from plain configurations: what the command line and the demo are made of."""
+"""Experiments from plain settings to finished runs: the command line and the demo are made of this."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class Preset:
         data: what is learned, a name for `gut_fast.data.load`.
         model, norm: the network and its normalisation, names for `gut_fast.models.build`.
         topology: a spec for `parse_topology`.
-        alpha: of the Dirichlet samples; small is different classes everywhere.
+        alpha: how alike the agents' samples are; small is different classes everywhere.
         gut_mu, qg_gutm_mu: μ of the two methods.
         lr: initial learning rate; × 0.1 after half and three quarters of the steps.
         epochs: passes of each agent through its samples.
@@ -63,7 +63,7 @@ class Preset:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What all methods share, as entries of an `Experiment` and options of its partition."""
+        """The settings that all methods share: entries of `Experiment` and options of its partition."""
         return {
             "data": self.data,
             "model": self.model,
@@ -115,7 +115,7 @@ def preset(name: str) -> Preset:
 
 
 def preset_settings(name: str, rule: str | None = None) -> dict[str, Any]:
-    """The settings that its methods share, and those of the method with this rule if there is one.
+    """The settings that the preset's methods share, and those of its method with this rule if there is one.
 
     Raises:
         ValueError: an unknown preset.
@@ -125,5 +125,5 @@ def preset_settings(name: str, rule: str | None = None) -> dict[str, Any]:
 
 
 def preset_methods(name: str) -> Mapping[str, Mapping[str, Any]]:
-    """Its methods by label. Raises ValueError for an unknown preset."""
+    """The methods of the preset by label. Raises ValueError for an unknown preset."""
     return preset(name).methods

@@ -40,7 +40,7 @@ class Run:
 
 
 def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | None = None) -> Simulator:
-    """The simulator that the experiment describes, at step 0; with a process group that of the agents of this rank.
+    """The simulator that the experiment describes, at step 0; with a process group it has the agents of this rank.
 
     Raises:
         TypeError, ValueError: a bad value.

@@ -152,9 +152,9 @@ def run_missing(
     """Runs the tasks that have no results in the folder yet; once all have, the results become one table.
 
     Args:
-        tasks: all of the sweep.
-        folder: the caller is its `sole_user`.
-        run: `run_here` or `run_in_processes` with this folder; is given the missing tasks.
+        tasks: all tasks of the sweep.
+        folder: the folder of the sweep; the caller is its `sole_user`.
+        run: `run_here` or `run_in_processes` with this folder; it is given the missing tasks.
         keep_checkpoints: whether the checkpoints of finished runs, which hold the trained models, stay.
 
     Raises:
@@ -228,9 +228,9 @@ def _train(
     """Trains from the checkpoint, if there is one, to the end.
 
     Args:
-        task: what is trained.
-        folder: has the checkpoints.
-        show: is given the step and the last row of the history now and then; None on all ranks but the first.
+        task: the run to be done.
+        folder: the folder of the sweep, which has the checkpoints.
+        show: a function that is given step and last row of the history now and then; None on all ranks but the first.
         process_group: the ranks that train together.
     """
     size = None if process_group is None else dist.get_world_size(process_group)

@@ -42,7 +42,14 @@ GREEK = str.maketrans({"α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda
 
 @dataclass(frozen=True)
 class Task:
-    """One run of a sweep."""
+    """One run of a sweep that is to be done: a method at a point of the grid, with a seed.
+
+    Attributes:
+        method: the label of the method.
+        point: what the sweep varies beside methods and seeds, such as ``{"alpha": 0.1}``.
+        experiment: all settings of the run.
+        control_of: the method for which this one is the control.
+    """
 
     method: str
     point: Mapping[str, Any]
@@ -70,13 +77,13 @@ def _in_a_name(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep's file says.
+    """The content of a sweep's file: methods × points of a grid × seeds.
 
     Args:
-        settings: of all runs; a hyper-parameter goes to those rules that have it.
+        settings: what all runs share; a hyper-parameter goes to those rules that have it.
         methods: the settings of each method by its label, which come after.
-        grid: values of further settings; every combination is a point.
-        seeds: of each method at each point.
+        grid: the values of further settings; every combination is a point.
+        seeds: the seeds of each method at each point.
         controls: whether each QG-GUTm with μ > 0 brings its control along.
 
     Raises:
@@ -132,7 +139,7 @@ def _first_twice(names: Any) -> str | None:
 
 
 def _control(task: Task) -> Task | None:
-    """For QG-GUTm with μ > 0 the same with momentum β + μ and μ = 0, otherwise None."""
+    """The control of a task of QG-GUTm with μ > 0: the same with momentum β + μ and μ = 0. None for any other task."""
     values = task.experiment.hyperparameters
     if task.experiment.rule != CONTROLLED or values["mu"] == 0:
         return None
@@ -193,7 +200,7 @@ def section_of(content: Mapping[str, Any], name: str, default: Mapping[str, Any]
 
 
 def named_methods(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The settings of the methods by label, those of the preset where the file names none.
+    """The settings of the methods by label: the preset's where the file names none.
 
     Raises:
         TypeError, ValueError: it names neither, or a method without a rule.

@@ -84,12 +84,12 @@ class Tuning:
     """The tries of every method, and how they are judged.
 
     Args:
-        sweep: whose methods are tuned, over all points of its grid together.
-        spaces: of each method by label.
-        tries: of each method.
-        seeds: of each try.
-        validation: fraction of the training samples that is held out.
-        metric: of the last row of a history; the best try has the highest mean over points and seeds.
+        sweep: has the methods to tune, over all points of its grid together.
+        spaces: the space of each method by its label.
+        tries: how many tries each method gets.
+        seeds: the seeds of each try.
+        validation: the fraction of the training samples that is held out.
+        metric: a column of the history; the best try has the highest mean of its last row over points and seeds.
 
     Raises:
         TypeError, ValueError: a bad value, or a method that cannot have so many different tries.
@@ -123,7 +123,7 @@ class Tuning:
                 )
 
     def settings(self, label: str) -> list[dict[str, Any]]:
-        """What a method tries, one dict a try."""
+        """The settings that a method tries, one dict a try."""
         space = self.spaces[label]
         lists = {name: values for name, values in space.items() if not isinstance(values, Range)}
         if len(lists) < len(space):
@@ -227,7 +227,7 @@ def make_tuning(content: Mapping[str, Any]) -> Tuning:
 
 
 def _spaces(methods: Mapping[str, Mapping[str, Any]], space: Any, settings: Mapping[str, Any]) -> dict[str, Space]:
-    """What each method tries: of the common space what its rule has and it does not set itself, and its own.
+    """The space of each method: the part of the common one that its rule has and it does not set itself, and its own.
 
     Raises:
         TypeError, ValueError: a bad space, a value that is both set and to be tried, or that no method would try.
