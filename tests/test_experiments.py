@@ -291,9 +291,10 @@ def is_png(path):
 
 
 def test_curves_are_the_mean_and_the_range_over_seeds():
-    groups = {"A": [made_up_run(0, (0.5, 0.9)), made_up_run(1, (0.7, 0.8))], "B": [made_up_run(0, (0.4, 0.6))]}
-    axes = Figure().subplots()
-    plots.plot_curves(axes, groups, "test_accuracy", "Title", "accuracy")
+    runs = {"A": [made_up_run(0, (0.5, 0.9)), made_up_run(1, (0.7, 0.8))], "B": [made_up_run(0, (0.4, 0.6))]}
+    groups = {label: [run.history for run in group] for label, group in runs.items()}
+    axes, decays = Figure().subplots(), plots.decays_of(runs["A"][0].experiment)
+    plots.plot_curves(axes, groups, "test_accuracy", "Title", "accuracy", decays=decays)
     first, second = axes.get_lines()[:2]
     assert first.get_ydata() == pytest.approx([60.0, 85.0])
     assert second.get_ydata() == pytest.approx([40.0, 60.0])
@@ -306,7 +307,7 @@ def test_curves_are_the_mean_and_the_range_over_seeds():
 
 def test_consensus_error_is_shown_on_a_logarithmic_scale():
     axes = Figure().subplots()
-    plots.plot_curves(axes, {"A": [made_up_run(0, (0.5, 0.9))]}, "consensus_error", "Title", "error")
+    plots.plot_curves(axes, {"A": [made_up_run(0, (0.5, 0.9)).history]}, "consensus_error", "Title", "error")
     assert axes.get_yscale() == "log"
     assert axes.get_lines()[0].get_ydata() == pytest.approx([1e-10, 1e-20])
 

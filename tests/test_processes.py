@@ -12,8 +12,6 @@ import torch.distributed as dist
 from gut_fast.study import processes
 from gut_fast.study.processes import RankError, ToldError, launch
 
-pytestmark = pytest.mark.usefixtures("own_forkserver")
-
 
 def sleep(folder, process_group):
     """Rank 1 is deaf, as in a wait for another rank."""
@@ -45,7 +43,8 @@ def fail(process_group):
     raise ToldError("the file is of another configuration")
 
 
-def test_what_the_user_did_wrong_is_said_in_a_line_and_a_damaged_checkpoint_too(capfd):
+@pytest.mark.slow
+def test_what_the_user_did_wrong_is_said_in_a_line_and_a_damaged_checkpoint_too(own_forkserver, capfd):
     with pytest.raises(RankError, match=r"^rank [01] failed: the file is of another configuration; the other ranks"):
         launch(2, 1, fail)
     said = capfd.readouterr().err

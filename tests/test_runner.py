@@ -127,7 +127,7 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_history(tmp_pa
     assert len(watcher.ended) == 2
 
 
-def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, own_forkserver):
+def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path):
     first, second, broken = tasks = tasks_of(LONG, {**METHODS, "broken": {"rule": "dsgd"}})
     killed, interrupted = [], []
 
