@@ -10,13 +10,10 @@ gives these to the kernel; with a process_group, to the `Exchange` with the othe
 from __future__ import annotations
 
 import contextlib
-import operator
 import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -30,29 +27,12 @@ from gut_fast import analysis
 from gut_fast.distributed import DEFAULT_TIMEOUT, SCALED, Exchange, Group, RankOptions
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import GossipStep
-from gut_fast.kernels.buffers import FlatState
 from gut_fast.optim import checks
+from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import CSR, Topology
 
 __all__ = ["GossipOptimizer"]
-
-
-@dataclass
-class _Prepared:
-    """The inputs of a kernel for a parameter group, beside parameters and gradients.
-
-    Attributes:
-        state: the rule's state, for each name one flat buffer of which ``state[parameter][name]`` are views.
-        mixing: the off-diagonal weights, on the parameters' device; None if they depend on the step or the rank.
-        hyperparameters: what the coefficients were computed from; empty at the start.
-        coefficients: A, B, C, E one after the other.
-    """
-
-    state: FlatState
-    mixing: CSR | None
-    hyperparameters: dict[str, Any]
-    coefficients: Tensor
 
 
 class GossipOptimizer(Optimizer):
@@ -133,8 +113,8 @@ class GossipOptimizer(Optimizer):
         self._eager_steps = 0
         # torch.compile and CUDA graphs lose a number's change, so their steps are counted in a tensor.
         self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._prepared: list[_Prepared] = []  # one per group
-        self._followed: tuple[list[Tensor], dict[str, list[Tensor]]] = [], {}
+        self._prepared: list[Prepared] = []  # one per group
+        self._views = Views()
         self._hooks: list[RemovableHandle] = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
@@ -198,13 +178,12 @@ class GossipOptimizer(Optimizer):
                 self.state.pop(parameter, None)
             raise
 
-    def _prepare(self, parameters: Sequence[Tensor]) -> _Prepared:
+    def _prepare(self, parameters: Sequence[Tensor]) -> Prepared:
         """Makes what the kernels read of a group, the state zero and the coefficients not computed yet."""
         mixing = None
         if self.topology.is_static and self._exchange is None and parameters:
             mixing = self.topology.csr(0, parameters[0].device)
-        state = FlatState(parameters, self.rule.states, self.state_dtype)
-        return _Prepared(state, mixing, {}, torch.empty(0, device="cpu"))
+        return Prepared(parameters, self.rule, mixing, self.state_dtype)
 
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         return checks.settings_of(group, self.rule, self.defaults["lr"])
@@ -230,21 +209,8 @@ class GossipOptimizer(Optimizer):
             self._update_coefficients(index)
 
     def _update_coefficients(self, index: int) -> None:
-        """Computes a group's coefficients anew if a hyper-parameter has changed."""
-        group, prepared = self.param_groups[index], self._prepared[index]
-        settings = self._settings(group)
-        if settings == prepared.hyperparameters:
-            return
-        flat = self.rule.coefficients(**settings).flat()
-        checks.check_range(flat, settings["lr"], group["params"], self._name)
-        fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
-        if not self.capturable:
-            prepared.coefficients = fresh
-        elif prepared.hyperparameters:
-            prepared.coefficients.copy_(fresh, non_blocking=True)
-        else:
-            prepared.coefficients = fresh.to(next((each.device for each in group["params"]), "cpu"))
-        prepared.hyperparameters = settings
+        group = self.param_groups[index]
+        self._prepared[index].update(self._settings(group), group["params"], self._name, stays=self.capturable)
 
     # Steps
 
@@ -329,7 +295,7 @@ class GossipOptimizer(Optimizer):
             )
         return step
 
-    def _mixing(self, prepared: _Prepared, device: torch.device) -> CSR:
+    def _mixing(self, prepared: Prepared, device: torch.device) -> CSR:
         """Returns the off-diagonal weights of the next step."""
         if self._exchange is not None:
             return self._exchange.mixing(self.num_steps, device)
@@ -351,7 +317,7 @@ class GossipOptimizer(Optimizer):
                 f"{self._name}: to capture steps in a CUDA graph, make the optimizer with capturable=True"
             )
         known = [prepared.hyperparameters for prepared in self._prepared]
-        if [*map(self._settings, self.param_groups)] != known or not self._is_followed():
+        if [*map(self._settings, self.param_groups)] != known or not self._views.are_in(self.state):
             raise RuntimeError(f"{self._name}: call update_coefficients() before the capture")
         return True
 
@@ -444,23 +410,10 @@ class GossipOptimizer(Optimizer):
 
     def _follow_state(self) -> None:
         """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
-        if not self._is_followed():
+        if not self._views.are_in(self.state):
             for prepared in self._prepared:
                 prepared.state.adopt(self.state)
-            views = {name: [own[name] for own in self.state.values() if name in own] for name in self.rule.states}
-            self._followed = list(self.state), views
-
-    def _is_followed(self) -> bool:
-        """Returns whether the state still holds the views: every step asks, so this compares identities and no more."""
-        keys, views = self._followed
-        return (
-            len(keys) == len(self.state)
-            and all(map(operator.is_, keys, self.state))
-            and all(
-                all(map(operator.is_, own_views, map(dict.get, self.state.values(), repeat(name))))
-                for name, own_views in views.items()
-            )
-        )
+            self._views.take(self.state, self.rule.states)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as in `torch.optim`, with the rule's name and the number of steps taken beside it.
@@ -518,7 +471,7 @@ class GossipOptimizer(Optimizer):
         self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.state.items()})
         self._traced_steps = self._traced_steps.clone()
         self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
-        self._followed = [], {}
+        self._views = Views()
         for prepared in self._prepared:
             prepared.state.adopt(self.state)
 

@@ -1,0 +1,91 @@
+"""The flat state, weights and coefficients that an optimizer keeps from step to step, beside its parameter groups."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping, Sequence
+from itertools import repeat
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gut_fast.kernels.buffers import FlatState
+from gut_fast.optim import checks
+from gut_fast.rules import UpdateRule
+from gut_fast.topology import CSR
+
+__all__ = ["Prepared", "Views"]
+
+
+class Prepared:
+    """The inputs of a kernel for a parameter group, beside parameters and gradients.
+
+    Args:
+        parameters: the parameters of the group.
+        rule: the update rule.
+        mixing: the off-diagonal weights, on the parameters' device; None if they depend on the step or the rank.
+        state_dtype: the dtype of the state; None is the parameters'.
+
+    Attributes:
+        state: the rule's state, zero; for each name one flat buffer of which ``state[parameter][name]`` are views.
+        hyperparameters: what the coefficients were computed from; empty at the start.
+        coefficients: A, B, C, E one after the other.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], rule: UpdateRule, mixing: CSR | None, state_dtype: torch.dtype | None
+    ) -> None:
+        self.mixing, self._rule = mixing, rule
+        self.state = FlatState(parameters, rule.states, state_dtype)
+        self.hyperparameters: dict[str, Any] = {}
+        self.coefficients = torch.empty(0, device="cpu")
+
+    def update(self, settings: dict[str, Any], parameters: Sequence[Tensor], name: str, stays: bool) -> None:
+        """Computes the coefficients anew if a hyper-parameter has changed.
+
+        Args:
+            settings: the hyper-parameters.
+            parameters: the group's parameters.
+            name: the optimizer's name, for messages.
+            stays: whether the coefficients lie on the parameters' device, always in the same memory.
+
+        Raises:
+            TypeError, ValueError: a bad hyper-parameter; the coefficients stay as they are.
+        """
+        if settings == self.hyperparameters:
+            return
+        flat = self._rule.coefficients(**settings).flat()
+        checks.check_range(flat, settings["lr"], parameters, name)
+        fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
+        if not stays:
+            self.coefficients = fresh
+        elif self.hyperparameters:
+            self.coefficients.copy_(fresh, non_blocking=True)
+        else:
+            self.coefficients = fresh.to(next((each.device for each in parameters), "cpu"))
+        self.hyperparameters = settings
+
+
+class Views:
+    """The views of flat buffers that an optimizer's state held at the last look."""
+
+    def __init__(self) -> None:
+        self._keys: list[Tensor] = []
+        self._views: dict[str, list[Tensor]] = {}
+
+    def take(self, state: Mapping[Tensor, dict[str, Tensor]], names: Sequence[str]) -> None:
+        """Remembers what the state holds now."""
+        self._keys = list(state)
+        self._views = {name: [own[name] for own in state.values() if name in own] for name in names}
+
+    def are_in(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
+        """Returns whether the state still holds them: every step asks, so this compares identities and no more."""
+        return (
+            len(self._keys) == len(state)
+            and all(map(operator.is_, self._keys, state))
+            and all(
+                all(map(operator.is_, views, map(dict.get, state.values(), repeat(name))))
+                for name, views in self._views.items()
+            )
+        )
