@@ -31,7 +31,7 @@ if dist.is_torchelastic_launched():
 data = gf.data.digits()
 parts = gf.data.partition.dirichlet(data.train_labels, num_agents, alpha=0.1, seed=0)
 model = gf.models.mlp(64, [32], 10)
-agents = gf.stack(model, num_agents // ranks)  # those of this process: every parameter has shape (k, ...)
+agents = gf.stack(model, num_agents // ranks)  # the agents of this process: every parameter has shape (k, ...)
 optimizer = gf.GUT(agents.parameters(), lr=0.4, mu=0.9, topology=gf.topology.ring(num_agents), **where)
 checkpoints = gf.distributed.Checkpoints(f"{options.folder}/{ranks}", optimizer)
 start, state = checkpoints.load() or (0, None)

@@ -1,4 +1,4 @@
-"""What the optimizers refuse, before anything is changed, and what they warn of."""
+"""The optimizers refuse bad input before anything is changed, and warn of unstable settings."""
 
 import warnings
 

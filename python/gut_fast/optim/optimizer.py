@@ -145,8 +145,6 @@ class GossipOptimizer(Optimizer):
         """The number of steps taken; a time-varying topology mixes with ``topology.matrix(num_steps)`` next."""
         return self._eager_steps + int(self._traced_steps)
 
-    # Parameter groups
-
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
         if self._exchange is not None:
@@ -211,8 +209,6 @@ class GossipOptimizer(Optimizer):
     def _update_coefficients(self, index: int) -> None:
         group = self.param_groups[index]
         self._prepared[index].update(self._settings(group), group["params"], self._name, stays=self.capturable)
-
-    # Steps
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -321,8 +317,6 @@ class GossipOptimizer(Optimizer):
             raise RuntimeError(f"{self._name}: call update_coefficients() before the capture")
         return True
 
-    # Other ranks
-
     def _meet(self) -> None:
         """Compares the settings with the other ranks' once all groups are there, and listens to gradients."""
         if self._exchange is not None and self._is_made:
@@ -405,8 +399,6 @@ class GossipOptimizer(Optimizer):
     def bytes_sent(self) -> dict[tuple[int, int], int]:
         """The bytes of messages sent so far, by (agent, rank), as numbered at the start."""
         return {} if self._exchange is None else dict(self._exchange.bytes_sent)
-
-    # State
 
     def _follow_state(self) -> None:
         """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
