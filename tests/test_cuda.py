@@ -141,7 +141,7 @@ def test_more_agents_than_shared_memory_holds(emulation):
 
 
 def test_a_small_step_leaves_a_large_one_its_shared_memory(emulation):
-    """They may be started by two threads of the host at once."""
+    """Two threads of the host may start both at once."""
     for num_agents in (4096, 2048):
         given = problem("dsgd", topology.ring(num_agents), (8,))
         assert compare(given, FLOAT32, "cuda", num_steps=1) <= 2
