@@ -13,8 +13,7 @@ from gut_fast import topology
 from gut_fast.analysis import Stability, advice, averaging_rate_limit, modes, stability, stability_limit
 from gut_fast.reference import step, zero_state
 from gut_fast.rules import RULES, Coefficients, Interval, UpdateRule, get_rule
-
-torch.set_num_threads(1)
+from products import covering
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", UserWarning)
@@ -86,8 +85,7 @@ def average_rate(rule, hyperparameters, curvature):
 # Modes
 
 
-@pytest.mark.parametrize("name", ["torus(4, 4)", "random", "directed"])
-@pytest.mark.parametrize(("rule", "hyperparameters"), SETTINGS)
+@pytest.mark.parametrize(("rule", "hyperparameters", "name"), covering(SETTINGS, ["torus(4, 4)", "random", "directed"]))
 def test_modes_are_the_eigenvalues_of_one_step_of_all_agents(rule, hyperparameters, name):
     """As multisets: all their power sums agree."""
     hyperparameters, curvature = {"lr": 0.7, "weight_decay": 0.1, **hyperparameters}, 0.3
@@ -124,9 +122,7 @@ def test_at_zero_curvature_the_learning_rate_does_not_matter(rule, hyperparamete
 # Rates
 
 
-@pytest.mark.parametrize("curvature", [0.0, 0.3])
-@pytest.mark.parametrize("name", STATIC)
-@pytest.mark.parametrize(("rule", "hyperparameters"), SETTINGS)
+@pytest.mark.parametrize(("curvature", "rule", "hyperparameters", "name"), covering([0.0, 0.3], SETTINGS, list(STATIC)))
 def test_consensus_rate_is_the_simulated_one(rule, hyperparameters, name, curvature):
     predicted = stability(rule, hyperparameters, STATIC[name], curvature).consensus_rate
     simulated = disagreement_rate(rule, hyperparameters, STATIC[name].matrix(), curvature)

@@ -108,7 +108,7 @@ def compiler(request):
 # Compiled
 
 
-@pytest.mark.parametrize("engine", [LoopEngine, VmapEngine])
+@pytest.mark.parametrize("engine", [pytest.param(LoopEngine, marks=pytest.mark.slow), VmapEngine])
 @pytest.mark.parametrize("compiler", ["aot_eager"], indirect=True)
 def test_a_compiled_engine_equals_plain_autograd_over_several_steps(engine, compiler):
     stacks = [spread(convolutional().double()) for _ in range(2)]
@@ -419,10 +419,13 @@ def test_a_step_reads_no_value(engine):
     def sgd(params):
         return torch.optim.SGD(params, lr=0.05, momentum=0.9, foreach=True)
 
-    sim, plan = simulator(engine, optimizer=sgd, autocast=torch.bfloat16), Timetable(100, (), 0.1, None, None, None)
+    sim, timetable = (
+        simulator(engine, optimizer=sgd, autocast=torch.bfloat16),
+        Timetable(100, (), 0.1, None, None, None),
+    )
     with NothingIsRead():
         for _ in range(70):  # more than one block of batches
-            sim._train_step(plan)
+            sim._train_step(timetable)
     assert sim.step == 70
     with NothingIsRead(), pytest.raises(AssertionError, match="waits for the device"):
         float(sim.stacked.values.sum())
@@ -513,12 +516,12 @@ def test_a_run_on_a_gpu_repeats_and_resumes_bit_for_bit(name, exact, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_ENGINES)
 def test_a_step_on_a_gpu_never_waits_for_it(name):
-    sim, plan = simulator(name, "cuda", augment=RandomCropFlip(1)), Timetable(200, (), 0.1, None, None, None)
+    sim, timetable = simulator(name, "cuda", augment=RandomCropFlip(1)), Timetable(200, (), 0.1, None, None, None)
     for _ in range(3):
-        sim._train_step(plan)
+        sim._train_step(timetable)
     with cuda_graphs._synchronisation_is_an_error():
         for _ in range(130):  # across blocks of batches
-            sim._train_step(plan)
+            sim._train_step(timetable)
 
 
 @pytest.mark.gpu

@@ -12,8 +12,7 @@ import gut_fast as gf
 from gut_fast import analysis, topology
 from gut_fast.reference import step
 from gut_fast.rules import RULES, Coefficients, UpdateRule, get_rule
-
-torch.set_num_threads(1)
+from products import covering
 
 
 def averaged_gut(lr, mu=0.5, keep=0.7):
@@ -90,9 +89,11 @@ def grows(rule, hyperparameters, W, curvature, num_steps=1200):
 # Both sides of every limit
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize("mu", [0.1, 0.3, 0.36, 0.6, 0.9, 0.97])
-@pytest.mark.parametrize("rule", ["gut", "gutm", "qg_gutm", OWN], ids=name_of)
+@pytest.mark.parametrize(
+    ("rule", "mu", "name"),
+    covering(["gut", "gutm", "qg_gutm", OWN], [0.1, 0.3, 0.36, 0.6, 0.9, 0.97], list(GRAPHS)),
+    ids=name_of,
+)
 def test_the_verdict_is_that_of_a_run(rule, mu, name):
     """The torus at μ = 0.9 among them."""
     hyperparameters = {"lr": 0.05, "mu": mu}
@@ -136,8 +137,7 @@ def test_a_rule_that_hardly_moves_has_no_learning_rate_limit():
 # Bias
 
 
-@pytest.mark.parametrize("name", GRAPHS)
-@pytest.mark.parametrize(("rule", "hyperparameters"), SETTINGS, ids=name_of)
+@pytest.mark.parametrize(("rule", "hyperparameters", "name"), covering(SETTINGS, list(GRAPHS)), ids=name_of)
 def test_the_bias_factor_is_the_ratio_of_disagreements_at_rest(rule, hyperparameters, name):
     """Of long runs on f_i(z) = h/2 |z − b_i|², at an ηh so small that second order is below the tolerance.
 

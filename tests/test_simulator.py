@@ -20,11 +20,10 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from gut_fast import optim, topology
 from gut_fast.data import Dataset, RandomCropFlip, partition
 from gut_fast.optim.gossip import Gossip
-from gut_fast.simulation import Simulator, consensus_error, stack, write_csv, write_json_lines
-from gut_fast.simulation import console as progress_module
-from gut_fast.simulation import files as checkpoint_module
+from gut_fast.simulation import Simulator, consensus_error, console, files, stack, write_csv, write_json_lines
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
 from gut_fast.simulation.metrics import evaluate, read
+from products import covering
 
 NUM_AGENTS = 4
 RING = topology.ring(NUM_AGENTS)
@@ -475,8 +474,9 @@ RUNS = {
 }
 
 
-@pytest.mark.parametrize("name", RUNS)
-@pytest.mark.parametrize("options", [{}, {"schedule": lambda optimizer: CosineAnnealingLR(optimizer, 40)}])
+@pytest.mark.parametrize(
+    ("name", "options"), covering(list(RUNS), [{}, {"schedule": lambda optimizer: CosineAnnealingLR(optimizer, 40)}])
+)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, name, options):
     """Stopped at step 20 of 40, between two evaluations, and gone on with in a simulator that is new."""
     path = tmp_path / "run.checkpoint"
@@ -515,6 +515,7 @@ def start_child(code, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_a_run_resumed_in_a_fresh_process_is_the_same(tmp_path):
     whole = simulator()
     run(whole, 12, milestones=(6,), eval_every=5, checkpoint=tmp_path / "start.checkpoint")
@@ -530,6 +531,7 @@ def test_a_run_resumed_in_a_fresh_process_is_the_same(tmp_path):
     assert_same(*(torch.load(tmp_path / f"{name}.checkpoint", weights_only=True) for name in ("child", "whole")))
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_usable_checkpoint_at_the_end_of_a_step(tmp_path):
     path = tmp_path / "run.checkpoint"
     child = start_child(
@@ -592,8 +594,10 @@ def press_ctrl_c_twice():
     press_ctrl_c()
 
 
-@pytest.mark.parametrize("call", [38, 41, 45])  # in the tenth step; in the evaluation after it, the first and last call
-@pytest.mark.parametrize("action", [raise_keyboard_interrupt, press_ctrl_c, press_ctrl_c_twice])
+@pytest.mark.parametrize(
+    ("call", "action"),  # calls in the tenth step, and the first and last one in the evaluation after it
+    covering([38, 41, 45], [raise_keyboard_interrupt, press_ctrl_c, press_ctrl_c_twice]),
+)
 def test_an_interrupt_anywhere_leaves_a_checkpoint_that_goes_on_bit_for_bit(tmp_path, call, action):
     path = tmp_path / "run.checkpoint"
     sim = simulator(engine="loop", loss=interrupting_loss(call, action))
@@ -733,7 +737,7 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(checkpoint_module.torch, "save", save_half)
+    monkeypatch.setattr(files.torch, "save", save_half)
     with pytest.raises(OSError, match="no space left"):
         sim.save_checkpoint(path)
     assert path.read_bytes() == old
@@ -789,13 +793,13 @@ def test_progress_is_lines_where_there_is_no_terminal_or_no_rich(capsys, monkeyp
     assert line.startswith("step 6/6")
     assert "accuracy" in line
     assert "consensus" in line
-    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_LINES", 0.0)
     simulator().run(2)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["0/2", "1/2", "2/2"]
     assert "loss" in lines[1]
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(progress_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(console.importlib.util, "find_spec", lambda name: None)
     simulator().run(2)
     assert "step 2/2" in capsys.readouterr().err
     simulator().run(2, progress=False)
@@ -804,7 +808,7 @@ def test_progress_is_lines_where_there_is_no_terminal_or_no_rich(capsys, monkeyp
 
 def test_progress_is_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(progress_module, "SECONDS_BETWEEN_UPDATES", 0.0)
+    monkeypatch.setattr(console, "SECONDS_BETWEEN_UPDATES", 0.0)
     monkeypatch.setenv("COLUMNS", "150")
     simulator().run(6, eval_every=3)
     shown = capsys.readouterr().err

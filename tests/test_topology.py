@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 import warnings
 
 import networkx as nx
@@ -37,16 +38,23 @@ VARYING = [
     tp.sequence([tp.ring(6), tp.random_matching(6, 1), tp.one_peer_exponential(6)]),
 ]
 EVERY = STATIC + VARYING
-every_static = pytest.mark.parametrize("topology", STATIC, ids=repr)
-every_topology = pytest.mark.parametrize("topology", EVERY, ids=repr)
+FAST_SIZES = {1, 2, 5, 16}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def each_of(topologies):
+    """Parametrises a test by the topologies; named graphs of sizes between the `FAST_SIZES` are slow."""
+
+    def marks(topology):
+        is_named = re.match(r"(ring|complete|chain|star|exponential|erdos_renyi|one_peer|random_m)", repr(topology))
+        return pytest.mark.slow if is_named and topology.num_agents not in FAST_SIZES else ()
+
+    return pytest.mark.parametrize(
+        "topology", [pytest.param(each, id=repr(each), marks=marks(each)) for each in topologies]
+    )
+
+
+every_static = each_of(STATIC)
+every_topology = each_of(EVERY)
 
 
 def identity(topology):

@@ -16,6 +16,7 @@ from gut_fast.simulation import Simulator, StackedModule, stack
 from gut_fast.simulation import workers as workers_module
 from gut_fast.simulation.engines import AutoEngine, LoopEngine, WorkersEngine, make_engine
 from gut_fast.simulation.workers import Workers
+from products import covering
 
 NUM_AGENTS = 5
 MANY = 100
@@ -284,8 +285,7 @@ def trace(engine, stacked, steps=4):
         yield [parameter.grad.clone() for parameter in stacked.parameters()] + [torch.get_rng_state()]
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("num_threads", [1, 2, 4, 16])
+@pytest.mark.parametrize(("name", "num_threads"), covering(list(MODULES), [2, 1, 4, 16]))
 def test_workers_equal_the_loop_on_one_thread_bit_for_bit(threads, name, num_threads):
     stacks = [stack(make(name), NUM_AGENTS, init="different", seed=1) for _ in range(2)]
     expected = list(trace(LoopEngine(stacks[0], cross_entropy), stacks[0]))
