@@ -57,9 +57,9 @@ def one_step_matrix(rule, hyperparameters, W, curvature=0.0):
 
 
 def disagreement_rate(rule, hyperparameters, W, curvature=0.0):
-    """Growth per step of the disagreement between agents over 2048 steps, whatever it begins with.
+    """The growth per step of the disagreement between agents over 2048 steps, for the worst start.
 
-    The columns of W sum to one here, so that disagreement, what is orthogonal to the mean, moves by itself.
+    The columns of W sum to one, so that disagreement, the part orthogonal to the mean, moves by itself.
     """
     complement = torch.linalg.qr(torch.eye(len(W), dtype=torch.float64) - 1 / len(W)).Q[:, : len(W) - 1]
     basis = torch.block_diag(*[complement] * (len(get_rule(rule).states) + 1))
@@ -73,7 +73,7 @@ def disagreement_rate(rule, hyperparameters, W, curvature=0.0):
 
 
 def average_rate(rule, hyperparameters, curvature):
-    """Decay per step of one agent alone, that is of the average, from z = 1 and zero state."""
+    """The decay per step of a single agent, which moves as the average does, from z = 1 and zero state."""
     z = torch.ones(1, 1, dtype=torch.float64)
     state, sizes = zero_state(rule, z), []
     for _ in range(240):
@@ -87,7 +87,7 @@ def average_rate(rule, hyperparameters, curvature):
 
 @pytest.mark.parametrize(("rule", "hyperparameters", "name"), covering(SETTINGS, ["torus(4, 4)", "random", "directed"]))
 def test_modes_are_the_eigenvalues_of_one_step_of_all_agents(rule, hyperparameters, name):
-    """As multisets: all their power sums agree."""
+    """The two multisets agree in all power sums."""
     hyperparameters, curvature = {"lr": 0.7, "weight_decay": 0.1, **hyperparameters}, 0.3
     predicted = modes(rule, hyperparameters, STATIC[name].eigenvalues.numpy(), curvature).flatten()
     matrix = one_step_matrix(rule, hyperparameters, STATIC[name].matrix(), curvature)
@@ -131,7 +131,7 @@ def test_consensus_rate_is_the_simulated_one(rule, hyperparameters, name, curvat
 
 @pytest.mark.parametrize(("rule", "hyperparameters"), SETTINGS)
 def test_average_rate_under_curvature_is_the_simulated_one(rule, hyperparameters):
-    """What gradients never reach from zero state, such as the mean of r at μ = 1, does not count."""
+    """Directions that gradients never reach from zero state, such as the mean of r at μ = 1, do not count."""
     predicted = stability(rule, hyperparameters, STATIC["random"], curvature=0.1).average_rate
     assert math.isclose(average_rate(rule, hyperparameters, curvature=0.1), predicted, rel_tol=2e-2)
 
@@ -171,7 +171,7 @@ def test_one_agent_has_no_consensus_modes():
 
 
 def scaled(lr, factor=0.5):
-    """z' = factor · (z − ηg) + D: a rule under which a translation of all agents is not free."""
+    """The rule z' = factor · (z − ηg) + D, under which a translation of all agents is not free."""
     return Coefficients(A=[[factor, -factor * lr]], B=[[0, 0]], C=[[1]], E=[[1]])
 
 
@@ -268,7 +268,7 @@ def test_where_no_averaging_rate_helps_its_limit_is_nan():
     ids=lambda value: getattr(value, "name", None),
 )
 def test_the_limit_of_gut_is_that_of_the_formula(static, limit):
-    """λ_min > −1/(1+2μ), for μ and for the averaging rate."""
+    """The formula λ_min > −1/(1+2μ) gives the limits of μ and of the averaging rate."""
     assert math.isclose(stability_limit("gut", static), limit, rel_tol=1e-6)
     gamma = averaging_rate_limit("gut", {"mu": 0.9}, static)
     assert math.isclose(gamma, min(1.0, (1 + 1 / 2.8) / (1 - static.lambda_min)), rel_tol=1e-6)
@@ -364,7 +364,7 @@ def test_advice_on_a_time_varying_topology_looks_at_the_average_alone():
 
 
 def test_advice_where_no_value_helps_is_another_topology():
-    """From an unstable low end there is no limit to name: here every mode at λ < 1 grows, however lazy W is."""
+    """The rule is unstable at the low end of every range: its modes at λ < 1 grow for every averaging rate."""
 
     def repels(lr):
         return Coefficients(A=[[1, -lr]], B=[[0, 0]], C=[[1]], E=[[-1]])

@@ -1,3 +1,5 @@
+"""Data sets in memory, divisions among agents, random crops, and the command that shows them."""
+
 import sys
 from pathlib import Path
 
@@ -222,7 +224,7 @@ def test_ragged_dirichlet_has_the_moments_of_the_distribution():
 
 @pytest.mark.parametrize("equal", [True, False])
 def test_an_alpha_that_underflows_gives_each_class_to_few_agents(equal):
-    """numpy's own Dirichlet returns NaN or all zero here."""
+    """The Dirichlet distribution of numpy returns NaN or zeros for this α."""
     histogram = class_histogram(LABELS, dirichlet(LABELS, 5, 1e-3, equal=equal), 10)
     assert histogram.sum() == 600
     held = (histogram > 1).sum(0)  # one sample may go to an agent that would have none

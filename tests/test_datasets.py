@@ -1,4 +1,4 @@
-"""Loaders on small files in the true formats, whose check sums are put in the place of the published ones."""
+"""Loaders on small files in the true formats, whose check sums replace the published ones."""
 
 import gc
 import gzip
@@ -64,7 +64,7 @@ def no_folders_of_this_machine(monkeypatch, tmp_path):
 
 
 class Requests(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, and keeps the paths that were asked for."""
+    """A handler that serves a folder and keeps the requested paths."""
 
     def do_GET(self):
         self.server.asked.append(self.path)
@@ -76,7 +76,7 @@ class Requests(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def web(tmp_path):
-    """A folder on a web server of this machine, its address, and the paths that were asked for."""
+    """A folder on a local web server, its address, and the list of requested paths."""
     folder = tmp_path / "web"
     folder.mkdir()
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(Requests, directory=folder))
@@ -90,7 +90,7 @@ def web(tmp_path):
 
 
 def publish_mnist_like(monkeypatch, files=FILES, name="fashion-mnist"):
-    """Makes these files the ones that the loader expects."""
+    """Makes the loader expect these files."""
     shapes = [(40, 28, 28), (40,), (20, 28, 28), (20,)]
     expected = [
         idx_module.IdxFile(file, shape, hashlib.sha256(content).hexdigest(), md5(gzip.compress(content, mtime=0)))
@@ -290,7 +290,7 @@ CIFARS = {"cifar10": cifar10_like(), "cifar100": cifar100_like()}
 
 
 def publish_cifar_like(monkeypatch, name):
-    """Makes these files the ones that the loader expects; returns their folder and their content by name."""
+    """Makes the loader expect small files; returns their folder and their content by name."""
     published, files = cifar.PUBLICATIONS[name], CIFARS[name]
     splits = {
         split: {file: md5(files[file]) for file in getattr(published, split)} for split in ("train", "test", "names")
@@ -312,7 +312,7 @@ def test_cifar10_is_read(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", CIFARS)
 def test_what_is_unpickled_are_the_bytes_that_were_checked(monkeypatch, tmp_path, name):
-    """Each file is read once: one that is exchanged behind the check is never opened."""
+    """Each file is read once, so a file that is exchanged after the check is never opened."""
     base_folder, files = publish_cifar_like(monkeypatch, name)
     write(tmp_path / base_folder, files)
     read_bytes = Path.read_bytes
@@ -339,7 +339,7 @@ def test_cifar100_has_the_fine_labels(monkeypatch, tmp_path):
 
 
 class Trap:
-    """Makes a folder when it is unpickled."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -437,7 +437,7 @@ def test_an_image_is_the_middle_of_its_file(small_imagenette):
 
 
 def test_batches_of_files_are_the_same_with_any_number_of_workers(small_imagenette):
-    """Two steps on either side of a block of the plan, a jump back, and one forward."""
+    """The steps are two on either side of a block, one jump back, and one jump ahead."""
     parts = [torch.arange(agent, 30, 3) for agent in range(3)]
     steps = (STEPS_PER_BLOCK - 2, STEPS_PER_BLOCK - 1, STEPS_PER_BLOCK, STEPS_PER_BLOCK + 1, 0, 1, 7)
     files, labels = small_imagenette.train_inputs, small_imagenette.train_labels
@@ -507,7 +507,7 @@ def test_workers_outlive_an_interrupt(small_imagenette):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_batches_leave_no_data_and_no_worker_behind(small_imagenette, workers):
-    """Without the garbage collector: a sweep makes them anew for every run."""
+    """Reference counts alone free them, since a sweep makes new batches for every run."""
     files = replace(small_imagenette.train_inputs, workers=workers)
     images, labels = torch.zeros(30, 3, 4, 4), small_imagenette.train_labels
     gc.disable()

@@ -1,4 +1,4 @@
-"""Engines for a GPU, as far as they can be tested without one, and all engines on one where there is one."""
+"""Compiled, graphed and automatic engines: on a CPU with stand-ins for CUDA, and on a GPU if there is one."""
 
 import contextlib
 import warnings
@@ -34,7 +34,7 @@ STEPS = 5
 
 
 class CountsCalls(nn.Module):
-    """Replaces its buffer instead of changing it in place."""
+    """A module that replaces its buffer instead of changing it in place."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ def convolutional(dropout=0.0):
 
 
 def spread(module, device="cpu"):
-    """Agents with parameters of their own."""
+    """A stack of agents with different parameters."""
     stacked = stack(module.to(device), NUM_AGENTS)
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(stacked.values.shape, generator=generator, dtype=torch.float64)
@@ -81,14 +81,14 @@ def channels_last(inputs):
 
 
 def results(engine, stacked, inputs, targets):
-    """Losses, gradients and buffers, copied."""
+    """Copies of the losses, gradients and buffers."""
     losses = engine(inputs, targets)
     tensors = [losses, *(parameter.grad for parameter in stacked.parameters())]
     return [tensor.clone() for tensor in (*tensors, *(buffer for _, buffer in stacked.named_buffers()))]
 
 
 def error(mine, truth):
-    """Largest relative error of a tensor, in the Euclidean norm."""
+    """The largest relative error of a tensor, in the Euclidean norm."""
     pairs = zip(mine, truth, strict=True)
     return max(float((a.double().cpu() - b.double().cpu()).norm() / b.double().norm().cpu()) for a, b in pairs)
 
@@ -99,7 +99,7 @@ def assert_equal(mine, truth):
 
 @pytest.fixture
 def compiler(request):
-    """A compiler that only traces, the backward pass too if asked; nothing compiled before counts."""
+    """A compiler that traces the forward pass, or both passes with "aot_eager"; its caches are empty before and after."""
     torch.compiler.reset()
     yield partial(torch.compile, backend=getattr(request, "param", "eager"), dynamic=False)
     torch.compiler.reset()
@@ -138,7 +138,7 @@ def float64_truth(inputs, targets):
 
 
 def in_precision(make, inputs, targets, autocast=None, dtype=torch.float32):
-    """Results of an engine; the losses are in float32 and the gradients in the parameters' dtype, always."""
+    """The results of an engine, after a check that losses are float32 and gradients have the parameters' dtype."""
     stacked = spread(convolutional().to(dtype))
     mine = results(make(stacked, cross_entropy, autocast), stacked, inputs.to(dtype), targets)
     assert mine[0].dtype == torch.float32
@@ -148,7 +148,7 @@ def in_precision(make, inputs, targets, autocast=None, dtype=torch.float32):
 
 @pytest.mark.parametrize("make", [LoopEngine, VmapEngine, WorkersEngine])
 def test_mixed_precision_and_channels_last_with_every_engine(make):
-    """bfloat16 keeps 8 bits: that is what may be lost, times the depth. The layout loses nothing."""
+    """bfloat16 keeps 8 bits, so the error may be 2^-8 times the depth; the layout adds no error."""
     inputs, targets = batch()
     truth = float64_truth(inputs, targets)
     assert error(in_precision(make, inputs, targets), truth) < 1e-5
@@ -174,7 +174,7 @@ def test_mixed_precision_and_channels_last_compiled(engine, compiler):
 
 
 class FakeGraph:
-    """What a CUDA graph is to an engine, on the CPU: replaying does the same again and writes to the same memory."""
+    """A stand-in for a CUDA graph on the CPU: a replay repeats the function and writes to the same memory."""
 
     def __init__(self, stacked, warm_ups=3):
         self.stacked, self.warm_ups = stacked, warm_ups
@@ -204,7 +204,7 @@ class FakeGraph:
 
 @pytest.mark.parametrize("engine", [LoopEngine, VmapEngine])
 def test_a_graphed_engine_equals_the_one_it_records_bit_for_bit(engine):
-    """Warm-ups and the capture leave no trace, in buffers and random numbers; results are read from fixed memory."""
+    """Warm-ups and capture leave buffers and random numbers alone, and results are read from fixed memory."""
     stacks = [spread(convolutional(dropout=0.3)) for _ in range(2)]
     graph = FakeGraph(stacks[0])
     graphed = GraphedEngine(engine(stacks[0], cross_entropy), stacks[0], graph)
@@ -222,7 +222,7 @@ def test_a_graphed_engine_equals_the_one_it_records_bit_for_bit(engine):
 
 
 def test_losses_and_gradients_of_a_graphed_engine():
-    """Losses are the caller's to keep; gradients are in the same memory, and linked again, at every call."""
+    """Losses are new tensors at every call; gradients are in the same memory and linked again."""
     stacked = spread(convolutional())
     graphed = GraphedEngine(VmapEngine(stacked, cross_entropy), stacked, FakeGraph(stacked))
     first = graphed(*batch(0))
@@ -256,7 +256,7 @@ def test_a_graphed_engine_is_recorded_once_for_batches_whose_samples_share_memor
 
 
 class FakeStreams:
-    """Stands in for torch.cuda: notes who waits for whom, and which agents run where."""
+    """A stand-in for torch.cuda that logs which stream waits for which, and where agents run."""
 
     def __init__(self, monkeypatch):
         self.log, self.current = [], self.Stream(self, "here")
@@ -324,7 +324,7 @@ def test_auto_chooses_among_loop_vmap_and_their_graphs_on_a_gpu(monkeypatch):
 
 
 def auto_on_a_gpu(monkeypatch, engines, seconds):
-    """An automatic engine that believes in a GPU; `seconds` says how long each of its engines takes."""
+    """An automatic engine for a pretended GPU, and a log of its calls; each of its engines takes so many `seconds`."""
     stacked = spread(convolutional())
     with monkeypatch.context() as patch:
         patch.setattr(StackedModule, "device", torch.device("cuda"))
@@ -404,7 +404,7 @@ def simulator(engine="vmap", device="cpu", optimizer=gut, dropout=0.3, **options
 
 
 class NothingIsRead(TorchDispatchMode):
-    """Raises where a tensor's value is read, or decides a shape, which on a GPU waits for it."""
+    """A mode that raises where a tensor's value is read or decides a shape, which on a GPU waits for it."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
@@ -414,7 +414,7 @@ class NothingIsRead(TorchDispatchMode):
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])
 def test_a_step_reads_no_value(engine):
-    """With an optimizer of torch's: the library's own looks at its mixing weights, on the CPU only."""
+    """The optimizer is one of torch's, since the library's own reads its mixing weights on the CPU."""
 
     def sgd(params):
         return torch.optim.SGD(params, lr=0.05, momentum=0.9, foreach=True)
@@ -448,7 +448,7 @@ COMPILED_ENGINES = [name for name in ENGINES if "compiled" in name]
 
 @pytest.fixture
 def exact():
-    """Convolutions in float32, not TF32, and the same from run to run."""
+    """A context of float32 convolutions without TF32 that are the same from run to run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # newer torch has another name for the first, and not all of it knows that
         before = torch.backends.cudnn.allow_tf32, torch.backends.cudnn.deterministic
@@ -534,7 +534,7 @@ def test_the_same_batches_on_both_devices():
 
 
 class Waits(nn.Module):
-    """Reads a value, which no graph can record."""
+    """A module that reads a value, which no graph can record."""
 
     def forward(self, inputs):
         return inputs * (1.0 + 0.0 * inputs.detach().sum().item())

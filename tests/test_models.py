@@ -1,3 +1,5 @@
+"""Networks and norms against their published forms, and the same step by every engine."""
+
 import copy
 
 import pytest
@@ -15,7 +17,7 @@ from gut_fast.simulation.engines import make_engine
 
 
 def mobilenet_blocks(norm):
-    """The three kinds of MobileNet-V2's blocks: first of all, with a stride, with an addition."""
+    """A network of MobileNet-V2's three kinds of blocks: the first, one with a stride, one with an addition."""
     blocks = [
         InvertedResidual(inputs, outputs, expansion, stride, NORMS[norm])
         for inputs, outputs, expansion, stride in [(2, 8, 1, 1), (8, 16, 6, 2), (16, 16, 6, 1)]
@@ -50,12 +52,12 @@ def images(spec, *batch, dtype=torch.float64):
 
 
 def build_small(spec, norm):
-    """With three classes."""
+    """The small network of this name, with three classes."""
     return mobilenet_blocks(norm) if spec == "mobilenet-v2" else models.build(spec, SMALL[spec], 3, norm)
 
 
 def move(network):
-    """Away from the start, where branches without a norm are zero, and scales of one and zero do not show."""
+    """Moves parameters away from their start, at which branches without a norm are zero and scales do not show."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
@@ -93,7 +95,7 @@ def test_networks_have_the_known_number_of_parameters(spec, input_shape, num_cla
 
 
 def test_resnets_without_projections_have_the_parameters_of_the_source():
-    """The table of He et al.: 0.27, 0.46 and 0.85 million, with shortcuts that have none."""
+    """He et al. give 0.27, 0.46 and 0.85 million, with shortcuts without parameters."""
     for make_resnet, expected in [
         (models.resnet20, 269_722),
         (models.resnet32, 464_154),
@@ -152,7 +154,7 @@ def test_lenet5_is_the_published_network(size):
 
 
 def resnet_by_hand(w, x, blocks_per_stage, norm, activation):
-    """In functions; `w` yields the parameters in their order, of which `norm` takes its own."""
+    """A ResNet in plain functions; `w` yields the parameters in order, and `norm` takes its own from it."""
     x = activation(norm(conv2d(x, next(w), padding=1), w))
     for channels in [16] * blocks_per_stage + [32] * blocks_per_stage + [64] * blocks_per_stage:
         halves = channels != x.shape[1]
@@ -163,7 +165,7 @@ def resnet_by_hand(w, x, blocks_per_stage, norm, activation):
 
 
 def evonorm_by_hand(x, v, weight, bias, num_groups=8, eps=1e-5):
-    """As the formula stands, group by group and sample by sample."""
+    """The published formula of EvoNorm-S0, group by group and sample by sample."""
     out = torch.empty_like(x)
     size = x.shape[1] // num_groups
     for sample in range(len(x)):
@@ -194,7 +196,7 @@ def test_resnet_is_the_published_network(depth, norm):
 
 
 def mobilenet_by_hand(w, x, strides, norm):
-    """In functions; `strides` are those of the first convolution and of the seven stages."""
+    """MobileNet-V2 in plain functions; `strides` are those of the first convolution and the seven stages."""
     first, *strides = strides
     x = relu(norm(conv2d(x, next(w), stride=first, padding=1), w))
     for expansion, repeats, stage_stride in zip([1, 6, 6, 6, 6, 6, 6], [1, 2, 3, 4, 3, 3, 1], strides, strict=True):
@@ -270,7 +272,7 @@ def test_a_sample_gets_the_same_outputs_in_every_batch_and_memory_format(spec, s
     ("spec", "norm"), [pair for pair in PAIRS if pair[0] in SMALLEST or pair[1] in ("evonorm", "batchnorm")]
 )
 def test_a_training_step_is_the_same_with_every_engine(spec, norm):
-    """Gradients of every parameter, and buffers; the step after them too, on other parameters for every agent."""
+    """The comparison is of losses, gradients and buffers of a second step, in which the agents' parameters differ."""
     network, agents = move(build_small(spec, norm).double()), 2
     x, y = images(spec, agents, 3), torch.tensor([[0, 1, 2], [2, 2, 0]])
     results = {}

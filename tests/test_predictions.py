@@ -1,4 +1,4 @@
-"""What `gut_fast.analysis` predicts of a run, against runs of `reference.step` on quadratics."""
+"""The predictions of `gut_fast.analysis` against runs of `reference.step` on quadratics."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from products import covering
 
 
 def averaged_gut(lr, mu=0.5, keep=0.7):
-    """y = (1−k)(g + μr) + km;  S = z − ηy;  z' = S + D;  m' = y;  r' = μr − D/η: a rule of a user's own."""
+    """A user's rule: y = (1−k)(g + μr) + km;  S = z − ηy;  z' = S + D;  m' = y;  r' = μr − D/η."""
     new = 1 - keep
     return Coefficients(
         A=[[1, -lr * keep, -lr * new * mu, -lr * new]],
@@ -60,7 +60,7 @@ def randn(*shape, seed):
 
 
 def one_step(rule, hyperparameters, W, curvature):
-    """`reference.step` as matrices: (z, states) of all agents [M N] becomes transition @ (z, states) + input @ s.
+    """The matrices of `reference.step`: (z, states) of all agents [M N] becomes transition @ (z, states) + input @ s.
 
     The gradients are h z + s; the columns of the matrices are the steps from one-hot z, states and s.
     """
@@ -95,7 +95,6 @@ def grows(rule, hyperparameters, W, curvature, num_steps=1200):
     ids=name_of,
 )
 def test_the_verdict_is_that_of_a_run(rule, mu, name):
-    """The torus at μ = 0.9 among them."""
     hyperparameters = {"lr": 0.05, "mu": mu}
     predicted = analysis.stability(rule, hyperparameters, GRAPHS[name], curvature=1.0)
     assert abs(predicted.spectral_radius - 1) > 1e-4
@@ -118,7 +117,7 @@ def test_the_learning_rate_limit_divides_runs_that_settle_from_runs_that_grow(ru
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
 def test_learning_rate_limits_that_are_known(beta):
-    """2/h of gradient descent, 2(1+β)/h of the heavy ball."""
+    """Gradient descent has the limit 2/h, the heavy ball 2(1+β)/h."""
     alone = topology.ring(1)
     assert math.isclose(analysis.learning_rate_limit("gut", {}, GRAPHS["ring"], 4.0), 0.5, rel_tol=1e-6)
     heavy_ball = analysis.learning_rate_limit("dsgdm", {"momentum": beta}, alone, 4.0)
@@ -139,9 +138,9 @@ def test_a_rule_that_hardly_moves_has_no_learning_rate_limit():
 
 @pytest.mark.parametrize(("rule", "hyperparameters", "name"), covering(SETTINGS, list(GRAPHS)), ids=name_of)
 def test_the_bias_factor_is_the_ratio_of_disagreements_at_rest(rule, hyperparameters, name):
-    """Of long runs on f_i(z) = h/2 |z − b_i|², at an ηh so small that second order is below the tolerance.
+    """The runs are long, on f_i(z) = h/2 |z − b_i|², with an ηh so small that second order is below the tolerance.
 
-    One column of b for every agent, so that all modes are driven alike.
+    There is one column of b for every agent, so that all modes are driven alike.
     """
     W, lr, curvature = GRAPHS[name].matrix(), 0.1, 1e-5
 
@@ -225,7 +224,7 @@ def test_step_gains_that_are_known():
 
 
 def simulated_noise(rule, hyperparameters, W, curvature, num_columns=1000):
-    """Variance of the average and disagreement: for both the mean over independent columns, and its standard error."""
+    """The variance of the average and the disagreement: their means over independent columns, and standard errors."""
     generator = torch.Generator().manual_seed(0)
     transition, inputs = one_step(rule, hyperparameters, W, curvature)
     x, samples = torch.zeros(len(transition), num_columns, dtype=torch.float64), []
@@ -241,7 +240,7 @@ def simulated_noise(rule, hyperparameters, W, curvature, num_columns=1000):
 
 @pytest.mark.parametrize(("rule", "hyperparameters"), [*SETTINGS, ("d2", {})], ids=name_of)
 def test_variances_under_noise_are_those_of_a_simulation(rule, hyperparameters):
-    """Within four standard errors, which one in 16,000 correct predictions is not."""
+    """The tolerance is four standard errors, which one in 16,000 correct predictions exceeds."""
     ring = topology.ring(8)
     hyperparameters, curvature = {**hyperparameters, "lr": 0.1}, 2.0
     assert analysis.stability(rule, hyperparameters, ring, curvature).spectral_radius ** 120 < 0.06
@@ -253,7 +252,7 @@ def test_variances_under_noise_are_those_of_a_simulation(rule, hyperparameters):
 
 
 def test_noise_of_dsgd_is_that_of_the_formula():
-    """η/(h (2 − ηh) N) for the average, the mean of (λη)²/(1 − λ²(1 − ηh)²) for the disagreement."""
+    """The average has η/(h (2 − ηh) N), the disagreement the mean of (λη)²/(1 − λ²(1 − ηh)²)."""
     ring, lr, h = GRAPHS["ring"], 0.2, 0.5
     found = analysis.noise("dsgd", {"lr": lr}, ring, curvature=h)
     eigenvalues = ring.eigenvalues.numpy()[1:]
@@ -305,7 +304,7 @@ def test_what_is_known_where_w_is_not_normal_and_does_not_keep_the_mean():
 
 
 def test_means_over_a_spectrum_that_is_estimated():
-    """Of a graph too large for dense linear algebra, against its exact eigenvalues."""
+    """The graph is too large for dense linear algebra; its exact eigenvalues give the expected mean."""
     large, lr, h = topology.random_regular(700, 4, seed=0), 0.1, 1.0
     eigenvalues = large.eigenvalues.numpy()[1:]
     exact = ((eigenvalues * lr) ** 2 / (1 - (eigenvalues * (1 - lr * h)) ** 2)).sum() / 700
@@ -316,7 +315,7 @@ def test_means_over_a_spectrum_that_is_estimated():
 
 
 def costs(rule, hyperparameters, graph):
-    """How long disagreement lasts and how far the average steps, in units of the rule without tracking."""
+    """The time that disagreement lasts and the step of the average, both over those without tracking."""
     with_mu, without = (
         (1 / (1 - analysis.stability(rule, values, graph).consensus_rate), analysis.step_gain(rule, values))
         for values in (hyperparameters, {**hyperparameters, "mu": 0.0})

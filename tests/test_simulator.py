@@ -1,3 +1,5 @@
+"""The simulator: what a run does, the order of its data, its bytes, checkpoints and display."""
+
 import csv
 import json
 import math
@@ -47,13 +49,13 @@ def plain_model():
 
 
 def model_with_state():
-    """Batch statistics and dropout: both must survive a checkpoint."""
+    """A model with batch statistics and dropout, which must both survive a checkpoint."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
 
 
 def pictures():
-    """The same classes, each seen in one corner of small images."""
+    """The classes of `blobs` in small images."""
     data = blobs()
     as_images = (inputs.view(-1, 1, 2, 2).repeat(1, 2, 2, 2) for inputs in (data.train_inputs, data.test_inputs))
     train_inputs, test_inputs = as_images
@@ -87,7 +89,7 @@ def run(sim, steps, **options):
 
 
 def contents(sim, folder):
-    """All that a checkpoint of `sim` holds, apart from times measured."""
+    """The content of a checkpoint of `sim`, without measured times."""
     path = Path(folder) / f"{id(sim)}.checkpoint"
     sim.save_checkpoint(path)
     content = torch.load(path, weights_only=True)
@@ -96,7 +98,7 @@ def contents(sim, folder):
 
 
 def assert_same(a, b, where="checkpoint"):
-    """Equal bit for bit, through all nesting."""
+    """Asserts that nested values are equal bit for bit."""
     assert type(a) is type(b), where
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype, where
@@ -250,7 +252,7 @@ def test_the_result_depends_on_the_seed_and_not_on_the_global_random_state():
 
 
 def test_random_generators_of_other_devices_are_left_alone(monkeypatch):
-    """``torch.manual_seed`` would seed those of all GPUs, and nobody would put them back."""
+    """``torch.manual_seed`` would seed the generators of all GPUs, which nothing puts back."""
     model = plain_model()
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("another device's generator is seeded"))
     sim = simulator(lambda: stack(model, NUM_AGENTS, init="different", seed=3))
@@ -259,7 +261,7 @@ def test_random_generators_of_other_devices_are_left_alone(monkeypatch):
 
 
 def test_nothing_is_made_on_a_default_device():
-    """Which is the GPU in many a script; "meta" holds no values, so that whatever is made there fails."""
+    """The default device of many scripts is the GPU; here it is "meta", whose tensors have no values, so any use fails."""
     model, parts = model_with_state(), partition.dirichlet(DATA.train_labels, NUM_AGENTS, 0.5)
     options = {"data": DATA, "parts": parts, "batch_size": 5, "engine": "vmap"}
     expected = Simulator(model, RING, optimizer=gut(), **options)
@@ -299,7 +301,7 @@ def test_a_loss_of_nan_is_carried_and_reported():
 
 
 def order(seed, agent, epoch, parts):
-    """An epoch's samples of an agent, read off the stream one at a time."""
+    """The samples of an agent's epoch, read from the stream one at a time."""
     size = len(parts[agent])
     single = Batches(DATA.train_inputs, DATA.train_labels, parts, 1, seed)
     return [single.indices(step)[agent].item() for step in range(epoch * size, (epoch + 1) * size)]
@@ -352,7 +354,7 @@ def test_batches_are_gathered_in_the_layout_of_the_data_and_then_augmented(chann
 
 
 def test_augmentation_is_a_function_of_seed_agent_and_step():
-    """Not of the other agents, nor of what was asked before; and it does not repeat itself from block to block."""
+    """The draws depend neither on the other agents nor on earlier calls, and differ from block to block."""
     images, labels, augment = pictures().train_inputs, DATA.train_labels, RandomCropFlip(1)
     parts = [torch.arange(60)] * 3
 
@@ -478,7 +480,7 @@ RUNS = {
     ("name", "options"), covering(list(RUNS), [{}, {"schedule": lambda optimizer: CosineAnnealingLR(optimizer, 40)}])
 )
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, name, options):
-    """Stopped at step 20 of 40, between two evaluations, and gone on with in a simulator that is new."""
+    """The run stops at step 20 of 40, between two evaluations, and a new simulator continues it."""
     path = tmp_path / "run.checkpoint"
     whole, halves = simulator(**RUNS[name]), []
     with pytest.MonkeyPatch.context() as patch:

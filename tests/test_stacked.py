@@ -1,3 +1,5 @@
+"""Stacked modules, and the engines that compute their gradients, against plain autograd."""
+
 import copy
 import io
 import pickle
@@ -14,7 +16,7 @@ NUM_AGENTS = 3
 
 
 class Tied(nn.Module):
-    """One layer used under two names, and a weight shared between two layers."""
+    """A module with one layer under two names, and a weight shared between two layers."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +30,7 @@ class Tied(nn.Module):
 
 
 class CountsCalls(nn.Module):
-    """Replaces its buffers instead of changing them in place."""
+    """A module that replaces its buffers instead of changing them in place."""
 
     def __init__(self):
         super().__init__()
@@ -341,7 +343,7 @@ def test_bad_modules_say_what_is_wrong(call, error, message):
 
 
 def one_by_one(stacked, inputs, targets, loss=cross_entropy):
-    """Losses, gradients and buffers of each agent by plain autograd on a plain copy of its module."""
+    """The losses, gradients and buffers of each agent, by plain autograd on a plain copy of its module."""
     results = []
     for i in range(NUM_AGENTS):
         module = copy.deepcopy(stacked.module).train()
@@ -360,7 +362,7 @@ def one_by_one(stacked, inputs, targets, loss=cross_entropy):
 @pytest.mark.parametrize("engine", [LoopEngine, VmapEngine])
 @pytest.mark.parametrize("loss", [cross_entropy, lambda o, t: (o.gather(1, t[:, None]) ** 2).mean()])
 def test_engines_equal_plain_autograd_in_float64(engine, name, loss):
-    """Three steps, so that the buffers of one step are the input of the next; gradients must not add up."""
+    """There are three steps: the buffers of one step enter the next, and gradients must not add up."""
     stacked = spread(stack(make(name), NUM_AGENTS))
     run = engine(stacked, loss)
     for step in range(3):
@@ -458,7 +460,7 @@ def test_auto_goes_on_where_its_state_was_saved():
 
 
 def test_auto_falls_back_to_the_loop_with_one_warning():
-    """The failed attempt leaves no trace: not in the random state and not in the buffers."""
+    """The failed attempt leaves no trace in the random state and the buffers."""
     torch.manual_seed(3)
     stacked, expected = (stack(DependsOnValues().double(), NUM_AGENTS) for _ in range(2))
     expected.load_state_dict(stacked.state_dict())

@@ -1,4 +1,4 @@
-"""Graphs are the ones their names promise, W is what the docstrings say, and bad input is named."""
+"""The graphs have their published properties, W follows the documented equations, and bad input is named."""
 
 import copy
 import math

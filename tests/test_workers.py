@@ -1,3 +1,5 @@
+"""The threads that share jobs, and the engine that computes one agent per thread."""
+
 import contextlib
 import gc
 import multiprocessing
@@ -23,7 +25,7 @@ MANY = 100
 
 
 def meeting(number):
-    """A place where so many threads wait for each other."""
+    """A barrier at which so many threads wait for each other."""
     return threading.Barrier(number, timeout=30)
 
 
@@ -79,7 +81,7 @@ def test_operators_of_a_job_have_one_thread_and_everyone_else_what_they_had(thre
 
 
 def threads_that_meet(workers, number):
-    """How many threads do `number` jobs, none of which ends before all have begun."""
+    """The number of threads that do `number` jobs, none of which ends before all have begun."""
     together = meeting(number)
     return len(set(workers.run([lambda: together.wait() or threading.get_ident()] * number)))
 
@@ -276,7 +278,7 @@ def batch(step=0, size=6):
 
 
 def trace(engine, stacked, steps=4):
-    """Losses, gradients, buffers and random state over some steps, from a fixed random state on."""
+    """Yields losses, gradients, buffers and random state of some steps from a fixed random state on."""
     torch.manual_seed(5)
     for step in range(steps):
         losses = engine(*batch(step))
@@ -300,7 +302,7 @@ def test_forward_passes_are_in_order_only_where_the_model_draws_random_numbers(t
     together, agents_met = meeting(2), []
 
     def loss(outputs, targets):
-        """Lets two forward passes meet, which ones in order never do."""
+        """A loss at which two forward passes meet, unless they run one after the other."""
         with contextlib.suppress(threading.BrokenBarrierError):
             together.wait()
             agents_met.append(targets[0])
