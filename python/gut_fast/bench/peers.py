@@ -8,7 +8,7 @@ the cache. Of many formulations these were the fastest, or close to the fastest,
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import FunctionType
 
@@ -103,20 +103,7 @@ def compiled(workload: Workload, *, tiled: bool = False) -> Contender:
     if tiled and workload.device.type != "cpu":
         raise Unavailable("tiles are for the caches of a CPU")
     compute = torch.float64 if workload.case.dtype == "float64" else torch.float32
-    matrix, rule = _laplacian(workload, compute), workload.coefficients
-    W = workload.topology.matrix().clone().fill_diagonal_(0)
-    degree = int((W != 0).sum(1).max())
-    gathered = W.abs().argsort(dim=1, descending=True)[:, :degree]  # who has fewer hears anyone, with weight 0
-    neighbors = gathered.T.to(workload.device)
-    weights = W.gather(1, gathered).T[..., None].to(workload.device, compute)
-
-    def drift(S: Tensor) -> Tensor:
-        if not 1 <= degree <= MAX_NEIGHBORS:
-            return matrix @ S
-        total = torch.zeros_like(S)
-        for j, weight in zip(neighbors, weights, strict=True):
-            total = total + weight * (S[j] - S)
-        return total
+    drift, rule = _drift(workload, compute), workload.coefficients
 
     def function(old: Sequence[Tensor], gradient: Tensor, new: Sequence[Tensor]) -> None:
         inputs = [tensor.to(compute) for tensor in (*old, gradient)]
@@ -142,6 +129,25 @@ def compiled(workload: Workload, *, tiled: bool = False) -> Contender:
 
     names = ("z", *workload.rule.states)
     return Contender(step, lambda: {name: [place] for name, place in zip(names, sets[0], strict=True)})
+
+
+def _drift(workload: Workload, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """The function D(S) that `compiled` compiles: one neighbour after the other, or where these are many a product."""
+    matrix, W = _laplacian(workload, dtype), workload.topology.matrix().clone().fill_diagonal_(0)
+    degree = int((W != 0).sum(1).max())
+    if not 1 <= degree <= MAX_NEIGHBORS:
+        return lambda S: matrix @ S
+    gathered = W.abs().argsort(dim=1, descending=True)[:, :degree]  # who has fewer hears anyone, with weight 0
+    neighbors = gathered.T.to(workload.device)
+    weights = W.gather(1, gathered).T[..., None].to(workload.device, dtype)
+
+    def drift(S: Tensor) -> Tensor:
+        total = torch.zeros_like(S)
+        for j, weight in zip(neighbors, weights, strict=True):
+            total = total + weight * (S[j] - S)
+        return total
+
+    return drift
 
 
 def _laplacian(workload: Workload, dtype: torch.dtype) -> Tensor:

@@ -287,6 +287,7 @@ def measure(
             measured = _times({name: contender.step for name, contender in contenders.items()}, seconds, device)
         settings = {
             "rule": case.rule,
+            **case.hyperparameters,
             "topology": workload.topology.name,
             "agents": workload.num_agents,
             "columns": case.columns,
