@@ -99,7 +99,7 @@ def assert_equal(mine, truth):
 
 @pytest.fixture
 def compiler(request):
-    """A compiler that traces the forward pass, or both passes with "aot_eager"; its caches are empty before and after."""
+    """A compiler that traces the forward pass, or both passes with "aot_eager"; its caches are empty at the start."""
     torch.compiler.reset()
     yield partial(torch.compile, backend=getattr(request, "param", "eager"), dynamic=False)
     torch.compiler.reset()

@@ -261,7 +261,7 @@ def test_random_generators_of_other_devices_are_left_alone(monkeypatch):
 
 
 def test_nothing_is_made_on_a_default_device():
-    """The default device of many scripts is the GPU; here it is "meta", whose tensors have no values, so any use fails."""
+    """Tensors on "meta" have no values, so any tensor on the default device fails where it is used."""
     model, parts = model_with_state(), partition.dirichlet(DATA.train_labels, NUM_AGENTS, 0.5)
     options = {"data": DATA, "parts": parts, "batch_size": 5, "engine": "vmap"}
     expected = Simulator(model, RING, optimizer=gut(), **options)

@@ -69,41 +69,28 @@ def assert_equal(actual, expected, tolerance=1e-14):
 
 
 @every_topology
-def test_rows_and_columns_sum_to_one(topology):
+def test_matrix_csr_and_neighbors_agree_and_rows_and_columns_sum_to_one(topology):
+    num_agents = topology.num_agents
+    ones = torch.ones(num_agents, dtype=torch.float64)
     for step in range(5):
         W = topology.matrix(step)
-        assert W.shape == (topology.num_agents, topology.num_agents)
-        assert W.dtype == torch.float64
+        assert (W.shape, W.dtype) == ((num_agents, num_agents), torch.float64)
         assert (W >= 0).all()
-        ones = torch.ones(topology.num_agents, dtype=torch.float64)
         assert_equal(W.sum(0), ones)
         assert_equal(W.sum(1), ones)
-
-
-@every_topology
-def test_csr_holds_the_off_diagonal_nonzeros_in_order(topology):
-    for step in range(5):
         row_start, neighbor, weight = topology.csr(step)
         assert (row_start.dtype, neighbor.dtype, weight.dtype) == (torch.int64, torch.int64, torch.float64)
-        assert row_start.shape == (topology.num_agents + 1,)
-        W = topology.matrix(step)
-        for agent in range(topology.num_agents):
-            expected = [j for j in range(topology.num_agents) if j != agent and W[agent, j] != 0]
-            row = slice(int(row_start[agent]), int(row_start[agent + 1]))
-            assert neighbor[row].tolist() == expected
-            assert topology.neighbors(agent, step) == expected
-            assert torch.equal(weight[row], W[agent, expected])
+        assert row_start.shape == (num_agents + 1,)
         assert row_start[0] == 0
         assert row_start[-1] == len(neighbor) == len(weight)
-
-
-@every_topology
-def test_csr_is_made_once_and_matrix_every_time(topology):
-    for step in range(3):
-        first = topology.csr(step)
-        assert topology.csr(step, torch.device("cpu")) is first
+        for agent in range(num_agents):
+            expected = [j for j in range(num_agents) if j != agent and W[agent, j] != 0]
+            row = slice(int(row_start[agent]), int(row_start[agent + 1]))
+            assert neighbor[row].tolist() == topology.neighbors(agent, step) == expected
+            assert torch.equal(weight[row], W[agent, expected])
+        assert topology.csr(step, torch.device("cpu")) is topology.csr(step)
         topology.matrix(step).zero_()
-        assert topology.matrix(step).sum() > 0
+        assert torch.equal(topology.matrix(step), W)
 
 
 def test_csr_goes_to_the_device_asked_for():
@@ -276,14 +263,6 @@ def test_hypercube_is_the_hypercube():
         assert nx.is_isomorphic(tp.hypercube(k).graph, nx.hypercube_graph(k))
     assert tp.hypercube(3).neighbors(5) == [1, 4, 7]
     assert tp.hypercube(0).matrix().tolist() == [[1.0]]
-
-
-@pytest.mark.parametrize("make", [tp.ring, tp.complete, tp.chain, tp.star, tp.exponential])
-def test_one_two_and_three_agents(make):
-    assert make(1).matrix().tolist() == [[1.0]]
-    assert make(1).neighbors(0) == []
-    assert make(2).matrix().tolist() == [[0.5, 0.5], [0.5, 0.5]]
-    assert make(3).num_agents == 3
 
 
 @settings(max_examples=30, deadline=None)
@@ -471,12 +450,6 @@ def test_spectrum_of_the_torus(rows, cols):
     assert_equal(tp.torus(rows, cols).eigenvalues, expected, 1e-13)
 
 
-@pytest.mark.parametrize("n", [2, 3, 10, 101])
-def test_spectrum_of_the_complete_graph(n):
-    assert_equal(tp.complete(n).eigenvalues, descending([1.0] + [0.0] * (n - 1)), 1e-13)
-    assert tp.complete(n).spectral_gap == pytest.approx(1)
-
-
 @pytest.mark.parametrize("k", [1, 2, 5, 10])
 def test_spectrum_of_the_hypercube(k):
     expected = descending((1 + k - 2 * ones) / (k + 1) for ones in range(k + 1) for _ in range(math.comb(k, ones)))
@@ -491,13 +464,6 @@ def test_spectra_of_petersen_dyck_chain_and_star():
     assert_equal(tp.chain(9).eigenvalues, expected, 1e-14)
     assert tp.star(9).lambda_2 == pytest.approx(8 / 9)
     assert tp.star(9).lambda_min == pytest.approx(0, abs=1e-14)
-
-
-def test_spectrum_of_a_larger_graph_without_symmetry():
-    topology = tp.random_regular(100, 4, seed=0)
-    assert topology.eigenvalues[0] == pytest.approx(1)
-    assert topology.eigenvalues.sum() == pytest.approx(100 / 5)  # the trace
-    assert (topology.eigenvalues**2).sum() == pytest.approx(100 / 5)  # the squared norm of W
 
 
 @settings(max_examples=30, deadline=None)
