@@ -103,9 +103,8 @@ def test_bad_hyperparameters_are_named(name, hyperparameters, error, message):
         RULES[name].coefficients(0.1, **hyperparameters)
 
 
-@pytest.mark.parametrize("mu", [0, 0.0, 1, 1.0])
-def test_the_ends_of_the_domain_belong_to_it(mu):
-    assert RULES["gut"].check({"mu": mu}) == {"mu": mu}
+def test_the_ends_of_the_domain_belong_to_it():
+    assert all(RULES["gut"].check({"mu": mu}) == {"mu": mu} for mu in (0, 0.0, 1, 1.0))
 
 
 @pytest.mark.parametrize(
