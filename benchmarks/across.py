@@ -310,7 +310,7 @@ class DDP(Contender):
 
 
 class DecentDP(Contender):
-    """decent-dp's ring: everyone mixes with one neighbour a step, in turn. Its buckets are whole MiB."""
+    """The ring of decent-dp: everyone mixes with one neighbour a step, in turn. Its buckets are whole MiB."""
 
     def prepare(self):
         importlib.import_module("loguru").logger.disable("decent_dp")

@@ -357,6 +357,19 @@ def test_who_trains_wrongly_is_not_timed(who, what, training):
         train.compare(trainers, training)
 
 
+def test_the_compiler_forgets_what_others_have_compiled(monkeypatch):
+    """The compiler stops at a number of variants, and would then go on in eager without a word."""
+
+    def reset():
+        raise RuntimeError("forgotten")
+
+    monkeypatch.setattr(torch.compiler, "reset", reset)
+    with pytest.raises(RuntimeError, match="forgotten"):
+        train.measure(Training("mlp", 2, 2), ["compiled-vmap"], 1, 0.0)
+    with pytest.raises(RuntimeError, match="forgotten"):
+        step.measure(small(), 1, 0.0, PEERS)
+
+
 def test_bad_trainings():
     with pytest.raises(ValueError, match="unknown model 'vgg'"):
         Training("vgg")

@@ -56,7 +56,7 @@ CASES = (
 """The cases on a GPU, each beside the other backends, a CUDA graph, momentum SGD and a copy of as many bytes."""
 
 CASES_WITH_PEERS = 4
-"""So many of the first cases are also timed beside peers, most of which have to be compiled."""
+"""The number of the first cases that are also timed beside peers, most of which have to be compiled."""
 
 DRY_CASES = (Case("dry-gut", topology="ring:5", parameters=13), Case("dry-dsgd", "dsgd", "ring:5", 13))
 GRACE = {"cuda": 30.0, "cpu": 300.0}

@@ -75,7 +75,7 @@ def _write_sum(out: Tensor, row: Iterable[float], terms: Sequence[Tensor]) -> Te
     pairs = [(factor, term) for factor, term in zip(row, terms, strict=True) if factor != 0]
     if not pairs:
         return out.zero_()
-    # What is overwritten goes first; else a term without a factor, which one pass adds to the next.
+    # The term that is overwritten goes first; else a term without a factor, which one pass adds to the next term.
     pairs.sort(key=lambda pair: 0 if pair[1] is out else 1 if pair[0] == 1 else 2)
     (factor, first), *rest = pairs
     if first is out:
@@ -113,9 +113,9 @@ def compiled(workload: Workload, *, tiled: bool = False) -> Contender:
         for place, value in zip(new, values, strict=True):
             place.copy_(value)
 
-    # Code of its own: the compiler counts the variants of a piece of code, and stops at eight.
+    # The function gets code of its own: the compiler counts the variants of a piece of code, and stops at eight.
     own = FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-    run = torch.compile(own, dynamic=False, fullgraph=True)  # an error where it would go back to eager without a word
+    run = torch.compile(own, dynamic=False, fullgraph=True)  # fullgraph: it never goes back to eager unsaid
     z, states, gradient = workload.copies()
     spare = [allocate(place.numel(), place.dtype, place.device).view_as(place) for place in (z, *states)]
     sets, number = [[z, *states], spare], 1 + len(states)
@@ -137,7 +137,7 @@ def _drift(workload: Workload, dtype: torch.dtype) -> Callable[[Tensor], Tensor]
     degree = int((W != 0).sum(1).max())
     if not 1 <= degree <= MAX_NEIGHBORS:
         return lambda S: matrix @ S
-    gathered = W.abs().argsort(dim=1, descending=True)[:, :degree]  # who has fewer hears anyone, with weight 0
+    gathered = W.abs().argsort(dim=1, descending=True)[:, :degree]  # who has fewer also hears others, with weight 0
     neighbors = gathered.T.to(workload.device)
     weights = W.gather(1, gathered).T[..., None].to(workload.device, dtype)
 

@@ -280,7 +280,8 @@ def measure(
         ValueError, RuntimeError: the case cannot be made, or its backend cannot serve it.
     """
     with threads(num_threads):
-        torch.compiler.reset()  # its limit of compiled variants is per process
+        if peers:
+            torch.compiler.reset()  # its limit of compiled variants is per process
         workload = Workload(case, device)
         contenders, errors, absent = _compared(workload, {**OURS, **peers})
         with watch() as noise:

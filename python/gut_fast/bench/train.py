@@ -251,7 +251,8 @@ def measure(training: Training, engines: Sequence[str] | None, num_threads: int,
     """
     device, agents, batch_size = training.device, training.agents, training.batch_size
     engines = CHOICES[device.type] if engines is None else engines
-    torch.compiler.reset()  # its limit of compiled variants is per process; beyond, it goes back to eager
+    if any("compiled" in engine for engine in engines):
+        torch.compiler.reset()  # its limit of compiled variants is per process; beyond, it goes back to eager
     with threads(num_threads):
         with exact_float32():
             errors = compare(enter(training, engines), training)
