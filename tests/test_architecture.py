@@ -34,7 +34,7 @@ FRAGMENT = re.compile(
 
 IDIOMS = ("In place", "gut_fast")
 
-NOT_YET = {"simulation", "study", "data"}
+NOT_YET = {"study"}
 """The rooms and files whose docstrings are being mended."""
 
 

@@ -77,7 +77,7 @@ class ImageFiles:
         return 4
 
     def is_floating_point(self) -> bool:
-        """Whether the batches are floating-point, which they always are."""
+        """True, as the batches are always floating-point."""
         return True
 
     def __len__(self) -> int:

@@ -15,7 +15,7 @@ from types import FrameType
 __all__ = ["Display", "Interrupt", "Progress", "deferred_interrupt", "display"]
 
 Progress = bool | Callable[[int], object]
-"""Whether to show the numbers of a run on stderr, or a function to call with the step now and then instead."""
+"""True to show the numbers of a run on stderr, or a function to call with the step now and then instead."""
 
 Show = Callable[[int, str], object]
 """Shows the step and the numbers."""
@@ -38,7 +38,7 @@ class Display:
         self._last = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time for another `show`; cheap, as it is asked at every step."""
+        """True when it is time for another `show`; cheap, as it is asked at every step."""
         now = time.monotonic()
         if now - self._last < self._seconds:
             return False

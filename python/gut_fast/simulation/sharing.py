@@ -78,7 +78,7 @@ class Everyone:
 
     @property
     def is_first(self) -> bool:
-        """Whether agent 0 is in this process, which then reports for all."""
+        """True if agent 0 is in this process, which then reports for all."""
         return self._agents.start == 0
 
     def rows(self, own: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Everyone:
         }
 
     def wants_to_stop(self, is_asked_to: bool, step: int, is_last: bool) -> bool:
-        """Whether any process has been asked to stop; all ranks get the answer at the same step."""
+        """True if any process has been asked to stop; all ranks get the answer at the same step."""
         if self.group is None:
             return is_asked_to
         asks = is_last or step % ASK_EVERY == 0

@@ -50,11 +50,11 @@ class Timetable:
         return float(self.decay**passed)
 
     def evaluates_after(self, steps: int) -> bool:
-        """Whether the run evaluates after so many steps."""
+        """True if the run evaluates after so many steps."""
         return steps == self.steps or _is_multiple(steps, self.eval_every)
 
     def saves_after(self, steps: int) -> bool:
-        """Whether the run writes a checkpoint after so many steps."""
+        """True if the run writes a checkpoint after so many steps."""
         return self.checkpoint is not None and (steps == self.steps or _is_multiple(steps, self.checkpoint_every))
 
 
