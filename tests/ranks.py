@@ -20,7 +20,7 @@ from multiprocessing import forkserver
 import torch
 import torch.distributed as dist
 
-LIMIT = 60.0
+LIMIT = 120.0  # seconds; a busy machine takes a while to load the libraries
 store = None  # in a rank: the store that the ranks of this function share
 _context = multiprocessing.get_context("forkserver")
 _numbers = itertools.count()

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import time
 import weakref
 from functools import partial
 
@@ -334,6 +335,7 @@ def add_after_joining(rank, size):
         group = rejoin(ranks.store, 1, 2, timeout=20.0)
     parameter, optimizer = make(rank, size, process_group=group, on_peer_failure="continue")
     while optimizer.group.size < 2:
+        time.sleep(0.002)  # leaves a core to rank 1
         train(parameter, optimizer, 1)
     while optimizer.num_steps % 10 != 5:
         train(parameter, optimizer, 1)

@@ -181,29 +181,32 @@ def optimizer_of(group, size, rule="gradient_tracking"):
     return parameter, optimizer
 
 
-def come_and_go(rank, size, steps, victim, comes_back):
-    """Trains in a group made of a store; the victim leaves at step 20 and may come back."""
+def come_and_go(rank, size, victim, comes_back):
+    """Trains in a group made of a store; the victim leaves at step 20 and may come back. Ends 300 steps after that."""
     goal = seeded(size, 50, seed=9, dtype=torch.float32)[rank]
     parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=20.0), size)
-    while optimizer.num_steps < steps:
+    first, end = None, None if comes_back else 400
+    while end is None or optimizer.num_steps < end:
         if rank == victim and optimizer.num_steps == 20:
             optimizer.group.close()
             del parameter, optimizer
             if not comes_back:
                 return None
-            time.sleep(0.1)  # while the others go on
-            group = rejoin(ranks.store, rank, size, timeout=20.0)
-            parameter, optimizer = optimizer_of(group, size)
+            parameter, optimizer = optimizer_of(rejoin(ranks.store, rank, size, timeout=20.0), size)
             first = optimizer.num_steps, parameter.detach().clone()
+        if end is None:
+            time.sleep(0.002)  # leaves a core to the rank that comes back
         parameter.grad = parameter.detach() - goal
         optimizer.step()
-    return optimizer.group.members, parameter.detach(), first if rank == victim else None, str(optimizer.topology)
+        if end is None and optimizer.group.epoch > 1 and optimizer.group.size == size:
+            end = optimizer.num_steps + 300
+    return optimizer.group.members, parameter.detach(), first, str(optimizer.topology)
 
 
 @pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_rank_comes_back(comes_back):
     size, victim = 5, 3
-    with ranks.Crew(size, come_and_go, 400, victim, comes_back) as crew:
+    with ranks.Crew(size, come_and_go, victim, comes_back) as crew:
         outcomes = crew.outcomes()
     there = [rank for rank in range(size) if comes_back or rank != victim]
     goal = seeded(size, 50, seed=9, dtype=torch.float32)[there].mean(0)
@@ -226,7 +229,7 @@ def unwanted(rank, size, odd):
         parameter, optimizer = optimizer_of(group, size)
         if odd == "nobody looks":
             return None
-        while optimizer.num_steps < 400 and optimizer.group.epoch < 2:
+        while optimizer.group.epoch < 2:
             time.sleep(0.005)
             parameter.grad = parameter.detach() - 1
             optimizer.step()
