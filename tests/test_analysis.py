@@ -254,10 +254,6 @@ def test_the_averaging_rate_limit_divides_runs_that_settle_from_runs_that_grow(r
     assert disagreement_rate(rule, hyperparameters, STATIC[name].lazy(gamma + 0.01).matrix()) > 1.001
 
 
-def test_where_all_is_stable_the_averaging_rate_limit_is_one():
-    assert averaging_rate_limit("gut", {"mu": 0.9}, STATIC["ring(16)"]) == 1.0
-
-
 def test_where_no_averaging_rate_helps_its_limit_is_nan():
     assert math.isnan(averaging_rate_limit("qg_gutm", {"momentum": 0.9, "mu": 0.2}, STATIC["ring(16)"]))
 

@@ -382,16 +382,6 @@ def test_engines_equal_plain_autograd_in_float64(engine, name, loss):
                 torch.testing.assert_close(buffer, buffers[buffer_name], rtol=1e-12, atol=1e-12)
 
 
-def test_batch_norm_statistics_are_each_agents_own():
-    stacked = stack(make("batch_norm"), NUM_AGENTS)
-    inputs, targets = batch()
-    VmapEngine(stacked, cross_entropy)(inputs + torch.tensor([0.0, 5.0, -5.0]).view(3, 1, 1), targets)
-    means = dict(stacked.named_buffers())["1.running_mean"]
-    assert means.shape == (NUM_AGENTS, 5)
-    assert (means[0] - means[1]).abs().min() > 1e-3
-    assert dict(stacked.named_buffers())["1.num_batches_tracked"].tolist() == [1, 1, 1]
-
-
 @pytest.mark.parametrize("engine", [LoopEngine, VmapEngine])
 def test_dropout_is_on_differs_between_agents_and_repeats_from_the_seed(engine):
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).double().eval()

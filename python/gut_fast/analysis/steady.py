@@ -55,7 +55,9 @@ class Noise:
 
 
 def bias_factor(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology) -> float:
-    """How far apart the agents rest because their data differ, where DSGD at the same learning rate has 1.
+    """The distance at which agents rest from one another because their data differ, over that of DSGD.
+
+    DSGD is taken at the same learning rate.
 
     With full gradients ``g_i = h (z_i − b_i)`` a rule rests at ``x = F(λ) x + G(λ) g`` on the mode of eigenvalue λ,
     where x is (z, state), F the rule's transition and G its gradient column. To first order in η that is
@@ -75,7 +77,7 @@ def bias_factor(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topo
 
 
 def step_gain(rule: str | UpdateRule, hyperparameters: Mapping[str, Any]) -> float:
-    """How far the agents' average moves per step under a steady gradient g, in units of the step −ηg of DSGD.
+    """The distance that the agents' average moves per step under a steady gradient g, over the step −ηg of DSGD.
 
     ``1/(1 − β)`` for rules with momentum β, ``(1 − μ)/(1 − β − μ)`` for QG-GUTm. Infinite where the average's momentum
     does not decay, NaN for a rule under which a translation of all agents is not free.

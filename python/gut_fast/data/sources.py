@@ -111,7 +111,7 @@ class Source:
 
     @property
     def _advice(self) -> str:
-        """How to get the files, as a clause."""
+        """A clause that says how to get the files."""
         package = "" if self.package is None else f"`apt-get install {self.package}`, or "
         return (
             f"get it by {package}download=True (--download); if it is somewhere already, name the folder with folder= "

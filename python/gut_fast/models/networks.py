@@ -19,7 +19,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Network:
-    """One row of `MODELS`.
+    """A row of `MODELS`.
 
     Attributes:
         make: builds the network from (input_shape, num_classes, norm, argument); raises ValueError if the network

@@ -149,7 +149,7 @@ class Batches:
         return Selection(self._indices[step - start], None if self.augment is None else self._draws[step - start])
 
     def _block(self, agents: Sequence[Tensor]) -> Tensor:
-        """One tensor [steps, N, B, ...] of the agents' tensors [steps · B, ...], on the device of the samples."""
+        """The agents' tensors [steps · B, ...] as one tensor [steps, N, B, ...] on the device of the samples."""
         stacked, device = torch.stack(list(agents)), self._device
         by_step = stacked.view(len(agents), STEPS_PER_BLOCK, self.batch_size, *stacked.shape[2:]).transpose(0, 1)
         block = by_step.contiguous()

@@ -35,7 +35,7 @@ class Engine(Protocol):
 
 
 class LoopEngine:
-    """One agent after the other; each backward pass accumulates straight into the flat gradient buffer.
+    """An engine that computes one agent after the other, each backward pass straight into the flat gradient buffer.
 
     Args:
         stacked: the agents' models; they are put into training mode.
@@ -104,7 +104,7 @@ class LoopEngine:
 
 
 class VmapEngine:
-    """All agents at once through `torch.func.vmap`; random operations such as dropout differ between agents.
+    """An engine that computes all agents at once through `torch.func.vmap`; dropout and the like differ between agents.
 
     There are few, large operators, so the fewest launches; but convolutions become grouped ones, at which some
     libraries are slow.

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 DRAWS = 1000
-"""How often a random graph is drawn anew until it is connected."""
+"""The largest number of draws of a random graph until one is connected."""
 
 AS_A_STEP = "as one step of a sequence it may stay so with connected=False"
 

@@ -23,7 +23,7 @@ MAX_AGENTS_ALL_PAIRS = 4_000
 
 @dataclass(frozen=True)
 class Form:
-    """How one constructor is written: ``name:argument:argument``."""
+    """The written form of a constructor: ``name:argument:argument``."""
 
     arguments: tuple[str, ...]
     example: str
