@@ -411,9 +411,7 @@ def test_csv_files_hold_every_run_and_the_statistics(written):
     assert one["test_accuracy_mean"] == pytest.approx(statistics.fmean(values), rel=1e-5)
     assert one["test_accuracy_std"] == pytest.approx(statistics.stdev(values), rel=1e-5)
     assert one["runs"] == 3
-    control = differences[differences["is_control"]]
-    assert set(zip(control["method"], control["other"], strict=True)) == {("QG-GUTm", "QG-DSGDm β+μ")}
-    assert len(control) == 2 * 2 * len(ACCURACIES)
+    assert (differences["other"] == "QG-DSGDm β+μ").sum() == 2 * 2 * len(ACCURACIES)
     gut = differences[(differences["method"] == "GUT") & (differences["metric"] == "test_accuracy")].iloc[0]
     points = pd.Series(np.subtract(values, finals("DSGD", 0.01)))
     assert [gut["low"], gut["high"]] == pytest.approx(interval(points), rel=1e-4)

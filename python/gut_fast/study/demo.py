@@ -186,7 +186,7 @@ def _train_all(methods: Mapping[str, Experiment], seeds: Sequence[int], console:
 
 
 def _print_results(
-    groups: Mapping[str, Sequence[Run]], differences: Mapping[str, summary.PairedDifference], console: Console
+    groups: Mapping[str, Sequence[Run]], differences: Mapping[str, list[float]], console: Console
 ) -> None:
     """Prints the table of the methods, their differences, the versions and the machine."""
     num_seeds = len(next(iter(groups.values())))
@@ -195,20 +195,18 @@ def _print_results(
     if differences:
         console.print("averaged model, paired: same samples, initial model and batches")
     for name, difference in differences.items():
-        console.print(f"  {name}: {difference}", style="bold")
+        console.print(f"  {name}: {summary.difference_text(difference)}", style="bold")
     console.print(" · ".join(f"{name} {version}" for name, version in machine.versions().items()), soft_wrap=True)
     console.print(machine.machine_line(), soft_wrap=True)
 
 
-def _write_numbers(
-    groups: Mapping[str, Sequence[Run]], differences: Mapping[str, summary.PairedDifference], path: Path
-) -> None:
+def _write_numbers(groups: Mapping[str, Sequence[Run]], differences: Mapping[str, list[float]], path: Path) -> None:
     """Writes versions, machine, all histories and the differences as JSON."""
     content = {
         "versions": machine.versions(),
         "machine": machine.machine_line(),
         "methods": {label: [_plain(run) for run in runs] for label, runs in groups.items()},
-        "paired differences in points": {name: list(difference.points) for name, difference in differences.items()},
+        "paired differences in points": dict(differences),
     }
     path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
 

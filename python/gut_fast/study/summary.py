@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from rich import box
 from rich.table import Table
@@ -12,7 +11,7 @@ from rich.table import Table
 from gut_fast.study.run import Run
 
 __all__ = [
-    "PairedDifference",
+    "difference_text",
     "final_values",
     "keep_whole",
     "mean_and_std",
@@ -41,37 +40,19 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-@dataclass(frozen=True)
-class PairedDifference:
-    """Differences of accuracy between two methods on the same seeds, in percentage points."""
-
-    points: tuple[float, ...]
-
-    @property
-    def mean(self) -> float:
-        """The mean difference."""
-        return statistics.fmean(self.points)
-
-    @property
-    def num_positive(self) -> int:
-        """The number of seeds on which the first method is better."""
-        return sum(point > 0 for point in self.points)
-
-    def __str__(self) -> str:
-        mean, std = mean_and_std(self.points)
-        seeds = f"{self.num_positive} of {len(self.points)} seeds"
-        return f"{mean:+.1f} ± {std:.1f} points, better on {seeds}"
-
-
-def paired_difference(runs: Sequence[Run], others: Sequence[Run], metric: str = "test_accuracy") -> PairedDifference:
-    """The difference `runs` − `others`, seed by seed. Raises ValueError if the seeds are not the same."""
+def paired_difference(runs: Sequence[Run], others: Sequence[Run], metric: str = "test_accuracy") -> list[float]:
+    """The difference `runs` − `others` in percentage points, seed by seed. Raises ValueError for unlike seeds."""
     by_seed = {run.experiment.seed: run for run in runs}
     others_by_seed = {run.experiment.seed: run for run in others}
     if by_seed.keys() != others_by_seed.keys():
         raise ValueError(f"runs of seeds {list(by_seed)} cannot be paired with runs of seeds {list(others_by_seed)}")
-    return PairedDifference(
-        tuple(100 * (by_seed[seed].final[metric] - others_by_seed[seed].final[metric]) for seed in sorted(by_seed))
-    )
+    return [100 * (by_seed[seed].final[metric] - others_by_seed[seed].final[metric]) for seed in sorted(by_seed)]
+
+
+def difference_text(points: Sequence[float]) -> str:
+    """Mean and standard deviation of differences in points, and on how many seeds the first method is better."""
+    mean, std = mean_and_std(points)
+    return f"{mean:+.1f} ± {std:.1f} points, better on {sum(point > 0 for point in points)} of {len(points)} seeds"
 
 
 def methods_table(groups: Mapping[str, Sequence[Run]], title: str) -> Table:

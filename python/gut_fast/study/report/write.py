@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from gut_fast.distributed.files import replacing
 from gut_fast.study.report import tables
 from gut_fast.study.report.pictures import Picture, draw_accuracies, draw_agents, draw_curves, draw_differences
-from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval
+from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval, mean
 from gut_fast.study.report.tables import Table, markdown_table
 from gut_fast.study.report.words import in_markdown, listed, without_folders
 
@@ -200,29 +200,18 @@ def _methods(study: Study) -> pd.DataFrame:
 
 def _differences(study: Study) -> pd.DataFrame:
     """Every paired difference with its statistics, a row for each point, moment, comparison and accuracy."""
-    rows = []
-    for point in study.points:
-        for moment in study.moments(point):
-            for pair in study.comparisons:
-                for metric in ACCURACIES:
-                    found = study.differences(metric, pair, point, moment)
-                    low, high = interval(found)
-                    rows.append(
-                        {
-                            "point": point,
-                            "moment": moment,
-                            "method": pair[0],
-                            "other": pair[1],
-                            "is_control": study.controls.get(pair[0]) == pair[1],
-                            "metric": metric,
-                            "mean": found.mean(),
-                            "std": found.std(),
-                            "low": low,
-                            "high": high,
-                            "better": (found > 0).sum(),
-                            "equal": (found == 0).sum(),
-                            "pairs": found.count(),
-                            "pairs_without_number": found.isna().sum(),
-                        }
-                    )
-    return pd.DataFrame(rows).set_index(["point", "moment", "method", "other"]) if rows else pd.DataFrame()
+    statistics: dict[str, Callable[[pd.Series], float]] = {
+        "mean": mean,
+        "std": lambda numbers: numbers.std(),
+        "low": lambda numbers: interval(numbers)[0],
+        "high": lambda numbers: interval(numbers)[1],
+        "better": lambda numbers: (numbers > 0).sum(),
+        "equal": lambda numbers: (numbers == 0).sum(),
+        "pairs": lambda numbers: numbers.count(),
+        "pairs_without_number": lambda numbers: numbers.isna().sum(),
+    }
+    places = ((point, moment) for point in study.points for moment in study.moments(point))
+    keys = [(*place, *pair, metric) for place in places for pair in study.comparisons for metric in ACCURACIES]
+    found = [study.differences(metric, (one, other), point, moment) for point, moment, one, other, metric in keys]
+    index = pd.MultiIndex.from_tuples(keys, names=["point", "moment", "method", "other", "metric"]) if keys else None
+    return pd.DataFrame({name: list(map(of, found)) for name, of in statistics.items()}, index=index)
