@@ -114,7 +114,7 @@ def test_a_mean_does_not_depend_on_the_order():
 def test_a_difference_is_over_the_common_seeds():
     runs = [finished("GUT", seed) for seed in (3, 0, 1, 2)]
     runs += [finished("DSGD", seed, lost=seed == 3) for seed in (4, 3, 2, 1)]
-    difference = study_of(runs).differences("test_accuracy", ("GUT", "DSGD"), "α = 0.1", END)
+    difference = study_of(runs).differences(("GUT", "DSGD"), "test_accuracy", "α = 0.1", END)
     expected = np.subtract(finals("GUT", 0.1, seeds=(1, 2)), finals("DSGD", 0.1, seeds=(1, 2)))
     assert list(difference.index) == [1, 2, 3]
     assert [*difference] == pytest.approx([*expected, math.nan], nan_ok=True)

@@ -167,7 +167,7 @@ def compare(num_agents: int, question: Question, also: Topology | None = None) -
     Args:
         num_agents: N.
         question: network, model and problem.
-        also: one more topology, which comes first.
+        also: one more topology of as many agents, which comes first.
 
     Returns:
         A row for each topology and method. Its columns are those of `COLUMNS`, bytes_to_target and seconds_to_target.
@@ -175,10 +175,8 @@ def compare(num_agents: int, question: Question, also: Topology | None = None) -
         NaN if they are not known for the topology; lr and mu are the best of those tried.
 
     Raises:
-        TypeError, ValueError: a bad number, or `also` has another number of agents.
+        TypeError, ValueError: a bad number.
     """
-    if also is not None and also.num_agents != num_agents:
-        raise ValueError(f"{also} has {also.num_agents:,} agents, expected {num_agents:,}")
     named = {} if also is None else {also.name: (also.name, also)}
     for family, make in CANDIDATES.items():
         if spec := make(num_agents):
@@ -205,6 +203,7 @@ def compare(num_agents: int, question: Question, also: Topology | None = None) -
 
 
 def _torus(num_agents: int) -> str | None:
+    """The spec of the torus nearest to a square; None for a prime number of agents."""
     rows = next(rows for rows in range(math.isqrt(num_agents), 0, -1) if num_agents % rows == 0)
     return f"torus:{rows}x{num_agents // rows}" if rows > 1 else None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,46 +56,30 @@ class Picture:
 
 def draw_accuracies(study: Study, path: Path) -> Picture:
     """Writes accuracy of the averaged model, the mean agent and the worst agent, a line for each method."""
-
-    def line(method: str) -> Line:
-        numbers = lambda metric, point, moment: study.numbers(metric, method, point, moment)  # noqa: E731
-        return study.name(method), study.methods.index(method), numbers
-
-    lines = [line(method) for method in study.methods]
+    lines = [(study.name(method), k, partial(study.numbers, method)) for k, method in enumerate(study.methods)]
     _draw_dots(study, lines, _around_mean, f"{study.accuracy} in %", path, zero=False)
-    best = []
-    for point, moment in _rows(study):
-        means = {name: mean(numbers("test_accuracy", point, moment)) for name, _, numbers in lines}
-        name = max((name for name in means if not math.isnan(means[name])), key=means.__getitem__, default=None)
-        found = "none" if name is None else f"{name} with {means[name]:.1f}"
-        best.append(f"{', '.join(filter(None, (point, moment)))}: {found}")
     return Picture(
         path,
         f"{study.accuracy.capitalize()}: mean over seeds as a dot, ± one standard deviation as a bar, each seed as a "
         "faint dot. Every panel has a scale of its own.",
-        f"Dots with bars of {study.accuracy} for {len(study.methods)} methods. Averaged model, best method: "
-        f"{'; '.join(best)}.",
+        f"Dots with bars of {study.accuracy} for {len(study.methods)} methods, a row of panels for each point; the "
+        "tables have the same numbers.",
     )
 
 
 def draw_differences(study: Study, path: Path) -> Picture:
     """Writes paired differences of the same three accuracies with their confidence intervals."""
-
-    def line(pair: tuple[str, str]) -> Line:
-        numbers = lambda metric, point, moment: study.differences(metric, pair, point, moment)  # noqa: E731
-        return " − ".join(map(study.name, pair)), study.methods.index(pair[0]), numbers
-
-    lines = [line(pair) for pair in study.comparisons]
+    lines = [
+        (" − ".join(map(study.name, pair)), study.methods.index(pair[0]), partial(study.differences, pair))
+        for pair in study.comparisons
+    ]
     _draw_dots(study, lines, interval, "paired difference in points", path, zero=True)
-    point, moment = _rows(study)[0]
-    means = {name: mean(numbers("test_accuracy", point, moment)) for name, _, numbers in lines}
-    shown = "; ".join(f"{name} {number:+.1f}" for name, number in means.items() if not math.isnan(number))
     return Picture(
         path,
         "Paired differences: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot. Every panel "
         "has a scale of its own.",
-        f"Dots with bars of paired differences. Averaged model {', '.join(filter(None, (point, moment)))}, in points: "
-        f"{shown}.",
+        f"Dots with bars of {len(lines)} paired differences, a row of panels for each point; the tables have the same "
+        "numbers.",
     )
 
 
@@ -108,6 +92,7 @@ def draw_curves(study: Study, path: Path) -> Picture:
         ("mean_agent_accuracy", "Mean agent", study.accuracy, "step"),
         ("consensus_error", "Disagreement", "consensus error", "step"),
     )
+    legend: dict[str, Any] = {}
     with _small_figure(path, (WIDTH, 0.6 + CURVES_HEIGHT * len(study.points))) as figure:
         for point, strip in _strips(figure, study.points):
             groups = _histories(study, point)
@@ -118,8 +103,8 @@ def draw_curves(study: Study, path: Path) -> Picture:
                 plots.plot_curves(panel, groups, metric, title, name, **options)
                 if metric.endswith("accuracy"):
                     panel.set_ylim(top=min(100.5, panel.dataLim.y1 + 2))
-        lines, labels = axes[0].get_legend_handles_labels()
-        figure.legend(lines, labels, loc="outside lower center", ncols=min(len(labels), 5))
+            legend |= dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 5))
     return Picture(
         path,
         f"Mean over seeds as a line{'; the band reaches from the lowest to the highest seed' * has_bands}.",
@@ -149,16 +134,10 @@ def draw_agents(study: Study, path: Path) -> Picture:
             strip.supylabel(study.accuracy, fontsize=10)
         lines, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
-    worst = [
-        f"{f'{point}: ' if point else ''}"
-        + ", ".join(f"{name} {_final_worst(runs):.1f} %" for name, runs in groups[point].items())
-        for point in study.points
-    ]
     return Picture(
         path,
         "Accuracy of single agents, mean over seeds: from worst to best (light), quartiles (dark), median (line).",
-        f"A panel for each point and method with bands of the agents' {study.accuracy} against steps. At the end, "
-        f"worst agent: {'; '.join(worst)}.",
+        f"A panel for each point and method with bands of the agents' {study.accuracy} against steps.",
     )
 
 
@@ -285,8 +264,3 @@ def _plot_agents(axes: Axes, runs: Sequence[History], color: str) -> None:
     axes.plot(steps, of[middle], color=color, linewidth=1.6, label=f"{middle} agent")
     axes.plot(steps, over_steps("test_accuracy"), color="#222222", linewidth=1, linestyle=":", label="averaged model")
     axes.margins(x=0)
-
-
-def _final_worst(runs: Sequence[History]) -> float:
-    """The accuracy of the worst agent in %, after the last step, the mean over the runs."""
-    return 100 * float(np.mean([history[-1].get("worst_agent_accuracy", np.nan) for history in runs]))

@@ -69,7 +69,7 @@ class Study:
     notes: tuple[str, ...]
     values: pd.DataFrame
 
-    def numbers(self, metric: str, method: str, point: str, moment: str) -> pd.Series:
+    def numbers(self, method: str, metric: str, point: str, moment: str) -> pd.Series:
         """A column of `values` for the runs of a method at a point and moment, by seed; there may be none."""
         try:
             found: pd.Series = self.values.loc[(point, moment, method), metric]
@@ -77,9 +77,9 @@ class Study:
             return pd.Series(dtype=float)
         return found
 
-    def differences(self, metric: str, pair: tuple[str, str], point: str, moment: str) -> pd.Series:
+    def differences(self, pair: tuple[str, str], metric: str, point: str, moment: str) -> pd.Series:
         """The first method's numbers minus the second's, by the seeds that both methods have."""
-        first, second = (self.numbers(metric, method, point, moment) for method in pair)
+        first, second = (self.numbers(method, metric, point, moment) for method in pair)
         seeds = first.index.intersection(second.index).sort_values()
         return first.reindex(seeds) - second.reindex(seeds)
 

@@ -69,7 +69,7 @@ def _point_table(study: Study, point: str, moment: str) -> Table:
     rows = []
     for method, (name, *accuracies) in zip(study.methods, values.rows, strict=True):
         runs = study.runs(method, point)
-        error, loss = (study.numbers(metric, method, point, moment) for metric in ("consensus_error", "train_loss"))
+        error, loss = (study.numbers(method, metric, point, moment) for metric in ("consensus_error", "train_loss"))
         rows.append(
             (
                 name,
@@ -78,7 +78,7 @@ def _point_table(study: Study, point: str, moment: str) -> Table:
                 f"{mean(error):.1e}" if error.count() else value_text(error),
                 f"{mean(loss):.3f}" if loss.count() else value_text(loss),
                 _sent(study, method, point),
-                _diverged(study.numbers("diverged_agents", method, point, END)),
+                _diverged(study.numbers(method, "diverged_agents", point, END)),
                 str(len(runs) or NOTHING),
             )
         )
@@ -94,7 +94,7 @@ def _value_table(
 
     A method of which a run has no number is not among the best: the mean of its others is of the luckier seeds.
     """
-    numbers = [[study.numbers(metric, method, point, moment) for metric, point in columns] for method in study.methods]
+    numbers = [[study.numbers(method, metric, point, moment) for metric, point in columns] for method in study.methods]
     means = pd.DataFrame([[math.nan if one.isna().any() else mean(one) for one in row] for row in numbers])
     best = {
         (row, column + 1)
@@ -113,7 +113,7 @@ def _difference_table(
     rows = [
         (
             " − ".join(map(study.name, pair)),
-            *(difference_text(study.differences(metric, pair, point, moment)) for metric, point in columns),
+            *(difference_text(study.differences(pair, metric, point, moment)) for metric, point in columns),
         )
         for pair in study.comparisons
     ]
@@ -143,7 +143,7 @@ def difference_text(numbers: pd.Series) -> str:
 def _sent(study: Study, method: str, point: str) -> str:
     """Bytes a step of the mean agent and, where agents differ, of the one that sends most."""
     columns = ("mean_bytes_sent_per_step", "max_bytes_sent_per_step")
-    average, largest = (mean(study.numbers(column, method, point, END)) for column in columns)
+    average, largest = (mean(study.numbers(method, column, point, END)) for column in columns)
     if math.isnan(average):
         return NOTHING
     at_most = "" if math.isclose(average, largest) else f", at most {format_bytes(largest)}"

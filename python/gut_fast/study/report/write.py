@@ -212,6 +212,6 @@ def _differences(study: Study) -> pd.DataFrame:
     }
     places = ((point, moment) for point in study.points for moment in study.moments(point))
     keys = [(*place, *pair, metric) for place in places for pair in study.comparisons for metric in ACCURACIES]
-    found = [study.differences(metric, (one, other), point, moment) for point, moment, one, other, metric in keys]
+    found = [study.differences((one, other), metric, point, moment) for point, moment, one, other, metric in keys]
     index = pd.MultiIndex.from_tuples(keys, names=["point", "moment", "method", "other", "metric"]) if keys else None
     return pd.DataFrame({name: list(map(of, found)) for name, of in statistics.items()}, index=index)
