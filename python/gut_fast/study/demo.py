@@ -122,7 +122,7 @@ def demo(
 
 
 def _headline(experiment: Experiment) -> str:
-    """What is learned, and by whom."""
+    """The line that says who learns, over which topology, and on which data."""
     topology = parse_topology(experiment.topology)
     return f"{topology.num_agents} agents on {topology.name} learn {experiment.data}, each from a few classes"
 

@@ -1,4 +1,4 @@
-"""What a step and a target cost on a network, for each topology and method, up to 100,000 agents.
+"""The cost of a step and of a target on a network, for each topology and method, up to 100,000 agents.
 
 Two plain models give the answers, so they are worth an order of magnitude and a ranking, not the seconds of a given
 cluster. For finished runs `measured` needs the first model alone: the runs themselves say how many steps they took.
@@ -146,7 +146,7 @@ class Network:
 
 @dataclass(frozen=True)
 class Question:
-    """What a comparison is made for.
+    """The network, the model and the problem that a comparison is made for.
 
     Args:
         network: machines and links.
@@ -162,7 +162,7 @@ class Question:
 
 
 def compare(num_agents: int, question: Question, also: Topology | None = None) -> pd.DataFrame:
-    """What a step and the target cost for all `METHODS` on the usual topologies of that many agents, and by all-reduce.
+    """The cost of a step and of the target for all `METHODS`, on the usual topologies of N agents and by all-reduce.
 
     Args:
         num_agents: N.
@@ -220,7 +220,7 @@ CANDIDATES: Mapping[str, Callable[[int], str | None]] = {
 
 
 def measured(results: Results, network: Network, accuracy: float, seed: int = 0) -> pd.DataFrame:
-    """What finished runs would have cost on a network until their averaged model first had a test accuracy.
+    """The cost of finished runs, had they run on a network, until their averaged model first had a test accuracy.
 
     The time of a step is simulated for the topology of the runs and the bytes that they have counted.
 

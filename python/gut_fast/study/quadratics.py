@@ -184,7 +184,7 @@ def _centered_product(mixing: MixingMatrix) -> Callable[[Array], Array]:
 
 
 def _is_circulant(mixing: MixingMatrix) -> bool:
-    """Whether every row of W is row 0 shifted."""
+    """True if every row of W is row 0 shifted."""
     rows, neighbor, weight = (array.numpy() for array in (mixing.rows, *mixing.csr[1:]))
     if len(rows) % mixing.num_agents:
         return False

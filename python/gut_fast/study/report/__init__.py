@@ -1,4 +1,4 @@
-"""What a sweep came to: tables, pictures and a page, the same for the same runs whenever and wherever they are made."""
+"""The report of a sweep: tables, pictures and a page, the same for the same runs whenever and wherever it is made."""
 
 from __future__ import annotations
 

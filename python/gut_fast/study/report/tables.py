@@ -36,7 +36,7 @@ def main_tables(study: Study, moment: str) -> tuple[Table, Table]:
 
 
 def further_tables(study: Study, moment: str) -> list[Table]:
-    """The same of the mean and the worst agent, where there is more than one point."""
+    """The values and differences of the mean and of the worst agent, where there is more than one point."""
     others = [*ACCURACIES][1:] if len(study.points) > 1 else []
     return [build(study, metric, moment) for metric in others for build in (overview, difference_overview)]
 
