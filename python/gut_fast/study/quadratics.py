@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.linalg import eigh_tridiagonal
 from scipy.sparse import csr_matrix
 
 from gut_fast.analysis.transition import DENSE_AGENTS, Array, transitions
@@ -165,7 +164,7 @@ def _gauss_quadrature(multiply: Callable[[Array], Array], start: Array) -> tuple
         if beside[-1] < 1e-10:  # the measure has no more points
             break
         basis.append(image / beside[-1])
-    nodes, vectors = eigh_tridiagonal(diagonal, beside[:-1])
+    nodes, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside[:-1], -1))  # it reads the lower triangle
     return nodes, vectors[0] ** 2
 
 

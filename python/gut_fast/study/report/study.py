@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy import stats
+from scipy.special import stdtrit
 
 from gut_fast.rules import RULES
 from gut_fast.study.experiment import Experiment
@@ -125,7 +125,7 @@ def mean(numbers: pd.Series) -> float:
 
 def interval(numbers: pd.Series) -> tuple[float, float]:
     """Student's interval of the mean, ``mean ± t s/√n`` with n − 1 degrees of freedom; NaN for fewer than two."""
-    reach = stats.t.ppf((1 + CONFIDENCE) / 2, numbers.count() - 1) * numbers.sem()
+    reach = stdtrit(numbers.count() - 1, (1 + CONFIDENCE) / 2) * numbers.sem()
     return mean(numbers) - reach, mean(numbers) + reach
 
 
