@@ -62,6 +62,16 @@ def test_copies_continue_bit_for_bit(how, place):
     assert same(snapshot(params, optimizer), snapshot(twins, twin))
 
 
+def test_loading_sets_the_step_count_whatever_was_compiled_before():
+    params, optimizer = make()
+    train(params, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    assert optimizer.num_steps == 3
+    optimizer.load_state_dict(saved)
+    assert optimizer.num_steps == 2
+
+
 def test_repr():
     text = repr(make()[1])
     assert "GUT (" in text
