@@ -1,5 +1,6 @@
 """The fixtures and settings of all tests: one thread, unless a test asks for more, so that they are quick."""
 
+import multiprocessing
 import os
 import signal
 from multiprocessing import forkserver
@@ -28,6 +29,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def children():
+    """Returns a function that lists the living processes that were started since the test began."""
+    before = set(multiprocessing.active_children())
+    return lambda: [child for child in multiprocessing.active_children() if child not in before]
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """The command line: help, errors in one line, training from the shell, topologies."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -423,11 +422,11 @@ def test_launched_processes_end_where_one_does_and_go_on_after_ctrl_c(launching_
 
 
 @pytest.mark.slow
-def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path):
+def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path, children):
     started = []
 
     def kill():
-        started.extend(multiprocessing.active_children())
+        started.extend(children())
         next(process for process in started if process.name == "rank 1").kill()
 
     once_there(tmp_path / "run", "checkpoints/*/*/rank-1.pt", kill)

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import http.server
 import io
-import multiprocessing
 import os
 import pickle
 import shutil
@@ -506,7 +505,7 @@ def test_workers_outlive_an_interrupt(small_imagenette):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_batches_leave_no_data_and_no_worker_behind(small_imagenette, workers):
+def test_batches_leave_no_data_and_no_worker_behind(small_imagenette, workers, children):
     """Reference counts alone free them, since a sweep makes new batches for every run."""
     files = replace(small_imagenette.train_inputs, workers=workers)
     images, labels = torch.zeros(30, 3, 4, 4), small_imagenette.train_labels
@@ -515,11 +514,11 @@ def test_batches_leave_no_data_and_no_worker_behind(small_imagenette, workers):
         for inputs in (files, images):
             batches = Batches(inputs, labels, [torch.arange(30)], 4, 0, RandomResizedCropFlip())
             batches(0)
-            assert len(multiprocessing.active_children()) == (workers if inputs is files else 0)
+            assert len(children()) == (workers if inputs is files else 0)
             alive = weakref.ref(batches)
             del batches
             assert alive() is None
-            assert multiprocessing.active_children() == []
+            assert children() == []
     finally:
         gc.enable()
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -127,13 +126,13 @@ def test_ctrl_c_finishes_the_step_and_the_run_goes_on_to_the_same_history(tmp_pa
     assert len(watcher.ended) == 2
 
 
-def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path):
+def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_histories(tmp_path, children):
     first, second, broken = tasks = tasks_of(LONG, {**METHODS, "broken": {"rule": "dsgd"}})
     killed, interrupted = [], []
 
     def kill_the_first_and_interrupt_the_second(task):
         if task == first and checkpoint_of(tmp_path, first).exists() and not killed:
-            (worker,) = multiprocessing.active_children()
+            (worker,) = children()
             killed.append(worker)
             os.kill(worker.pid, signal.SIGKILL)
         if task == second and checkpoint_of(tmp_path, second).exists() and not interrupted:
@@ -145,7 +144,7 @@ def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_historie
         run_all_in_processes(tasks, tmp_path, watcher, jobs=1)
     assert watcher.failures == [Failure(first, "its process was killed, or ran out of memory")]
     assert unfinished(tasks, tmp_path) == tasks
-    assert multiprocessing.active_children() == []
+    assert children() == []
 
     checkpoint_of(tmp_path, broken).write_bytes(b"not a checkpoint")
     watcher = Watching()
