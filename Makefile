@@ -11,7 +11,7 @@ BUILDERS := scikit-build-core pybind11 $(foreach tool,cmake ninja,$(if $(shell c
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: demo test test-all bench lint format types check check-all clean
+.PHONY: demo test test-all bench lint format types check check-slow clean
 .DELETE_ON_ERROR:
 
 demo: $(or $(wildcard .venv/dev),.venv/demo)
@@ -19,7 +19,7 @@ demo: $(or $(wildcard .venv/dev),.venv/demo)
 
 test: lint types check
 
-test-all: lint types check-all
+test-all: test check-slow
 
 bench: .venv/dev
 	$(BIN)/pytest benchmarks --benchmark-sort=name
@@ -35,8 +35,8 @@ types: .venv/dev
 check: .venv/dev
 	$(BIN)/pytest --numprocesses auto -m "not slow"
 
-check-all: .venv/dev
-	$(BIN)/pytest --numprocesses auto
+check-slow: .venv/dev
+	$(BIN)/pytest --numprocesses auto -m slow
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .

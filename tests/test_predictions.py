@@ -120,8 +120,9 @@ def test_learning_rate_limits_that_are_known(beta):
     """Gradient descent has the limit 2/h, the heavy ball 2(1+β)/h."""
     alone = topology.ring(1)
     assert math.isclose(analysis.learning_rate_limit("gut", {}, GRAPHS["ring"], 4.0), 0.5, rel_tol=1e-6)
-    heavy_ball = analysis.learning_rate_limit("dsgdm", {"momentum": beta}, alone, 4.0)
-    assert math.isclose(heavy_ball, (1 + beta) / 2, rel_tol=1e-6)
+    for curvature in (1e-6, 4.0, 1e6):
+        heavy_ball = analysis.learning_rate_limit("dsgdm", {"momentum": beta}, alone, curvature)
+        assert math.isclose(heavy_ball, 2 * (1 + beta) / curvature, rel_tol=1e-6)
 
 
 def test_without_a_stable_learning_rate_the_limit_is_nan():

@@ -15,7 +15,7 @@ from typing import Any
 
 __all__ = ["main"]
 
-MODULES = ("typer", "rich", "jinja2", "matplotlib", "pandas", "pydantic", "scipy", "yaml", "zstandard")
+MODULES = ("typer", "rich", "jinja2", "matplotlib", "pandas", "scipy", "yaml", "zstandard")
 """The modules that the extra ``cli`` brings."""
 
 INTERRUPTED = 130
