@@ -277,7 +277,7 @@ def test_markdown_is_escaped():
 
 def test_folders_of_a_machine_are_left_out():
     for text, expected in (
-        ("from-matrix:/home/me/W.npy", "from-matrix:W.npy"),
+        ("from-matrix:/data/me/W.npy", "from-matrix:W.npy"),
         ("file: ~/data/a.yaml", "file: a.yaml"),
         (r"C:\Users\me\W.npy", "W.npy"),
         ("see https://example.org/a/b, 1/2 and results/a", "see https://example.org/a/b, 1/2 and results/a"),
