@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import typer
 
 import gut_fast
 from gut_fast import analysis, cli, topology
@@ -101,6 +102,15 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
 
 
 # Errors
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, typer.Abort])
+def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_command, monkeypatch, stop):
+    def app(*_, **__):
+        raise stop
+
+    monkeypatch.setattr("gut_fast.cli.app.app", app)
+    assert gut_fast_command("info") == (130, "", "")
 
 
 @pytest.mark.parametrize(
