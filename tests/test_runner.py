@@ -31,7 +31,7 @@ from gut_fast.study.sweep import make_sweep, read_sweep
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 SETTINGS = {"topology": "ring:4", "model": "mlp:8", "engine": "loop", "steps": 10, "eval_every": 5, "alpha": 0.1}
-LONG = {**SETTINGS, "steps": 100, "eval_every": 5}
+LONG = {**SETTINGS, "steps": 600, "eval_every": 20}
 METHODS = {"GUT": {"rule": "gut", "mu": 0.5}, "D2": {"rule": "d2"}}
 SECONDS = 120
 
