@@ -165,6 +165,7 @@ def test_names_are_short_and_portable_whatever_the_label(tmp_path, label):
         ({"preset": ["mnist"]}, r"unknown preset \['mnist'\]"),
         ({"settings": None}, "section 'settings' must hold names and values, got None"),
         ({"settings": {"stpes": 5}}, "settings: no run has 'stpes'; did you mean 'steps'?"),
+        ({"settings": {"alhpa": 0.1}}, "settings: no run has 'alhpa'; did you mean 'alpha'?"),
         ({"settings": {"momentum": 0.9}}, "settings: no run has 'momentum'"),
         ({"settings": {"alpha": 1, "partition": "iid"}}, "settings: no run has 'alpha'"),
         ({"settings": {"steps": "many"}}, "method 'GUT': steps must be a int, got str 'many'"),

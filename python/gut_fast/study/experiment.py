@@ -28,6 +28,7 @@ __all__ = [
     "make_experiment",
     "nearest",
     "number_if_text",
+    "options_of",
     "seeds_of",
 ]
 
@@ -128,7 +129,7 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
     given = {**common, **own}
     rule = get_rule(given.get("rule", Experiment.rule))
     partition = given.get("partition", Experiment.partition)
-    options = _options_of(partition)
+    options = options_of(partition)
     known = [*ENTRIES, *options, *rule.hyperparameters]
     for name in own:
         if name not in known:
@@ -148,7 +149,7 @@ def nearest(name: Any, known: Iterable[str]) -> str:
     return f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(known)}"
 
 
-def _options_of(partition: Any) -> list[str]:
+def options_of(partition: Any) -> list[str]:
     """The options of the partition with this name; none for an unknown one, which `make_simulator` refuses."""
     if not isinstance(partition, str) or partition not in PARTITIONS:
         return []

@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_experiment, nearest, seeds_of
+from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_experiment, nearest, options_of, seeds_of
 from gut_fast.study.presets import preset_methods, preset_settings
 from gut_fast.study.yaml_files import about_file, read_yaml
 
@@ -225,7 +225,7 @@ def _values(name: str, values: Any) -> list[Any]:
 def _check_used(settings: Mapping[str, Any], sweep: Sweep) -> None:
     """Raises ValueError for a setting of all runs that not one run has: a misspelt name, for example."""
     experiments = [task.experiment for task in sweep.tasks()]
-    options = {name for one in experiments for name in (*one.hyperparameters, *one.partition_options)}
+    options = {name for one in experiments for name in (*one.hyperparameters, *options_of(one.partition))}
     known = [*ENTRIES, *sorted(options)]
     for name in settings:
         if name not in known:
