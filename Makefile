@@ -8,7 +8,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/
 CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emulation/*.h tests/emulation/*.cpp)
 # Built in .venv itself: a build environment of its own would be another each time, and compile everything anew.
 BUILDERS := scikit-build-core pybind11 $(foreach tool,cmake ninja,$(if $(shell command -v $(tool)),,$(tool)))
-PIP := $(BIN)/pip install --disable-pip-version-check --no-compile --constraint constraints.txt
+PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 
 .PHONY: demo test test-all bench lint format types check check-slow clean
