@@ -1,6 +1,7 @@
 """Data sets in memory, divisions among agents, random crops, and the command that shows them."""
 
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -241,9 +242,32 @@ def test_dirichlet_blocks_divides_within_blocks_of_ten():
     assert (blocks > 0).sum(1).max() <= 4
 
 
-def test_numpy_integers_count_agents_and_seeds():
-    expected = shards(LABELS, 6, 2, seed=3)
-    assert all(map(torch.equal, shards(LABELS, np.int64(6), np.int32(2), seed=np.int64(3)), expected))
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_numpy_numbers_are_taken_and_do_not_overflow(name):
+    expected = partition.partition(name, LABELS, 100, seed=3, **OPTIONS[name])
+    kinds = {"alpha": np.float64, "classes_per_agent": np.int8}
+    options = {option: kinds[option](value) for option, value in OPTIONS[name].items()}
+    parts = partition.partition(name, LABELS, np.int8(100), seed=np.int64(3), **options)
+    assert all(map(torch.equal, parts, expected))
+
+
+def test_a_ragged_division_takes_small_integers_and_single_precision():
+    parts = dirichlet(LABELS, np.int8(100), np.float32(0.5), equal=False, min_size=np.int8(3))
+    assert all(map(torch.equal, parts, dirichlet(LABELS, 100, 0.5, equal=False, min_size=3)))
+
+
+@pytest.mark.parametrize("alpha", [1e-6, 0.01])
+@pytest.mark.parametrize("equal", [True, False])
+def test_divisions_take_time_in_proportion_to_the_agents(alpha, equal):
+    """Sixteen times the agents took 250 times as long where every agent looked at every other one."""
+
+    def seconds(num_agents):
+        start = time.perf_counter()
+        dirichlet(torch.arange(4 * num_agents) % 10, num_agents, alpha, equal=equal)
+        return time.perf_counter() - start
+
+    seconds(1000)
+    assert seconds(16_000) < 80 * max(min(seconds(1000) for _ in range(3)), 0.01)
 
 
 def test_dirichlet_blocks_with_a_last_block_that_is_smaller():

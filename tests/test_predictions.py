@@ -10,6 +10,8 @@ import torch
 
 import gut_fast as gf
 from gut_fast import analysis, topology
+from gut_fast.analysis.limits import stability_of
+from gut_fast.analysis.transition import coefficients_of, spectrum_of
 from gut_fast.reference import step
 from gut_fast.rules import RULES, Coefficients, UpdateRule, get_rule
 from products import covering
@@ -289,6 +291,20 @@ def test_noise_of_a_directed_ring_is_simulated_and_of_a_matrix_that_is_not_norma
     found, error = simulated_noise("gut", {"lr": 0.1, "mu": 0.3}, ring.matrix(), 2.0)
     predicted = analysis.noise("gut", {"lr": 0.1, "mu": 0.3}, ring, 2.0)
     assert abs(found[1] - predicted.disagreement) < 4 * error[1]
+
+
+def test_of_a_pair_of_conjugate_eigenvalues_one_is_enough_for_limits():
+    with pytest.warns(UserWarning, match="asymmetric"):
+        ring = topology.from_matrix(torch.eye(7).roll(1, dims=1) * 0.7 + torch.eye(7) * 0.3)
+    spectrum = spectrum_of(ring)
+    upper = spectrum.thinned()
+    assert len(spectrum) == 6
+    assert len(upper) == 3
+    for name, rule in RULES.items():
+        both, one = (
+            stability_of(coefficients_of(name, rule.hyperparameters), each) for each in (spectrum.eigenvalues, upper)
+        )
+        assert one.consensus_rate == pytest.approx(both.consensus_rate, rel=1e-12), name
 
 
 def test_what_is_known_where_w_is_not_normal_and_does_not_keep_the_mean():

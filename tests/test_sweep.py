@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from gut_fast.study import Experiment
 from gut_fast.study.experiment import MAX_SEEDS, make_experiment, seeds_of
@@ -237,6 +238,7 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
         (b"methods:\n\tGUT: 1\n", r"sweep\.yaml is not YAML: .*'\\t'"),
         (b"methods: {GUT: {rule: gut}, GUT: {rule: d2}}\n", r"sweep\.yaml is not YAML: 'GUT' stands twice.* line 1"),
         (b"seeds: 1\nmethods: {GUT: {rule: gut}}\nseeds: 2\n", r"'seeds' stands twice\s+in .*line 3"),
+        (b"methods: {GUT: {<<: {rule: gut}, lr: 1, lr: 2}}\n", r"sweep\.yaml is not YAML: 'lr' stands twice.* line 1"),
         (b"methods: [GUT\n", r"sweep\.yaml is not YAML"),
         (b"\xff\xfe", r"sweep\.yaml is not YAML"),
         (b"", r"sweep\.yaml must hold names and values, got None"),
@@ -250,6 +252,23 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         read_sweep(file)
+
+
+def test_merge_keys_bring_in_names_that_come_after_the_methods_own(tmp_path):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(
+        "settings: {momentum: 0.5}\n"
+        "methods:\n"
+        "  GUT: &gut {rule: gut, lr: 0.1, mu: 0.5}\n"
+        "  less: &less {<<: *gut, mu: 0.2}\n"
+        "  DSGD: {<<: [{rule: dsgd}, {lr: 0.3}]}\n"
+        "  slow: {<<: *less, lr: 0.05}\n"
+        "grid: {steps: [1]}\n"
+    )
+    assert read_yaml(file) == yaml.safe_load(file.read_text())
+    methods = read_yaml(file)["methods"]
+    assert methods["slow"] == {"rule": "gut", "lr": 0.05, "mu": 0.2}
+    assert methods["DSGD"] == {"rule": "dsgd", "lr": 0.3}
 
 
 def test_what_is_written_is_read_again(tmp_path):

@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 import re
+import time
 import warnings
 
 import networkx as nx
@@ -408,6 +409,24 @@ def test_asymmetric_and_not_doubly_stochastic_loses_the_average():
     with pytest.warns(UserWarning, match="not doubly stochastic.*weighted average"):
         topology = tp.from_matrix([[0.5, 0.5], [0.25, 0.75]])
     assert_equal(torch.linalg.matrix_power(topology.matrix(), 99)[0], torch.tensor([1 / 3, 2 / 3], dtype=torch.float64))
+
+
+def test_a_dense_asymmetric_matrix_of_many_agents_takes_no_longer_than_its_entries():
+    """A graph of two million edges as Python objects took half a minute."""
+    W = torch.rand(1500, 1500, dtype=torch.float64)
+    start = time.perf_counter()
+    with pytest.warns(UserWarning, match="asymmetric"):
+        many = tp.from_matrix(W / W.sum(1, keepdim=True))
+    assert len(many.neighbors(7)) == 1499
+    assert time.perf_counter() - start < 10
+
+
+def test_one_way_is_not_connected():
+    """Agent 0 hears all, and nobody hears it; or the other way round."""
+    heard = torch.tensor([[1.0, 0, 0], [0.5, 0.5, 0], [0.25, 0.25, 0.5]])
+    for W in (heard, heard.flip(0, 1)):
+        with pytest.raises(ValueError, match=r"not strongly connected.*3 components"):
+            tp.from_matrix(W)
 
 
 # Spectra

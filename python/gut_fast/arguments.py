@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import operator
 from typing import Any
 
@@ -27,7 +28,11 @@ def as_integer(value: Any, what: str, minimum: int) -> int:
 
 
 def as_number(value: Any, what: str) -> float:
-    """Returns `value` as a float; raises TypeError with a message that opens with `what` if it is not a number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    """Returns `value` as a float; NumPy's numbers are taken, bools are not.
+
+    Raises:
+        TypeError: the value is not a real number; the message opens with `what`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} must be a number, got {value!r}")
     return float(value)

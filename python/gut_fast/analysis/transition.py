@@ -128,8 +128,14 @@ class Spectrum:
         return dataclasses.replace(self, eigenvalues=1 + gamma * (self.eigenvalues - 1))
 
     def thinned(self) -> Array:
-        """At most `SEARCHED` of the eigenvalues, enough to find where a rule's slowest mode crosses a limit."""
-        if len(self) <= SEARCHED or np.iscomplexobj(self.eigenvalues):
+        """Enough of the eigenvalues to find where a rule's slowest mode crosses a limit: at most `SEARCHED` real ones.
+
+        Of a pair of conjugates, whose modes are conjugates too, it is the one above the real line.
+        """
+        if np.iscomplexobj(self.eigenvalues):
+            upper: Array = self.eigenvalues[self.eigenvalues.imag >= 0]
+            return upper
+        if len(self) <= SEARCHED:
             return self.eigenvalues
         places = np.linspace(0, len(self) - 1, SEARCHED).round().astype(int)
         found: Array = self.eigenvalues[places]
@@ -154,7 +160,10 @@ def spectrum_of(topology: Topology) -> Spectrum:
     eigenvalues = topology.eigenvalues[1:].numpy()
     # Rounding finds equal eigenvalues; the values themselves stay unrounded, for verdicts at the limit.
     _, first, counts = np.unique(eigenvalues.round(9), return_index=True, return_counts=True)
-    return Spectrum(eigenvalues[first], counts / topology.num_agents, *_is_normal_and_keeps_mean(topology))
+    found, weights, mixing = eigenvalues[first], counts / topology.num_agents, topology.cycle[0]
+    if not isinstance(mixing, MixingMatrix):
+        return Spectrum(found, weights)
+    return Spectrum(found, weights, mixing.is_normal, mixing.is_doubly_stochastic)
 
 
 def _is_costly(topology: Topology) -> bool:
@@ -163,17 +172,6 @@ def _is_costly(topology: Topology) -> bool:
     if topology.num_agents <= DENSE_AGENTS or not isinstance(mixing, MixingMatrix):
         return False
     return mixing.group is None and mixing.is_symmetric
-
-
-def _is_normal_and_keeps_mean(topology: Topology) -> tuple[bool, bool]:
-    mixing = topology.cycle[0]
-    if not isinstance(mixing, MixingMatrix) or mixing.is_symmetric:
-        return True, True
-    W = topology.matrix().numpy()
-    return (
-        np.allclose(W @ W.T, W.T @ W, rtol=0, atol=TOLERANCE),
-        np.allclose(W.sum(axis=0), 1, rtol=0, atol=TOLERANCE),
-    )
 
 
 def _lanczos(topology: Topology, num_steps: int = 80) -> tuple[Array, Array]:

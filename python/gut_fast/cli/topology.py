@@ -16,6 +16,7 @@ from gut_fast.cli.options import check_picture
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, writing
 from gut_fast.study import plots, summary
 from gut_fast.topology import Topology
+from gut_fast.topology.mixing import MixingMatrix
 from gut_fast.topology.names import TOPOLOGIES, parse_topology
 
 __all__ = ["topology"]
@@ -114,11 +115,10 @@ def _check_spectrum(mixing: Topology) -> None:
 
 def _topology_facts(mixing: Topology) -> dict[str, str]:
     """Size, degrees and, of a constant topology, the spectrum."""
-    graph: Any = mixing.graph
-    degrees = sorted(degree for _, degree in (graph.in_degree() if graph.is_directed() else graph.degree()))
+    degrees, is_directed = _degrees(mixing)
     facts = {
         "agents": str(mixing.num_agents),
-        "edges": f"{graph.number_of_edges()}{', directed' * graph.is_directed()}",
+        "edges": f"{sum(degrees) // (1 if is_directed else 2)}{', directed' * is_directed}",
         "degree": f"{degrees[0]}" if degrees[0] == degrees[-1] else f"{degrees[0]} … {degrees[-1]}",
     }
     if not mixing.is_static:
@@ -130,6 +130,17 @@ def _topology_facts(mixing: Topology) -> dict[str, str]:
         "λ_min": f"{mixing.lambda_min:.6f}",
         "spectral gap": f"{mixing.spectral_gap:.6f}",
     }
+
+
+def _degrees(mixing: Topology) -> tuple[list[int], bool]:
+    """The number of agents that each agent hears, ascending, and whether some pair talks in one direction only."""
+    first = mixing.cycle[0]
+    if mixing.is_static and isinstance(first, MixingMatrix):
+        return sorted(mixing.csr().row_start.diff().tolist()), first.is_directed
+    graph: Any = mixing.graph
+    return sorted(
+        degree for _, degree in (graph.in_degree if graph.is_directed() else graph.degree)
+    ), graph.is_directed()
 
 
 def _stability_table(mixing: Topology) -> Table:

@@ -6,6 +6,7 @@ every agent has at least one. The division depends on the arguments alone, never
 
 from __future__ import annotations
 
+import heapq
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -32,6 +33,9 @@ Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 AGENTS_PER_BLOCK = 10
 
+NEGLIGIBLE = 60.0
+"""The logarithm of a ratio of weights beyond which the smaller one gets no sample beside the larger one."""
+
 
 def dirichlet(
     labels: Tensor, num_agents: int, alpha: float, seed: int = 0, *, equal: bool = True, min_size: int = 1
@@ -54,9 +58,9 @@ def dirichlet(
 
     Source: the draw per class is that of Yurochkin et al., "Bayesian Nonparametric Federated Learning", ICML 2019.
     """
-    classes = _checked_labels(labels, num_agents)
-    _check_alpha(alpha)
-    if as_integer(min_size, "min_size", minimum=0) < 1 or min_size * num_agents > len(classes):
+    classes, num_agents = _checked(labels, num_agents)
+    alpha, min_size = _checked_alpha(alpha), as_integer(min_size, "min_size", minimum=0)
+    if min_size < 1 or min_size * num_agents > len(classes):
         raise ValueError(
             f"min_size={min_size} must be at least 1 and, for {len(classes)} samples and {num_agents} agents, "
             f"at most {len(classes) // num_agents}"
@@ -86,8 +90,8 @@ def dirichlet_blocks(labels: Tensor, num_agents: int, alpha: float, seed: int = 
     Raises:
         TypeError, ValueError: an argument is bad; the message names it.
     """
-    classes = _checked_labels(labels, num_agents)
-    _check_alpha(alpha)
+    classes, num_agents = _checked(labels, num_agents)
+    alpha = _checked_alpha(alpha)
     random = _generator(seed)
     order = random.permutation(len(classes))
     shares = _equal_sizes(len(classes), num_agents)
@@ -117,7 +121,7 @@ def shards(labels: Tensor, num_agents: int, classes_per_agent: int, seed: int = 
     Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data", AISTATS 2017,
     whose shards may straddle two classes; these do not.
     """
-    classes = _checked_labels(labels, num_agents)
+    classes, num_agents = _checked(labels, num_agents)
     num_classes = len(np.unique(classes))
     classes_per_agent = as_integer(classes_per_agent, "classes_per_agent", minimum=0)
     num_shards = num_agents * classes_per_agent
@@ -153,7 +157,7 @@ def iid(labels: Tensor, num_agents: int, seed: int = 0) -> list[Tensor]:
     Raises:
         TypeError, ValueError: an argument is bad; the message names it.
     """
-    classes = _checked_labels(labels, num_agents)
+    classes, num_agents = _checked(labels, num_agents)
     return _tensors(np.array_split(_generator(seed).permutation(len(classes)), num_agents))
 
 
@@ -194,7 +198,7 @@ def class_histogram(labels: Tensor, parts: Sequence[Tensor], num_classes: int) -
     Raises:
         ValueError: a label is outside 0 … num_classes − 1, or the labels are not a 1-D integer tensor.
     """
-    classes = torch.from_numpy(_checked_labels(labels, 1))
+    classes = torch.from_numpy(_checked(labels, 1)[0])
     if not 0 <= int(classes.min()) <= int(classes.max()) < num_classes:
         raise ValueError(
             f"labels span {int(classes.min())} … {int(classes.max())}, expected 0 … {num_classes - 1} "
@@ -230,19 +234,27 @@ def _divide(
     An agent that holds its capacity takes part in no later group; within a group it stops at its capacity, or exceeds
     it if `overfill` is set. The capacities sum to at least the number of samples.
     """
-    parts: list[list[Indices]] = [[] for _ in capacity]
+    owners: list[Indices] = []
     room = capacity.copy()
     for group in groups:
         log_weights = _log_dirichlet(alpha, len(capacity), random)
         counts = np.zeros_like(room)
-        while (left := len(group) - counts.sum()) > 0:
-            offered = _apportion(left, np.where(room > 0, log_weights, -np.inf))
-            taken = offered if overfill else np.minimum(offered, room)
-            counts += taken
-            room -= taken
-        for part, samples in zip(parts, np.split(group, np.cumsum(counts)[:-1]), strict=True):
-            part.append(samples)
-    return [np.concatenate(part) for part in parts]
+        waiting = np.argsort(-log_weights)  # from the largest weight to the smallest
+        waiting = waiting[room[waiting] > 0]
+        left = len(group)
+        while left > 0:
+            floor = log_weights[waiting[0]] - NEGLIGIBLE
+            first = np.sort(waiting[: np.searchsorted(-log_weights[waiting], -floor, side="right")])
+            offered = _apportion(left, log_weights[first])
+            taken = offered if overfill else np.minimum(offered, room[first])
+            counts[first] += taken
+            room[first] -= taken
+            left -= int(taken.sum())
+            waiting = waiting[room[waiting] > 0]
+        owners.append(np.repeat(np.arange(len(capacity)), counts))
+    owner = np.concatenate(owners)
+    by_owner = np.concatenate(groups)[np.argsort(owner, kind="stable")]
+    return np.split(by_owner, np.cumsum(np.bincount(owner, minlength=len(capacity)))[:-1])
 
 
 def _log_dirichlet(alpha: float, size: int, random: np.random.Generator) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -276,11 +288,14 @@ def _shards_per_class(groups: Sequence[Indices], num_shards: int) -> list[int]:
 def _refill(parts: list[Indices], min_size: int) -> list[Indices]:
     """The parts after samples have moved from the largest agent to those below `min_size` until there is none."""
     parts = list(parts)
+    donors = [(-len(part), agent) for agent, part in enumerate(parts)]  # the largest comes first
+    heapq.heapify(donors)
     for agent in range(len(parts)):
         while (missing := min_size - len(parts[agent])) > 0:
-            donor = max(range(len(parts)), key=lambda other: len(parts[other]))
+            donor = donors[0][1]
             kept, given = np.split(parts[donor], [max(len(parts[donor]) - missing, min_size)])
             parts[donor], parts[agent] = kept, np.concatenate([parts[agent], given])
+            heapq.heapreplace(donors, (-len(kept), donor))
     return parts
 
 
@@ -303,17 +318,21 @@ def _generator(seed: int) -> np.random.Generator:
     return np.random.default_rng(as_integer(seed, "seed", minimum=0))
 
 
-def _checked_labels(labels: Tensor, num_agents: int) -> Indices:
+def _checked(labels: Tensor, num_agents: int) -> tuple[Indices, int]:
+    """The class of each sample, and the number of agents as Python's integer: NumPy's small ones overflow."""
     classes = torch.as_tensor(labels)
     if classes.ndim != 1 or classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
         raise ValueError(
             f"labels must be a 1-D tensor of integers, got shape {tuple(classes.shape)} of {classes.dtype}"
         )
-    if not 1 <= as_integer(num_agents, "num_agents", minimum=0) <= len(classes):
+    num_agents = as_integer(num_agents, "num_agents", minimum=0)
+    if not 1 <= num_agents <= len(classes):
         raise ValueError(f"num_agents={num_agents} must be from 1 to the number of samples, {len(classes)}")
-    return classes.to("cpu", torch.int64).numpy()
+    return classes.to("cpu", torch.int64).numpy(), num_agents
 
 
-def _check_alpha(alpha: float) -> None:
-    if not 0 < as_number(alpha, "alpha") < math.inf:
+def _checked_alpha(alpha: float) -> float:
+    number = as_number(alpha, "alpha")
+    if not 0 < number < math.inf:
         raise ValueError(f"alpha={alpha} must be positive and finite; for the same mix everywhere use iid")
+    return number

@@ -11,6 +11,9 @@ from gut_fast.distributed.files import replacing
 
 __all__ = ["about_file", "read_yaml", "write_yaml"]
 
+MERGE = "tag:yaml.org,2002:merge"
+"""The tag of the key ``<<``, which brings in all names of another mapping."""
+
 
 def read_yaml(path: str | Path) -> Mapping[str, Any]:
     """The content of a YAML file.
@@ -28,13 +31,17 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     class Loader(yaml.SafeLoader):
         """Names that stand twice are errors: YAML's own loader keeps the last."""
 
-        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            names = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            # Merge keys bring in names that those of the mapping itself come before; they are not merged yet.
+            keys = [key for key, _ in node.value if key.tag != MERGE]
+            names = [self.construct_object(key, deep=True) for key in keys]
             for number, name in enumerate(names):
                 if name in names[:number]:
-                    mark = node.value[number][0].start_mark
-                    raise yaml.constructor.ConstructorError(None, None, f"{name!r} stands twice", mark)
-            return super().construct_mapping(node, deep)
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{name!r} stands twice", keys[number].start_mark
+                    )
+            return node
 
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)

@@ -207,8 +207,8 @@ def from_matrix(W: Any, *, connected: bool = True, name: str | None = None) -> T
     """
     mixing = from_dense(W, "from_matrix")
     name = name or f"from_matrix({mixing.num_agents} agents)"
-    if connected:
-        check_connected(mixing.graph(), name, AS_A_STEP)
+    if connected and not mixing.is_connected:
+        check_connected(mixing.graph(), name, AS_A_STEP)  # which says how it falls apart
     warn_if_asymmetric(mixing, name, stacklevel=2)
     return Topology(name, (mixing,))
 

@@ -135,7 +135,7 @@ class MixingMatrix:
 
     def graph(self) -> nx.Graph:
         """A new graph of the nonzeros: undirected for a symmetric pattern, else with edges j → i where i hears j."""
-        graph: nx.Graph = nx.Graph() if self._has_symmetric_pattern else nx.DiGraph()
+        graph: nx.Graph = nx.DiGraph() if self.is_directed else nx.Graph()
         graph.add_nodes_from(range(self.num_agents))
         graph.add_edges_from(zip(self.csr.neighbor.tolist(), self.rows.tolist(), strict=True))
         return graph
@@ -163,20 +163,34 @@ class MixingMatrix:
     def _transposed(self) -> CSR:
         return _sorted_csr(self.num_agents, self.csr.neighbor, self.rows, self.csr.weight)
 
-    @property
-    def _has_symmetric_pattern(self) -> bool:
-        return all(torch.equal(self.csr[array], self._transposed[array]) for array in range(2))
+    @cached_property
+    def is_directed(self) -> bool:
+        """True if some agent hears another that does not hear it."""
+        return not all(torch.equal(self.csr[array], self._transposed[array]) for array in range(2))
 
-    @property
+    @cached_property
     def is_symmetric(self) -> bool:
         """True if ``W = Wᵀ``."""
-        return self._has_symmetric_pattern and _close(self.csr.weight, self._transposed.weight)
+        return not self.is_directed and _close(self.csr.weight, self._transposed.weight)
 
-    @property
+    @cached_property
     def is_doubly_stochastic(self) -> bool:
         """True if the columns sum to one, as the rows do, so that mixing keeps the average over agents."""
         given, taken = (_sums(self.num_agents, index, self.csr.weight) for index in (self.csr.neighbor, self.rows))
         return _close(given, taken)
+
+    @cached_property
+    def is_normal(self) -> bool:
+        """True if ``W Wᵀ = Wᵀ W``, so that eigenvectors of W are orthogonal: seen on a random vector, in O(N²)."""
+        if self.is_symmetric:
+            return True
+        W, x = self.dense(), torch.from_numpy(np.random.default_rng(0).standard_normal(self.num_agents))
+        return _close(W @ (W.T @ x), W.T @ (W @ x))
+
+    @cached_property
+    def is_connected(self) -> bool:
+        """True if every agent hears of every other in time: the graph is connected, or strongly so if directed."""
+        return all(_reaches_everyone(csr) for csr in (self.csr, self._transposed))
 
     @cached_property
     def eigenvalues(self) -> Tensor:
@@ -363,6 +377,20 @@ def warn_if_asymmetric(mixing: MixingMatrix, name: str, stacklevel: int) -> None
             "they drift to a weighted average, and methods converge to the optimum of a weighted objective"
         )
     warnings.warn(f"{name}: W is asymmetric; {lost}", UserWarning, stacklevel=stacklevel + 1)
+
+
+def _reaches_everyone(csr: CSR) -> bool:
+    """True if all agents are found from agent 0 along the rows of the arrays, level by level."""
+    row_start, neighbor = csr.row_start.numpy(), csr.neighbor.numpy()
+    is_found = np.zeros(len(row_start) - 1, dtype=bool)
+    level = np.zeros(1, dtype=np.int64)
+    while len(level):
+        is_found[level] = True
+        is_next = np.zeros_like(is_found)
+        for agent in level:
+            is_next[neighbor[row_start[agent] : row_start[agent + 1]]] = True
+        level = np.flatnonzero(is_next & ~is_found)
+    return bool(is_found.all())
 
 
 def _sums(num_agents: int, index: Tensor, weight: Tensor) -> Tensor:
