@@ -26,6 +26,7 @@ from torch.optim import SGD
 
 from crews import check_rate, crew
 from gut_fast import models
+from gut_fast.agents import stack
 from gut_fast.bench import results
 from gut_fast.bench.results import Measurement, Result
 from gut_fast.bench.step import WrongResultError
@@ -33,7 +34,6 @@ from gut_fast.bench.timing import interleave, threads, watch
 from gut_fast.kernels import machine
 from gut_fast.optim import GossipOptimizer
 from gut_fast.simulation.engines import make_engine
-from gut_fast.simulation.stacked import stack
 from gut_fast.topology import complete, from_matrix, ring, sequence
 
 LR, MU = 0.01, 0.5

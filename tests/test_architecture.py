@@ -14,10 +14,10 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 FLOORS = [
-    {"arguments", "_core", "_cuda"},
+    {"arguments", "randomness", "_core", "_cuda"},
     {"rules", "topology", "data", "models"},
     {"reference", "analysis", "kernels"},
-    {"distributed", "verify"},
+    {"agents", "distributed", "verify"},
     {"optim"},
     {"simulation"},
     {"study"},

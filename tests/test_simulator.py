@@ -164,7 +164,7 @@ def test_evaluation_changes_nothing_and_is_the_same_one_by_one_and_all_at_once()
     sim = simulator()
     run(sim, 5)
     before, random_state = (
-        {name: tensor.clone() for name, tensor in sim.stacked.state_dict().items()},
+        copy.deepcopy(sim.stacked.state_dict()),
         torch.get_rng_state(),
     )
     results = [read(evaluate(sim.stacked, DATA, cross_entropy, vectorized=each)) for each in (True, False)]

@@ -101,7 +101,7 @@ def test_parameters_are_segment_major_views_of_one_buffer(num_agents):
         assert parameter.shape == (num_agents, *own.shape)
         assert parameter.is_contiguous()
         assert parameter.data_ptr() == stacked.values[offset:].data_ptr()
-        assert parameter.grad.data_ptr() == stacked.gradients[offset:].data_ptr()
+        assert parameter.grad is None
         assert all(torch.equal(row, own) for row in parameter)
         offset += parameter.numel()
     assert offset == stacked.values.numel() == stacked.gradients.numel()
@@ -143,40 +143,16 @@ def test_backward_of_an_agent_accumulates_into_its_row():
     stacked = spread(stack(make(), NUM_AGENTS))
     inputs, targets = batch()
     stacked.gradients.fill_(float("nan"))
-    stacked.zero_grad()
     twice = [1, 1, 2]
     for i in twice:
         cross_entropy(stacked.agent(i)(inputs[i]), targets[i]).backward()
-    plain = copy.deepcopy(stacked.module)
+    plain = stacked.average()
     for i, times in ((0, 0), (1, 2), (2, 1)):
         plain.load_state_dict(rows(stacked, i))
         plain.zero_grad()
         cross_entropy(plain(inputs[i]), targets[i]).backward()
         for parameter, own in zip(stacked.parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad[i], times * own.grad, rtol=1e-12, atol=1e-14)
-
-
-def test_gradients_set_to_none_are_linked_again_as_zero():
-    stacked = stack(make(), NUM_AGENTS)
-    inputs, targets = batch()
-    stacked.gradients.fill_(9.0)
-    for parameter in stacked.parameters():
-        parameter.grad = None  # as optimizer.zero_grad() does
-    agent = stacked.agent(1)
-    agent.zero_grad()
-    cross_entropy(stacked.agent(1)(inputs[1]), targets[1]).backward()
-    assert all(parameter.grad[0].eq(0).all() for parameter in stacked.parameters())
-    assert all(parameter.grad[1].ne(0).any() for parameter in stacked.parameters())
-    assert torch.equal(stacked.agent(1)[0].weight.grad, stacked.parameters()[0].grad[1])
-    agent.zero_grad()
-    agent[0].bias.grad = torch.full_like(agent[0].bias, 3.0)
-    stacked.agent(1)
-    assert stacked.parameters()[1].grad[1].eq(3).all()
-    separate = torch.full_like(stacked.parameters()[0], 4.0)
-    stacked.parameters()[0].grad = separate
-    stacked.agent(0)
-    assert stacked.parameters()[0].grad is not separate
-    assert torch.equal(stacked.gradients[: separate.numel()], separate.flatten())
 
 
 def test_frozen_parameters_stay_frozen():
@@ -229,9 +205,9 @@ def test_state_dict_round_trip(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda state: state.pop("0.weight"), r"missing \['0.weight'\], unknown \[\]"),
-        (lambda state: state.update(extra=torch.zeros(1)), r"missing \[\], unknown \['extra'\]"),
-        (lambda state: state.update({"2.bias": torch.zeros(2, 4)}), r"2.bias has shape \(2, 4\), expected \(3, 4\)"),
+        (lambda state: state.pop("0.weight"), "Missing key.*0.weight"),
+        (lambda state: state.update(extra=torch.zeros(1)), "Unexpected key.*extra"),
+        (lambda state: state.update({"2.bias": torch.zeros(2, 4)}), "size mismatch for 2.bias"),
     ],
 )
 def test_loading_another_state_changes_nothing(change, message):
@@ -239,9 +215,11 @@ def test_loading_another_state_changes_nothing(change, message):
     before = stacked.values.clone()
     state = {name: torch.full_like(tensor, 5.0) for name, tensor in stacked.state_dict().items()}
     change(state)
-    with pytest.raises(ValueError, match=message):
-        stacked.load_state_dict(state)
-    assert torch.equal(stacked.values, before)
+    for assign in (False, True):
+        with pytest.raises(RuntimeError, match=message):
+            stacked.load_state_dict(state, assign=assign)
+        assert torch.equal(stacked.values, before)
+        assert all(torch.equal(row, stacked.agent(1).state_dict()[name]) for name, row in rows(stacked, 1).items())
 
 
 def pickled(stacked):
@@ -346,10 +324,10 @@ def one_by_one(stacked, inputs, targets, loss=cross_entropy):
     """The losses, gradients and buffers of each agent, by plain autograd on a plain copy of its module."""
     results = []
     for i in range(NUM_AGENTS):
-        module = copy.deepcopy(stacked.module).train()
+        module = stacked.average().train()
         with torch.no_grad():
             for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-                tensor.copy_(stacked.state_dict()[name][i])
+                tensor.copy_(stacked.tensors()[name][i])
         value = loss(module(inputs[i]), targets[i])
         value.backward()
         gradients = {name: parameter.grad for name, parameter in module.named_parameters()}

@@ -5,6 +5,7 @@ coefficients (`gut_fast.rules`) for one fused kernel.
 """
 
 from gut_fast import analysis, data, distributed, models, reference, rules, topology
+from gut_fast.agents import StackedModule, stack
 from gut_fast.distributed import consolidate
 from gut_fast.optim import (
     D2,
@@ -21,7 +22,7 @@ from gut_fast.optim import (
 )
 from gut_fast.optim.gossip import Gossip, clip_grad_norm_per_agent_
 from gut_fast.rules import Coefficients, UpdateRule, update_rule
-from gut_fast.simulation import Simulator, StackedModule, consensus_error, stack
+from gut_fast.simulation import Simulator, consensus_error
 from gut_fast.topology import Topology
 
 __version__ = "0.1.0"

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
 from gut_fast import models
+from gut_fast.agents import stack
 from gut_fast.bench.cases import NUM_CLASSES, image_shape
 from gut_fast.bench.device import CPU, exact_float32, machine_line, versions
 from gut_fast.bench.results import Measurement, Result
@@ -28,7 +29,6 @@ from gut_fast.bench.timing import interleave, threads, wall_sampler, watch
 from gut_fast.optim import GUT
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.engines import CHOICES, ENGINES, make_engine, undo_on_error
-from gut_fast.simulation.stacked import stack
 from gut_fast.topology import ring
 
 __all__ = ["Trainer", "Training", "compare", "enter", "measure"]

@@ -84,27 +84,22 @@ def _place(group: Group | dist.ProcessGroup) -> int:
     return group.rank if isinstance(group, Group) else group.rank()
 
 
-def _count(module: Any) -> int:
-    return 1 if isinstance(module, nn.Module) else module.num_agents
+def _count(module: nn.Module) -> int:
+    return int(getattr(module, "num_agents", 1))
 
 
 @torch.no_grad()
 def _rows(module: Any) -> dict[str, Any]:
     """Returns the state dict of one agent's module with a row for each agent: tensors (k, *shape), shared ones once."""
-    if not isinstance(module, nn.Module) and not hasattr(module, "num_agents"):
+    if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module or what gut_fast.stack returns, got {type(module).__name__}")
-    template = module if isinstance(module, nn.Module) else module.module
-    state = template.state_dict(keep_vars=True)
-    tensors = {id(tensor): tensor for tensor in state.values() if isinstance(tensor, Tensor)}
-    if isinstance(module, nn.Module):
-        rows = {key: tensor.detach()[None] for key, tensor in tensors.items()}
-    else:
-        names = {id(tensor): name for name, tensor in (*template.named_parameters(), *template.named_buffers())}
-        stacked = module.state_dict()
-        rows = {key: stacked[names[key]] for key in tensors}
+    state = module.state_dict(keep_vars=True)
+    rows: dict[int, Tensor] = {}
     for name, tensor in state.items():
-        if isinstance(tensor, Tensor) and tensor.is_complex():
-            raise TypeError(f"consolidate: {name} is {tensor.dtype}; complex numbers are not averaged")
+        if isinstance(tensor, Tensor):
+            if tensor.is_complex():
+                raise TypeError(f"consolidate: {name} is {tensor.dtype}; complex numbers are not averaged")
+            rows[id(tensor)] = tensor.detach() if hasattr(module, "num_agents") else tensor.detach()[None]
     return {name: rows[id(tensor)] if isinstance(tensor, Tensor) else tensor for name, tensor in state.items()}
 
 

@@ -24,6 +24,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 from torch.utils.hooks import RemovableHandle
 
 from gut_fast import analysis
+from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.distributed import DEFAULT_TIMEOUT, SCALED, Exchange, Group, RankOptions
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import GossipStep
@@ -116,6 +117,7 @@ class GossipOptimizer(Optimizer):
         self._prepared: list[Prepared] = []  # one per group
         self._views = Views()
         self._hooks: list[RemovableHandle] = []
+        self._stacks: list[StackedModule] | None = None  # whose parameters these are; None is not looked up yet
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
         options = RankOptions(
@@ -166,6 +168,7 @@ class GossipOptimizer(Optimizer):
         super().add_param_group({**group, "params": params})
         prepared.state.adopt(self.state)
         self._prepared.append(prepared)
+        self._stacks = None
         if self.capturable and tensors:
             self._traced_steps = self._traced_steps.to(tensors[0].device)
         try:
@@ -239,6 +242,7 @@ class GossipOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_agents()
         is_compiled, is_captured = torch.compiler.is_compiling(), self._is_captured()
         for index in range(len(self.param_groups)):
             self._update_coefficients(index)
@@ -264,6 +268,24 @@ class GossipOptimizer(Optimizer):
 
     _watched_step = Optimizer.profile_hook_step(_step)
     """`_step` with the hooks and the profiler's range of torch."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets all gradients to None, or to zero, those of agents' modules too."""
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            for stacked in self._looked_up_stacks():
+                stacked.cut_gradients()
+
+    def _follow_agents(self) -> None:
+        """Moves gradients, and whatever else has been put into agents' modules, into the stack."""
+        if not torch.compiler.is_compiling():
+            for stacked in self._looked_up_stacks():
+                stacked.follow_agents()
+
+    def _looked_up_stacks(self) -> list[StackedModule]:
+        if self._stacks is None:
+            self._stacks = stacks_of(parameter for group in self.param_groups for parameter in group["params"])
+        return self._stacks
 
     def _gradients(self) -> list[list[Tensor | None]]:
         """Returns the gradients of each group; None stands for zero."""
@@ -453,7 +475,7 @@ class GossipOptimizer(Optimizer):
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
         names = "rule", "topology", "backend", "state_dtype", "capturable", "_eager_steps", "_traced_steps"
         own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_exchange": None, "_hooks": [], "_is_made": True}
+        return {**super().__getstate__(), **own, "_exchange": None, "_hooks": [], "_is_made": True, "_stacks": None}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gut_fast.agents import StackedModule
 from gut_fast.arguments import as_integer
 from gut_fast.data import Augmentation, Dataset, ImageFiles, Inputs, RandomResizedCropFlip
 from gut_fast.data.image_files import Request
-from gut_fast.simulation.randomness import derive_seed
-from gut_fast.simulation.stacked import StackedModule
+from gut_fast.randomness import derive_seed
 
 __all__ = ["Batches", "like_model"]
 

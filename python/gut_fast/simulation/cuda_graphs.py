@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gut_fast.agents import StackedModule
 from gut_fast.simulation.gradients import Compiler, Engine, LoopEngine, Loss, remember
-from gut_fast.simulation.stacked import StackedModule
 
 __all__ = ["Capture", "GraphedEngine", "StreamsEngine", "capture_cuda_graph"]
 

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gut_fast.agents import StackedModule
 from gut_fast.simulation.cuda_graphs import GraphedEngine, StreamsEngine
 from gut_fast.simulation.gradients import Engine, LoopEngine, Loss, VmapEngine, undo_on_error
-from gut_fast.simulation.stacked import StackedModule
 from gut_fast.simulation.workers import WorkersEngine
 
 __all__ = [

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import vmap
 from torch.nn import functional
 
-from gut_fast.simulation import randomness
-from gut_fast.simulation.stacked import StackedModule, at_least_float32, forward_precision
+from gut_fast import randomness
+from gut_fast.agents import StackedModule
+from gut_fast.agents.precision import at_least_float32, forward_precision
 
 __all__ = ["Compiler", "Engine", "LoopEngine", "Loss", "VmapEngine", "remember", "undo_on_error"]
 
@@ -61,9 +62,10 @@ class LoopEngine:
         self._loss = loss
         self._autocast = autocast
         self._agents = [stacked.agent(i) for i in range(stacked.num_agents)]
-        self._agent_forward = _agent_forward(stacked, autocast)
+        self._module = stacked.skeleton()
+        self._agent_forward = _agent_forward(stacked, self._module, autocast)
         self._compiled = None if compiler is None else compiler(self._loss_and_buffers)
-        for module in (stacked.module, *self._agents):
+        for module in (self._module, *self._agents):
             if not module.training:
                 module.train()
 
@@ -127,11 +129,9 @@ class VmapEngine:
         if compiler is not None:
             self.name = f"compiled-{self.name}"
         self._stacked = stacked
-        self._forward = vmap(_agent_forward(stacked, autocast), randomness="different")
+        self._forward = vmap(_agent_forward(stacked, stacked.skeleton().train(), autocast), randomness="different")
         self._batched_loss = _batched_loss(loss)
         self._evaluate = self._losses_and_buffers if compiler is None else compiler(self._losses_and_buffers)
-        if not stacked.module.training:
-            stacked.module.train()
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Computes the gradients as an `Engine` does, in separate tensors, not views of the flat buffer."""
@@ -152,16 +152,18 @@ class VmapEngine:
         return self._batched_loss(outputs, targets), *new_buffers
 
 
-def _agent_forward(stacked: StackedModule, autocast: torch.dtype | None) -> Callable[..., tuple[Any, ...]]:
+def _agent_forward(
+    stacked: StackedModule, module: nn.Module, autocast: torch.dtype | None
+) -> Callable[..., tuple[Any, ...]]:
     """A function of one agent's inputs, parameters and buffers that returns its outputs and new buffers.
 
     The function's argument list is flat, because vmap walks nested arguments in Python.
     """
-    names = list(stacked.state_dict())
+    names = list(stacked.tensors())
 
     def forward(inputs: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
         by_name = dict(zip(names, tensors, strict=True))
-        outputs, new_buffers = stacked.call(stacked.module, by_name, inputs, autocast)
+        outputs, new_buffers = stacked.call(module, by_name, inputs, autocast)
         return outputs, *new_buffers.values()
 
     return forward

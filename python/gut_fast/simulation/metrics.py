@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -12,10 +11,10 @@ from torch import Tensor
 from torch.func import vmap
 from torch.optim import Optimizer
 
+from gut_fast.agents import StackedModule
 from gut_fast.data import Dataset
 from gut_fast.simulation.engines import Loss
 from gut_fast.simulation.sharing import Everyone
-from gut_fast.simulation.stacked import StackedModule
 
 __all__ = ["BytesSent", "consensus_error", "evaluate", "read"]
 
@@ -78,13 +77,13 @@ def evaluate(
     """
     if everyone is None:
         everyone = Everyone(range(stacked.num_agents), stacked.num_agents, stacked.device)
-    module = copy.deepcopy(stacked.module).eval()
+    module = stacked.skeleton().eval()
 
     def predict(state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         outputs, _ = stacked.call(module, state, inputs, autocast)
         return outputs  # type: ignore[no-any-return]
 
-    state, agent_hits = stacked.state_dict(), _agent_hits(stacked, predict, vectorized)
+    state, agent_hits = stacked.tensors(), _agent_hits(stacked, predict, vectorized)
     means = everyone.means(state)
     mean_state = {name: mean.to(state[name].dtype) for name, mean in means.items()}
     sums = []
@@ -120,7 +119,7 @@ def _agent_hits(
     stacked: StackedModule, predict: Callable[[Mapping[str, Tensor], Tensor], Tensor], vectorized: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A function of inputs and labels that counts the hits [N] of each agent."""
-    states = stacked.state_dict()
+    states = stacked.tensors()
 
     def hits(state: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
         return _hits(predict(state, inputs), labels)

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gut_fast.agents import means
 from gut_fast.distributed import Group
-from gut_fast.simulation.stacked import means
 
 __all__ = ["Everyone", "agents_here", "check_ranks"]
 

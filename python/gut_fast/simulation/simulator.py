@@ -15,16 +15,17 @@ from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from gut_fast import randomness
+from gut_fast.agents import StackedModule, stack
+from gut_fast.agents.precision import check_autocast
 from gut_fast.data import Augmentation, Dataset, ImageFiles
 from gut_fast.distributed import Group
-from gut_fast.simulation import randomness
 from gut_fast.simulation.batches import Batches, like_model
 from gut_fast.simulation.console import Display, Interrupt, Progress, deferred_interrupt, display
 from gut_fast.simulation.engines import AutoEngine, Loss, make_engine, undo_on_error
 from gut_fast.simulation.files import check_configuration, digest, mixing_digest, read_checkpoint, write_checkpoint
 from gut_fast.simulation.metrics import BytesSent, evaluate, read
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
-from gut_fast.simulation.stacked import StackedModule, check_autocast, stack
 from gut_fast.simulation.timetable import Timetable
 from gut_fast.topology import Topology
 

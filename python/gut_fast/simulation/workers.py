@@ -12,8 +12,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from gut_fast.agents import StackedModule
 from gut_fast.simulation.gradients import LoopEngine, Loss, remember
-from gut_fast.simulation.stacked import StackedModule
 
 __all__ = ["Job", "Workers", "WorkersEngine"]
 

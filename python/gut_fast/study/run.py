@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from gut_fast import data, models
 from gut_fast.data import Dataset
 from gut_fast.optim import GossipOptimizer
+from gut_fast.randomness import derive_seed, own_random_state, seed_generators
 from gut_fast.simulation import Simulator
-from gut_fast.simulation.randomness import derive_seed, own_random_state, seed_generators
 from gut_fast.simulation.sharing import agents_here
 from gut_fast.study.experiment import Experiment
 from gut_fast.topology.names import parse_topology
