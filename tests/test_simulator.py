@@ -1,5 +1,6 @@
 """The simulator: what a run does, the order of its data, its bytes, checkpoints and display."""
 
+import copy
 import csv
 import json
 import math
@@ -171,7 +172,7 @@ def test_evaluation_changes_nothing_and_is_the_same_one_by_one_and_all_at_once()
     assert results[0] == pytest.approx(results[1])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same(sim.stacked.state_dict(), before)
-    assert sim.stacked.module.training
+    assert sim.stacked.training
 
 
 def test_the_learning_rate_falls_at_fractions_and_at_step_numbers():
