@@ -50,31 +50,27 @@ class Forward:
         leaves, spec = tree_flatten((args, kwargs)) if kwargs or not all(map(_is_tensor, args)) else (args, None)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         _check_leading_dimension(inputs, num_agents)
-        stacked = [tensor for _, tensor, _ in entries]
-        buffers = [(k, tensor) for k, tensor in enumerate(stacked) if not isinstance(tensor, nn.Parameter)]
-        one = _one_agent(module, entries, [k for k, _ in buffers], leaves, spec)
-        if self.is_vectorized is None:
-            outputs, *after = self._first(one, (*inputs, *stacked), [buffer for _, buffer in buffers])
-        else:
-            outputs, *after = (_all_at_once if self.is_vectorized else _one_by_one)(one, (*inputs, *stacked))
-        _keep(after, [buffer for _, buffer in buffers])
+        parameters: list[Tensor] = [tensor for _, tensor, _ in entries if isinstance(tensor, nn.Parameter)]
+        buffers = [tensor for _, tensor, _ in entries[len(parameters) :]]
+        one = _one_agent(module, entries, len(parameters), leaves, spec)
+        compute = {None: self._first, True: _all_at_once, False: _one_by_one}[self.is_vectorized]
+        outputs, *after = compute(one, [*inputs, *parameters], buffers)
+        _keep(after, buffers)
         return outputs
 
     def _first(self, one: OneAgent, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
         """Tries both ways: an error of the module itself is raised by the second."""
         before, random_state = [buffer.clone() for buffer in buffers], randomness.get_state(tensors[-1].device)
         try:
-            result = _all_at_once(one, tensors)
+            result = _all_at_once(one, tensors, buffers)
         except Exception as error:  # the type of an error of vmap depends on the operation
             reason = str(error).strip().split("\n")[0]
         else:
             self.is_vectorized = True
             return result
-        with torch.no_grad():
-            for buffer, values in zip(buffers, before, strict=True):
-                buffer.copy_(values)
+        _keep(before, buffers)
         randomness.set_state(random_state, tensors[-1].device)
-        result = _one_by_one(one, tensors)
+        result = _one_by_one(one, tensors, buffers)
         self.is_vectorized = False
         warnings.warn(f"the agents are computed one after the other, since vmap failed with {reason!r}", stacklevel=6)
         return result
@@ -95,7 +91,7 @@ def _check_leading_dimension(inputs: Sequence[Tensor], num_agents: int) -> None:
 
 
 def _one_agent(
-    module: nn.Module, entries: Sequence[Entry], buffers: Sequence[int], leaves: Sequence[Any], spec: TreeSpec | None
+    module: nn.Module, entries: Sequence[Entry], num_parameters: int, leaves: Sequence[Any], spec: TreeSpec | None
 ) -> OneAgent:
     """Makes the function of one agent. Its argument list is flat, because vmap walks nested arguments in Python."""
     num_inputs = sum(map(_is_tensor, leaves))
@@ -108,7 +104,7 @@ def _one_agent(
         try:
             _put(entries, rows)
             outputs = module(*args, **kwargs)
-            after = [registry[key] for k in buffers for registry, key in entries[k].places[:1]]
+            after = [registry[key] for entry in entries[num_parameters:] for registry, key in entry.places[:1]]
         finally:
             _put(entries, [entry.tensor for entry in entries])
         return outputs, *after
@@ -123,16 +119,18 @@ def _put(entries: Sequence[Entry], tensors: Sequence[Tensor]) -> None:
             registry[key] = tensor
 
 
-def _all_at_once(one: OneAgent, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    result: tuple[Any, ...] = vmap(one, randomness="different")(*tensors)
+def _all_at_once(one: OneAgent, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+    result: tuple[Any, ...] = vmap(one, randomness="different")(*tensors, *buffers)
     return result
 
 
-def _one_by_one(one: OneAgent, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    rows = zip(*(tensor.unbind(0) for tensor in tensors), strict=True)
-    flats, specs = zip(*(tree_flatten(one(*row)) for row in rows), strict=True)
-    result: tuple[Any, ...] = tree_unflatten([_join(leaves) for leaves in zip(*flats, strict=True)], specs[0])
-    return result
+def _one_by_one(one: OneAgent, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+    rows = list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
+    # A backward pass needs the buffers as they were; rows of one tensor count as changed when another row is.
+    results = [one(*row, *(buffer[i].clone() for buffer in buffers)) for i, row in enumerate(rows)]
+    flats, specs = zip(*map(tree_flatten, results), strict=True)
+    joined: tuple[Any, ...] = tree_unflatten([_join(leaves) for leaves in zip(*flats, strict=True)], specs[0])
+    return joined
 
 
 def _join(leaves: Sequence[Any]) -> Any:

@@ -8,6 +8,7 @@ tensor, other memory, a gradient, None) is moved into the agent's row, or refuse
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -101,8 +102,9 @@ class ParameterLink(Link):
         self.row = nn.Parameter(self.row, requires_grad=stacked.requires_grad)
         self._owner: Tensor | None = None  # the gradient of the stack that the agent was linked to,
         self._view: Tensor | None = None  # and its row
-        with requiring_grad(self.row):
-            self.row.register_hook(_BeforeAccumulation(self))
+        for parameter, prepare in ((self.row, self.before_accumulation), (stacked, self.before_accumulation_in_stack)):
+            with requiring_grad(parameter):
+                parameter.register_hook(_BeforeAccumulation(prepare))
 
     def follow(self) -> None:
         """Moves parameter and gradient of the module into the agent's row, and freezes it if the stack's is frozen."""
@@ -129,6 +131,11 @@ class ParameterLink(Link):
         super().move(spare)
         self._spare = spare
         self._follow_gradient()
+
+    def before_accumulation_in_stack(self) -> None:
+        """Zeroes the agent's row of the stack's gradient if the agent has set its gradient to None, and the like."""
+        with torch.no_grad():
+            self._follow_gradient()
 
     def cut(self) -> None:
         """Sets the agent's gradient to None, and forgets which it was."""
@@ -165,12 +172,12 @@ class ParameterLink(Link):
 
 
 class _BeforeAccumulation:
-    """A hook on an agent's parameter that is not saved with it."""
+    """A hook on a parameter, which is not saved with it."""
 
     __torch_unserializable__ = True
 
-    def __init__(self, link: ParameterLink) -> None:
-        self._link = link
+    def __init__(self, prepare: Callable[[], None]) -> None:
+        self._prepare = prepare
 
     def __call__(self, gradient: Tensor) -> None:
-        self._link.before_accumulation()
+        self._prepare()

@@ -123,9 +123,13 @@ class StackedModule(nn.Module):
     def _settle(self) -> None:
         """Moves tensors that have been given other memory, or been replaced, into the flat buffers."""
         if self._layout.settle():
-            for _, links in self._agents.values():
-                for link, spare in zip_longest(links, self._layout.spares()):
-                    link.move(spare)
+            self._move_agents()
+
+    def _move_agents(self) -> None:
+        """Lets agents' modules follow the stacked tensors into new memory."""
+        for _, links in self._agents.values():
+            for link, spare in zip_longest(links, self._layout.spares()):
+                link.move(spare)
 
     @property
     def device(self) -> torch.device:
@@ -291,8 +295,9 @@ class StackedModule(nn.Module):
 
     def share_memory(self: Self) -> Self:
         """Moves parameters and buffers into memory that other processes can map, as `torch.nn.Module` does."""
-        self._settle()
+        self.follow_agents()
         self._layout.move_to([flat.clone().share_memory_() for flat in self._layout.flats])
+        self._move_agents()
         return self
 
     def call(
