@@ -23,7 +23,6 @@ from gut_fast.simulation.engines import (
     WorkersEngine,
     make_engine,
 )
-from gut_fast.simulation.timetable import Timetable
 
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores:UserWarning")
 """torch.compile sets off warnings of torch's own."""
@@ -419,13 +418,10 @@ def test_a_step_reads_no_value(engine):
     def sgd(params):
         return torch.optim.SGD(params, lr=0.05, momentum=0.9, foreach=True)
 
-    sim, timetable = (
-        simulator(engine, optimizer=sgd, autocast=torch.bfloat16),
-        Timetable(100, (), 0.1, None, None, None),
-    )
+    sim = simulator(engine, optimizer=sgd, autocast=torch.bfloat16)
     with NothingIsRead():
         for _ in range(70):  # more than one block of batches
-            sim._train_step(timetable)
+            sim._train_step()
     assert sim.step == 70
     with NothingIsRead(), pytest.raises(AssertionError, match="waits for the device"):
         float(sim.stacked.values.sum())
@@ -516,12 +512,12 @@ def test_a_run_on_a_gpu_repeats_and_resumes_bit_for_bit(name, exact, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", GPU_ENGINES)
 def test_a_step_on_a_gpu_never_waits_for_it(name):
-    sim, timetable = simulator(name, "cuda", augment=RandomCropFlip(1)), Timetable(200, (), 0.1, None, None, None)
+    sim = simulator(name, "cuda", augment=RandomCropFlip(1))
     for _ in range(3):
-        sim._train_step(timetable)
+        sim._train_step()
     with cuda_graphs._synchronisation_is_an_error():
         for _ in range(130):  # across blocks of batches
-            sim._train_step(timetable)
+            sim._train_step()
 
 
 @pytest.mark.gpu

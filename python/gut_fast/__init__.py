@@ -22,7 +22,7 @@ from gut_fast.optim import (
 )
 from gut_fast.optim.gossip import Gossip, clip_grad_norm_per_agent_
 from gut_fast.rules import Coefficients, UpdateRule, update_rule
-from gut_fast.simulation import Simulator, consensus_error
+from gut_fast.simulation import Simulator, callbacks, consensus_error
 from gut_fast.topology import Topology
 
 __version__ = "0.1.0"
@@ -47,6 +47,7 @@ __all__ = [
     "UpdateRule",
     "__version__",
     "analysis",
+    "callbacks",
     "clip_grad_norm_per_agent_",
     "consensus_error",
     "consolidate",

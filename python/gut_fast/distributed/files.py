@@ -38,9 +38,9 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
     """Gives a temporary file to write beside `path`, which takes its place if the block ends without an error.
 
     A killed process leaves `path` as it was, or whole. With `durable` so does a power failure, and once the block has
-    ended the new file is there to stay.
+    ended the new file is there to stay. Of a symbolic link the file is replaced that it leads to.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -65,7 +65,7 @@ def sync(path: str | Path) -> None:
 
 def remove_leftovers(path: str | Path) -> None:
     """Removes the temporary files of processes that were killed within `replacing`; none may be writing `path` now."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     for leftover in path.parent.iterdir():
         pid = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
         if leftover.name == f".{path.name}.{pid}.tmp" and pid.isdecimal():

@@ -10,6 +10,8 @@ import csv
 import hashlib
 import json
 import math
+import os
+import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -26,6 +28,8 @@ from gut_fast.topology.mixing import MixingMatrix
 
 __all__ = [
     "check_configuration",
+    "check_folder",
+    "check_target",
     "digest",
     "json_line",
     "mixing_digest",
@@ -59,6 +63,39 @@ def json_line(row: Mapping[str, Any]) -> str:
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
     return json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def check_target(path: str | Path, *, is_folder: bool = False) -> None:
+    """Looks whether `path` can be written, as a file or as a folder of files, and leaves nothing behind.
+
+    Raises:
+        OSError: its folder is missing, is no folder or cannot be written, or something else has its place.
+    """
+    path = Path(path)
+    target = Path(os.path.realpath(path))
+    if target.is_dir() and not is_folder:
+        raise IsADirectoryError(f"{path} is a folder; give the name of a file")
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise OSError(f"{path} is no file that could be replaced")
+    if target.exists() and not target.is_dir() and is_folder:
+        raise NotADirectoryError(f"{path} is a file; give the name of a folder")
+    folder = target if target.is_dir() else target.parent
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {folder} is a file, not a folder")
+    if not folder.exists():
+        raise FileNotFoundError(f"there is no folder {folder} for {path.name}; create it first")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise type(error)(error.errno, f"{path} cannot be written: {error.strerror}", str(folder)) from error
+
+
+def check_folder(path: str | Path) -> None:
+    """Looks whether `path` can be a folder to write in, which is yet to be made or there. Raises OSError if not."""
+    path = Path(os.path.realpath(path))
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    check_target(there, is_folder=True)
 
 
 def write_checkpoint(content: Mapping[str, Any], path: str | Path, group: Group | None = None) -> None:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from gut_fast import randomness
 from gut_fast.agents import StackedModule, stack
@@ -21,15 +20,31 @@ from gut_fast.agents.precision import check_autocast
 from gut_fast.data import Augmentation, Dataset, ImageFiles
 from gut_fast.distributed import Group
 from gut_fast.simulation.batches import Batches, like_model
-from gut_fast.simulation.console import Display, Interrupt, Progress, deferred_interrupt, display
+from gut_fast.simulation.callbacks import Callback, Progress, ShowProgress, around, checked
 from gut_fast.simulation.engines import AutoEngine, Loss, make_engine, undo_on_error
-from gut_fast.simulation.files import check_configuration, digest, mixing_digest, read_checkpoint, write_checkpoint
+from gut_fast.simulation.files import (
+    check_configuration,
+    check_target,
+    digest,
+    mixing_digest,
+    read_checkpoint,
+    write_checkpoint,
+)
+from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
 from gut_fast.simulation.metrics import BytesSent, evaluate, read
+from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
 from gut_fast.simulation.timetable import Timetable
 from gut_fast.topology import Topology
 
 __all__ = ["Simulator"]
+
+ENTRIES = (
+    *("step", "lr", "train_loss", "diverged_agents", "test_loss", "test_accuracy", "mean_agent_accuracy"),
+    *(f"{which}_agent_accuracy" for which in ("worst", "lower_quartile", "median", "upper_quartile", "best")),
+    *("consensus_error", "mean_bytes_sent", "max_bytes_sent"),
+)
+"""The names of the entries of the history."""
 
 
 class Simulator:
@@ -119,20 +134,40 @@ class Simulator:
         self._autocast, self._channels_last = autocast, channels_last
         self._engine = make_engine(engine, stacked, loss, autocast)
         self._bytes_sent = BytesSent(self.optimizer, num_agents, len(agents))
-        self._initial_options = _options(self.optimizer)
+        self._initial_options = options_of(self.optimizer)
         self._last_lr = float(self._initial_options[0]["lr"])
         self._loss_sum = torch.zeros(len(agents), dtype=torch.float64, device=stacked.device)
         self._loss_steps = 0
         own_seed = randomness.derive_seed("random", seed, *([agents.start] if agents.start else []))
         self._random_state = randomness.initial_state(own_seed, stacked.device)
-        self._scheduler: LRScheduler | None = None
+        self._schedule = Schedule()
         self._scheduler_state: dict[str, Any] | None = None
-        self._is_between_steps = True
+        self._is_between_steps, self._is_stopping = True, False
 
     @property
     def engine(self) -> str:
         """The name of the engine in use; ``"auto"`` until it has chosen."""
         return self._engine.name
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the last step, of the first group."""
+        return self._last_lr
+
+    @property
+    def train_loss(self) -> float:
+        """The mean loss of the agents in this process in the steps since the last evaluation; NaN before a step."""
+        return self._mean_loss(float(self._loss_sum.mean())) if self._loss_steps else math.nan
+
+    @property
+    def entries(self) -> list[str]:
+        """The names of the entries of the history, which `evaluate` explains."""
+        return list(ENTRIES)
+
+    @property
+    def is_first(self) -> bool:
+        """True in the process that reports for all: the only one, or with a process_group the one with agent 0."""
+        return self._everyone.is_first
 
     @property
     def bytes_sent(self) -> Tensor:
@@ -143,20 +178,23 @@ class Simulator:
         self,
         steps: int,
         *,
-        milestones: Sequence[float] = (0.5, 0.75),
+        milestones: Sequence[float] = (),
         decay: float = 0.1,
-        schedule: Callable[[Optimizer], LRScheduler] | None = None,
+        schedule: MakeScheduler | None = None,
+        schedule_metric: str = "test_loss",
         eval_every: int | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
         on_checkpoint: Callable[[], object] | None = None,
+        callbacks: Callback | Sequence[Callback] = (),
         progress: Progress = True,
     ) -> list[dict[str, Any]]:
         """Trains until `steps` steps are done in all, and returns the history.
 
         The same call continues an interrupted run, in a new process after `load_checkpoint`, and equals the
-        uninterrupted run bit for bit. On Ctrl-C the step is finished, the checkpoint written and KeyboardInterrupt
-        raised; a second Ctrl-C raises it at once. A loss of NaN does not stop the run; the history shows it.
+        uninterrupted run bit for bit; so do ``run(100)`` and then ``run(200)``, if milestones are numbers of steps. On
+        Ctrl-C the step is finished, the checkpoint written and KeyboardInterrupt raised; a second Ctrl-C raises it at
+        once. A loss of NaN does not stop the run; the history shows it.
 
         With a process_group all ranks call `run` with the same arguments. Rank 0 shows the progress; Ctrl-C in any rank
         stops all ranks at the next tenth step.
@@ -164,31 +202,41 @@ class Simulator:
         Args:
             steps: total number of steps, with the steps of earlier calls.
             milestones: steps after which the learning rate is multiplied by `decay`; fractions of `steps` if below 1.
+                Without milestones and schedule the learning rate stays as it is.
             decay: factor on the learning rate at each milestone.
-            schedule: makes a torch scheduler of the optimizer in place of the milestones; it is stepped at every step.
+            schedule: makes a torch scheduler of the optimizer, for example
+                ``lambda optimizer: CosineAnnealingLR(optimizer, 100)``. It is stepped after every step; one whose
+                `step` takes a metric, such as `ReduceLROnPlateau`, at every `eval_every`-th step. A later call with a
+                scheduler of the same class goes on where it was.
+            schedule_metric: the entry of the history that such a scheduler is given.
             eval_every: steps between evaluations; the run always evaluates after the last step.
             checkpoint: file to write at the end, on Ctrl-C and every `checkpoint_every` steps; with a process_group a
                 folder, for `gut_fast.distributed.Checkpoints`.
             checkpoint_every: steps between checkpoints.
             on_checkpoint: called after each checkpoint that Ctrl-C has not caused.
-            progress: whether to show the numbers of the run on stderr, or a function to call with the step now and
-                then.
+            callbacks: objects of `gut_fast.callbacks`, which are told of the events of the run.
+            progress: whether to show the numbers of the run, in a bar on a terminal or in a notebook and in lines on
+                stderr elsewhere, or a function to call with the step now and then.
 
         Raises:
             TypeError, ValueError: an argument is bad; nothing has been done.
-            FileNotFoundError: the folder of `checkpoint` does not exist.
+            OSError: `checkpoint` cannot be written; nothing has been done.
         """
         file = None if checkpoint is None else Path(checkpoint)
         timetable = Timetable(steps, tuple(milestones), decay, eval_every, file, checkpoint_every)
+        shown = ShowProgress(progress if self.is_first else False)
+        told = [*checked(callbacks), *([] if on_checkpoint is None else [_Calls(on_checkpoint)]), shown]
+        if file is not None:
+            check_target(file, is_folder=self._everyone.group is not None)
+        self._start_schedule(timetable, schedule, schedule_metric)
         with (
             randomness.own_random_state(self.stacked.device),
             deferred_interrupt() as interrupt,
-            display(steps, self.step, progress if self._everyone.is_first else False) as shown,
+            around(told, self, timetable),
         ):
             randomness.set_state(self._random_state, self.stacked.device)
-            self._start_schedule(schedule)
             try:
-                self._run(timetable, interrupt, shown, on_checkpoint)
+                self._run(timetable, interrupt, told)
             except KeyboardInterrupt:
                 if file is not None and self._is_between_steps:
                     self._save(file)
@@ -196,6 +244,14 @@ class Simulator:
             finally:
                 self._suspend()
         return self.history
+
+    def stop(self) -> None:
+        """Ends the run as if the last step had been done: with an evaluation and a checkpoint.
+
+        It is for callbacks and may be called at any event; in between it does nothing. With a process_group all ranks
+        must call it after the same step.
+        """
+        self._is_stopping = True
 
     def evaluate(self) -> dict[str, Any]:
         """A row of the history for the current state of the agents.
@@ -267,75 +323,70 @@ class Simulator:
         if isinstance(self._engine, AutoEngine) and content["engine"] is not None:
             self._engine.load_state_dict(content["engine"])
         self.step, self.history = content["step"], content["history"]
-        self._scheduler, self._scheduler_state = None, content["scheduler"]
+        self._schedule, self._scheduler_state = Schedule(), content["scheduler"]
         self._random_state = content["random_state"]
         self._bytes_sent.total.copy_(content["bytes_sent"])
         self._last_lr, self._loss_steps = content["last_lr"], content["loss_steps"]
         self._loss_sum.copy_(content["loss_sum"])
 
-    def _run(
-        self, timetable: Timetable, interrupt: Interrupt, shown: Display, on_checkpoint: Callable[[], object] | None
-    ) -> None:
+    def _run(self, timetable: Timetable, interrupt: Interrupt, callbacks: Sequence[Callback]) -> None:
+        self._is_stopping = False
         while True:
             already_evaluated = bool(self.history) and self.history[-1]["step"] == self.step
-            if timetable.evaluates_after(self.step) and not already_evaluated:
-                self._add_to_history(self.evaluate())
-            if shown.is_due() or self.step >= timetable.steps:
-                shown.show(self.step, self._headline())
-            if self._everyone.wants_to_stop(interrupt.requested, self.step, self.step >= timetable.steps):
+            if (timetable.evaluates_after(self.step) or self._is_stopping) and not already_evaluated:
+                self._add_to_history(self.evaluate(), timetable)
+                for callback in callbacks:
+                    callback.on_evaluation(self, self.history[-1])
+            ends = self.step >= timetable.steps or self._is_stopping
+            if self._everyone.wants_to_stop(interrupt.requested, self.step, ends):
                 raise KeyboardInterrupt
-            if timetable.checkpoint is not None and timetable.saves_after(self.step):
+            if timetable.checkpoint is not None and (ends or timetable.saves_after(self.step)):
                 self._save(timetable.checkpoint)
-                if on_checkpoint is not None:
-                    on_checkpoint()
-            if self.step >= timetable.steps:
+                for callback in callbacks:
+                    callback.on_checkpoint(self, timetable.checkpoint)
+            if ends:
                 return
-            self._train_step(timetable)
+            self._train_step()
+            for callback in callbacks:
+                callback.on_step(self)
 
-    def _add_to_history(self, row: dict[str, Any]) -> None:
+    def _add_to_history(self, row: dict[str, Any], timetable: Timetable) -> None:
         """Adds the row and starts new sums; an interrupt in between counts no loss twice and saves no checkpoint."""
         self._is_between_steps = False
         self._loss_sum.zero_()
         self._loss_steps = 0
         self.history.append(row)
+        if timetable.evaluates_regularly_after(self.step):
+            self._schedule.after_evaluation(row)
         self._is_between_steps = True
 
-    def _train_step(self, timetable: Timetable) -> None:
+    def _train_step(self) -> None:
         """Does one step of all agents; if the gradient fails or is interrupted, nothing has changed."""
         inputs, targets = self.batches(self.step)
         with undo_on_error(self.stacked):
             losses = self._engine(inputs, targets)
         self._is_between_steps = False
-        if self._scheduler is None:
-            for group, initial in zip(self.optimizer.param_groups, self._initial_options, strict=True):
-                group["lr"] = initial["lr"] * timetable.lr_factor(self.step)
+        self._schedule.before_step(self.step)
         self._last_lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
-        if self._scheduler is not None:
-            self._scheduler.step()
         self._bytes_sent.add_step(self.step)
         self._loss_sum += losses
         self._loss_steps += 1
         self.step += 1
+        self._schedule.after_step()
         self._is_between_steps = True
 
-    def _start_schedule(self, schedule: Callable[[Optimizer], LRScheduler] | None) -> None:
-        """Makes the scheduler, in its state at the end of the last run."""
-        self._scheduler = None
-        if schedule is None:
-            return
-        options = _options(self.optimizer)
-        self._scheduler = schedule(self.optimizer)
-        if self._scheduler_state is not None:
-            # A new scheduler has set the learning rate of its first step, so the optimizer's options are put back.
-            self._scheduler.load_state_dict(self._scheduler_state)
-            for group, saved in zip(self.optimizer.param_groups, options, strict=True):
-                group.update(saved)
+    def _start_schedule(self, timetable: Timetable, schedule: MakeScheduler | None, metric: str) -> None:
+        """Makes the schedule of the run, in its state at the end of the last run."""
+        rates = [options["lr"] for options in self._initial_options]
+        if metric not in self.entries:
+            raise ValueError(f"schedule_metric={metric!r} is no entry of the history: {', '.join(self.entries)}")
+        self._schedule = make_schedule(timetable, schedule, metric, self.optimizer, rates, self._scheduler_state)
 
     def _suspend(self) -> None:
         """Takes in the states of the generators and the scheduler, which live outside the simulator during a run."""
         self._random_state = randomness.get_state(self.stacked.device)
-        self._scheduler_state = None if self._scheduler is None else self._scheduler.state_dict()
+        self._scheduler_state = self._schedule.state_dict()
 
     def _save(self, path: Path) -> None:
         self._suspend()
@@ -343,16 +394,6 @@ class Simulator:
 
     def _mean_loss(self, loss_sum: float) -> float:
         return loss_sum / self._loss_steps if self._loss_steps else math.nan
-
-    def _headline(self) -> str:
-        parts = [f"lr {self._last_lr:g}"]
-        if self._loss_steps:
-            parts.append(f"loss {self._mean_loss(float(self._loss_sum.mean())):.4f}")  # of the agents in this process
-        if self.history:
-            row = self.history[-1]
-            parts.append(f"accuracy {row['test_accuracy']:.1%} (worst agent {row['worst_agent_accuracy']:.1%})")
-            parts.append(f"consensus {row['consensus_error']:.2e}")
-        return "  ".join(parts)
 
     @cached_property
     def _configuration(self) -> dict[str, Any]:
@@ -388,8 +429,15 @@ class Simulator:
         }
 
 
-def _options(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+class _Calls(Callback):
+    """A callback that calls a function after each checkpoint."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+
+    def on_checkpoint(self, simulator: Simulator, path: Path) -> None:
+        """Calls the function."""
+        self._function()
 
 
 def _checked_optimizer(optimizer: Any, stacked: StackedModule, topology: Topology) -> Optimizer:

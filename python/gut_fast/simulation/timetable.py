@@ -18,7 +18,6 @@ class Timetable:
 
     Raises:
         TypeError, ValueError: an argument is bad; the message names it.
-        FileNotFoundError: the folder of `checkpoint` does not exist.
     """
 
     steps: int
@@ -39,8 +38,6 @@ class Timetable:
             raise ValueError(f"decay must be finite and >= 0, got {self.decay}")
         if self.checkpoint_every is not None and self.checkpoint is None:
             raise ValueError(f"checkpoint_every={self.checkpoint_every} needs checkpoint=, the file to write to")
-        if self.checkpoint is not None and not self.checkpoint.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {self.checkpoint.parent} for the checkpoint; create it first")
 
     def lr_factor(self, step: int) -> float:
         """The factor ``decay ** passed milestones`` on the initial learning rate in the step after `step` steps."""
@@ -51,7 +48,11 @@ class Timetable:
 
     def evaluates_after(self, steps: int) -> bool:
         """True if the run evaluates after so many steps."""
-        return steps == self.steps or _is_multiple(steps, self.eval_every)
+        return steps == self.steps or self.evaluates_regularly_after(steps)
+
+    def evaluates_regularly_after(self, steps: int) -> bool:
+        """True if the run evaluates after so many steps whichever its last step is."""
+        return _is_multiple(steps, self.eval_every)
 
     def saves_after(self, steps: int) -> bool:
         """True if the run writes a checkpoint after so many steps."""
