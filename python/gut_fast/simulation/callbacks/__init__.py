@@ -1,4 +1,4 @@
-"""What is called while a simulator runs: callbacks of one's own, early stopping, and trackers of the numbers.
+"""Callbacks: objects that are told of the events of a run, for early stopping, trackers and code of one's own.
 
 A callback is an object with methods for the events of `Callback`; `gut_fast.Simulator.run` takes any number of them::
 
