@@ -1,17 +1,22 @@
 """The command line: help, errors in one line, training from the shell, topologies."""
 
+import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import typer
+from rich.cells import cell_len
 
 import gut_fast
 from gut_fast import analysis, cli, topology
@@ -21,6 +26,7 @@ from gut_fast.rules import RULES
 from gut_fast.simulation import Simulator
 from gut_fast.study import Experiment, runner
 from gut_fast.study.results import read_results
+from gut_fast.study.run import make_simulator, train
 from gut_fast.study.sweep import read_sweep
 
 QUICK = ("train", "--topology", "ring:4", "--steps", "12", "--eval-every", "4", "--engine", "vmap", "--threads", "1")
@@ -52,12 +58,36 @@ def test_version_through_the_module():
     assert done.stderr == ""
 
 
-@pytest.mark.parametrize("arguments", [(), ("--help",)])
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("-h",)])
 def test_help_names_the_commands(gut_fast_command, arguments):
     code, out, err = gut_fast_command(*arguments)
     assert code == 0
     assert err == ""
     assert all(name in out for name in ("train", "topology", "info"))
+
+
+@pytest.mark.parametrize("arguments", [(), ("-h",), ("--help",)])
+def test_a_group_by_itself_is_a_question_for_help(gut_fast_command, arguments):
+    code, out, err = gut_fast_command("bench", *arguments)
+    assert (code, err) == (0, "")
+    assert "gut-fast bench [OPTIONS] COMMAND" in out
+    assert "step" in out
+
+
+@pytest.mark.parametrize("command", ["train", "sweep", "tune", "report", "topology", "verify", "info", "data"])
+def test_every_command_has_a_short_option_for_help(gut_fast_command, command):
+    code, out, _ = gut_fast_command(command, "-h")
+    assert code == 0
+    assert f"gut-fast {command}" in out
+
+
+def test_shells_can_complete_the_commands(gut_fast_command):
+    assert "--install-completion" in gut_fast_command("--help")[1]
+    environment = {"_GUT_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "gut-fast t", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "gut_fast"], capture_output=True, text=True, env={**os.environ, **environment}
+    )
+    assert done.stdout.split() == ["train", "tune", "topology"]
 
 
 def test_help_of_train_lists_names_from_the_tables(gut_fast_command):
@@ -117,40 +147,59 @@ def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_comman
     ("arguments", "message"),
     [
         (["fly"], "No such command 'fly'"),
-        (["train", "--speed", "1"], "No such option"),
+        (["trian"], "No such command 'trian'. Did you mean 'train'?"),
+        (["train", "--speed", "1"], "No such option: --speed"),
+        (["train", "--step", "1"], "No such option: --step; did you mean --steps?"),
+        (["train", "--batchsize=3"], "No such option: --batchsize; did you mean --batch-size?"),
+        (["train", "-lr", "1"], "No such option: -l; did you mean --lr?"),
+        (["train", "--rule", "gutt"], "did you mean 'gut'?"),
+        (["train", "--model", "lenet"], "did you mean 'lenet5'?"),
+        (["train", "--data", "digit"], "did you mean 'digits'?"),
+        (["train", "--topology", "rign:4"], "did you mean 'ring'?"),
+        (["train", "--schedule", "cosin"], "unknown schedule 'cosin'; known are milestones, cosine"),
+        (["train", "--schedule", "cosine", "--decay", "0.5"], "schedule 'cosine' has no use for decay"),
+        (["train", "--warmup", "1.5"], "--warmup must be a fraction from 0 to below 1, or a number of steps"),
+        (["train", "--max-grad-norm", "0"], "--max-grad-norm must be above 0"),
+        (["train", "--inner", "adm"], "unknown inner optimizer 'adm'; known are "),
+        (["train", "--inner", "lbfgs"], "LBFGS cannot make the local move: its step needs a closure"),
+        (["train", "--inner", "adam", "--inner-set", "beta=1"], "Adam has no option 'beta'; did you mean 'betas'?"),
+        (["train", "--inner-set", "eps=1"], "--inner-set {'eps': 1.0} need --inner, the optimizer that takes them"),
         (["train", "--lr", "fast"], "Invalid value for '--lr'"),
-        (["train", "--lr", "nan"], "lr=nan is outside"),
+        (["train", "--lr", "nan"], "--lr nan is outside"),
         (["train", "--topology", "ring"], "expected ring:N, for example ring:16"),
         (["train", "--topology", "from-matrix:none.npy"], "none.npy"),
-        (["train", "--topology", "ring:2000"], "num_agents=2000 must be from 1 to the number of samples, 1400"),
-        (["train", "--gamma", "2"], "gamma must be in (0, 1]"),
+        (
+            ["train", "--topology", "ring:2000"],
+            "the number of agents of --topology, 2000, must be from 1 to the number of samples, 1400",
+        ),
+        (["train", "--gamma", "2"], "--gamma must be in (0, 1]"),
         (["train", "--rule", "sgd"], "unknown rule 'sgd'; known are dsgd, gut"),
-        (["train", "--mu", "1.5"], "mu=1.5 is outside [0, 1]"),
+        (["train", "--mu", "1.5"], "--mu 1.5 is outside [0, 1]"),
         (["train", "--rule", "dsgd", "--mu", "0.5"], "rule 'dsgd' has no hyper-parameter 'mu'"),
         (["train", "--set", "speed=1"], "no hyper-parameter 'speed'; it has: mu"),
         (["train", "--set", "mu"], "--set mu: expected NAME=VALUE"),
         (["train", "--set", "mu=much"], "'much' is not a number"),
         (["train", "--mu", "0.5", "--set", "mu=0.5"], "'mu' is given twice"),
-        (["train", "--weight-decay", "-1"], "weight_decay=-1.0 is outside"),
+        (["train", "--weight-decay", "-1"], "--weight-decay -1.0 is outside"),
         (["train", "--data", "letters"], "unknown data set 'letters'"),
         (["train", "--model", "vgg"], "unknown model 'vgg'"),
         (["train", "--model", "lenet5"], "lenet5 takes images (channels, 28, 28)"),
         (["train", "--partition", "fair"], "unknown partition 'fair'"),
-        (["train", "--partition", "shards"], "'shards' needs classes_per_agent="),
-        (["train", "--partition", "iid", "--alpha", "1"], "there is no 'alpha' for rule 'gut' and partition 'iid'"),
-        (["train", "--alpha", "0"], "alpha=0.0 must be positive"),
-        (["train", "--steps", "0"], "steps must be at least 1"),
+        (["train", "--partition", "shards"], "'shards' needs --classes-per-agent"),
+        (["train", "--partition", "iid", "--alpha", "1"], "there is no --alpha for rule 'gut' and partition 'iid'"),
+        (["train", "--alpha", "0"], "--alpha 0.0 must be positive"),
+        (["train", "--steps", "0"], "--steps must be at least 1"),
         (["train", "--launch", "3"], "--launch 3: 16 agents cannot be shared out evenly over 3 processes"),
         (["train", "--launch", "0"], "Invalid value for '--launch'"),
-        (["train", "--batch-size", "0"], "batch_size must be at least 1"),
-        (["train", "--eval-every", "0"], "eval_every must be at least 1"),
+        (["train", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["train", "--eval-every", "0"], "--eval-every must be at least 1"),
         (["train", "--milestones", "half"], "'half' is not a number"),
         (["train", "--seeds", "many"], "--seeds many: expected a count"),
         (["train", "--seeds", "0"], "--seeds 0: seeds must be how many, at least 1"),
         (["train", "--seeds", "1,1"], "--seeds 1,1: seeds must be from 0 to below 2^63 and none named twice"),
         (["train", "--engine", "warp"], "unknown engine 'warp'"),
         (["train", "--backend", "gpu"], "unknown backend 'gpu'"),
-        (["train", "--state-dtype", "int8"], "state_dtype must be a floating dtype of torch, such as bfloat16"),
+        (["train", "--state-dtype", "int8"], "--state-dtype must be a floating dtype of torch, such as bfloat16"),
         (["train", "--state-dtype", "float64"], "the state is torch.float64; for parameters of torch.float32"),
         (["train", "--autocast", "float16"], "autocast must be torch.bfloat16 or None, got torch.float16"),
         (["train", "--device", "tpu"], "device 'tpu' cannot be used: "),
@@ -166,7 +215,7 @@ def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_comman
         (["train", "--seeds", "99999999999999999999"], "expected at most 10,000 seeds, got 99,999"),
         (["train", "--seeds", "1000000000"], "expected at most 10,000 seeds"),
         (["train", "--seeds", "1,9223372036854775808"], "seeds must be from 0 to below 2^63"),
-        (["train", "--batch-size", "100000000"], "batch_size=100000000 is more than 100 times the samples of any"),
+        (["train", "--batch-size", "100000000"], "--batch-size 100000000 is more than 100 times the samples of any"),
     ],
 )
 def test_bad_arguments_are_one_line_and_exit_code_2(gut_fast_command, tmp_path, arguments, message):
@@ -212,7 +261,11 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(gut_fast_command
     )
     monkeypatch.setattr("os.access", lambda _, mode: not mode & os.W_OK)
     (tmp_path / "new").mkdir()
-    for arguments in ((*QUICK, "--out", "new"), ("topology", "ring:4", "--out", "ring.png")):
+    for arguments in (
+        (*QUICK, "--out", "new"),
+        (*QUICK, "--out", "new/and/deeper"),
+        ("topology", "ring:4", "--out", "ring.png"),
+    ):
         code, out, err = gut_fast_command(*arguments)
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert "no permission to write" in err
@@ -484,6 +537,86 @@ def test_divergence_is_told(gut_fast_command):
     assert "4 agents had a loss of NaN or infinity" in err
 
 
+def test_a_rule_may_be_spelt_in_several_ways(gut_fast_command):
+    for number, rule in enumerate(("qg_gutm", "QG-GUTm", "qg-gutm")):
+        code, out, _ = gut_fast_command(*QUICK, "--rule", rule, "--out", str(number))
+        assert code == 0
+        assert out.startswith("qg_gutm on ring(4)")
+    assert len({(Path(f"{number}") / "sweep.yaml").read_text() for number in range(3)}) == 1
+
+
+def test_schedule_clipping_and_inner_optimizer_of_a_run(gut_fast_command):
+    options = ("--schedule", "cosine", "--warmup", "4", "--max-grad-norm", "0.5", "--inner", "adamw", "--inner_set")
+    code, _, _ = gut_fast_command(*QUICK, *options, "betas=0.8,0.9", "--output", "run")
+    assert code == 0
+    (task,) = read_sweep("run/sweep.yaml").tasks()
+    experiment = task.experiment
+    assert (experiment.inner, experiment.inner_options, experiment.lr) == ("AdamW", {"betas": [0.8, 0.9]}, 0.001)
+    assert (experiment.schedule, experiment.warmup, experiment.max_grad_norm) == ("cosine", 4.0, 0.5)
+    simulator = make_simulator(experiment)
+    assert list(simulator.optimizer.inner.defaults["betas"]) == [0.8, 0.9]
+    lrs = [row["lr"] for row in train(experiment, simulator, progress=False).history]
+    assert lrs == pytest.approx([0.001, *(0.0005 * (1 + math.cos(math.pi * place / 8)) for place in (3, 7))])
+
+
+def test_gradients_are_clipped_before_the_step(gut_fast_command):
+    """With gradients of at most a millionth nothing is learned."""
+    simulators = [make_simulator(Experiment(topology="ring:4", steps=2, max_grad_norm=norm)) for norm in (None, 1e-6)]
+    before = simulators[0].stacked.values.clone()
+    moved = []
+    for simulator in simulators:
+        simulator.run(2, progress=False)
+        moved.append((simulator.stacked.values - before).abs().max().item())
+    assert moved[0] > 1e-3
+    assert 0 < moved[1] < 1e-6
+
+
+@pytest.mark.parametrize("command", ["topology torus:2x2", "topology ring:4 --network", "info", "data digits", "train"])
+def test_json_is_one_document_alone_on_stdout(gut_fast_command, command):
+    arguments = QUICK if command == "train" else command.split()
+    code, out, _ = gut_fast_command(*arguments, "--json")
+    assert code == 0
+    document = json.loads(out, parse_constant=pytest.fail)
+    if command == "train":
+        assert [row["step"] for row in document["runs"][0]["history"]] == [4, 8, 12]
+        code, out, _ = gut_fast_command("report", "outputs/train", "--json")
+        assert code == 0
+        report = json.loads(out, parse_constant=pytest.fail)
+        assert report["methods"][0]["test_accuracy_mean"] == pytest.approx(
+            100 * document["runs"][0]["final"]["test_accuracy"]
+        )
+    elif command.startswith("topology torus"):
+        assert document["rules"]["gut"]["mu_limit"] == pytest.approx(
+            analysis.stability_limit("gut", topology.torus(2, 2))
+        )
+    elif command == "data digits":
+        assert sum(map(sum, document["samples_per_class"])) == document["training_samples"]
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "nonsense"])
+def test_pictures_need_no_backend_for_windows(tmp_path, backend):
+    """A notebook exports its backend to the processes that it starts, whether they have it or not."""
+    done = subprocess.run(
+        [sys.executable, "-m", "gut_fast", "topology", "ring:4", "--out", "ring.png"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MPLBACKEND": backend},
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "ring.png").exists()
+
+
+def test_whoever_reads_the_output_may_leave():
+    """As head does: no traceback, and no run that is lost."""
+    arguments = [sys.executable, "-m", "gut_fast", *QUICK]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+    assert process.returncode == 1
+    assert "Traceback" not in err
+    assert "error" not in err
+
+
 # Topologies
 
 
@@ -505,19 +638,29 @@ def test_topology_prints_spectrum_and_stability(gut_fast_command, tmp_path):
     assert (tmp_path / "torus.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_narrow_terminal_cuts_no_number(gut_fast_command, monkeypatch):
+@pytest.mark.parametrize("command", ["topology torus:4x4", "data digits", "info", "topology ring:4 --network", "train"])
+def test_a_narrow_terminal_cuts_and_breaks_no_number(gut_fast_command, monkeypatch, command):
+    """Rows that are too wide become lines of a name and a value; their words are those of the wide table."""
+    arguments = [*QUICK, "--seeds", "2"] if command == "train" else command.split()
+    _, wide, _ = gut_fast_command(*arguments, *(["--out", "wide"] if command == "train" else []))
+    monkeypatch.setenv("COLUMNS", "40")
+    _, narrow, _ = gut_fast_command(*arguments, *(["--out", "narrow"] if command == "train" else []))
+    assert max(map(cell_len, narrow.splitlines())) <= 40
+    assert max(map(cell_len, wide.splitlines())) > 40
+    numbers = [word for word in wide.split() if re.fullmatch(r"[\d.e+-]*\d", word)]
+    assert set(numbers) <= set(narrow.split())
+
+
+def test_a_row_of_a_narrow_table_is_told_by_names(gut_fast_command, monkeypatch):
     monkeypatch.setenv("COLUMNS", "30")
     _, out, _ = gut_fast_command("topology", "torus:4x4")
-    stable, _, settled = out.partition('With mu="auto"')
-    rows = [line.split() for line in stable.splitlines() if line.split()[:1] and line.split()[0] in RULES]
     torus = topology.torus(4, 4)
-    for name, *cells in rows:
+    rows = dict(re.findall(r"^rule (\w+)\n((?:  .*\n)+)", out.partition('With mu="auto"')[0], re.MULTILINE))
+    assert list(rows) == list(RULES)
+    for name, lines in rows.items():
         result = analysis.stability(name, RULES[name].hyperparameters, torus)
-        assert [result.verdict, "×", f"{result.consensus_rate:.4f}"] == cells[-4:-1]
-    assert [cells[-1] for cells in rows][:3] == ["n/a", "0.3333", f"{analysis.stability_limit('gutm', torus):.4f}"]
-    assert len(rows) == len(RULES)
-    gut = next(line.split() for line in settled.splitlines() if line.split()[:1] == ["gut"])
-    assert gut[1:5] == ["0.148", "0.7998", "2.0000", "0.85"]
+        facts = dict(re.split(r"  +", line.strip(), maxsplit=1) for line in lines.splitlines() if line[2] != " ")
+        assert (facts["verdict"], facts["per step"]) == (result.verdict, f"× {result.consensus_rate:.4f}")
 
 
 def test_output_that_is_not_utf_8_has_question_marks():

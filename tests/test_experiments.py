@@ -1,5 +1,5 @@
-import importlib.util
 import math
+import sys
 
 import networkx as nx
 import numpy as np
@@ -352,6 +352,6 @@ def test_no_two_agents_of_a_torus_are_drawn_on_each_other(size):
 
 
 def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "gut_fast\[cli\]"'):
         plots.check_matplotlib()

@@ -315,7 +315,7 @@ def test_the_unit_is_what_plain_pytorch_loses():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--rule", "gott"), r"--rule gott: expected one of dsgd, gut"),
+        (("--rule", "gott"), r"unknown rule 'gott'; known are dsgd, gut"),
         (("--backend", "gpu"), rf"--backend gpu: expected one of {', '.join(BACKENDS)}"),
         (("--dtype", "float8"), r"--dtype float8: expected one of float32, float64, float32/bfloat16"),
         (("--tier", "x87"), r"--tier x87: expected one of .*baseline"),

@@ -1,12 +1,14 @@
-"""Arguments, checked: the same error wherever an integer or a number is expected."""
+"""Arguments, checked: the same error wherever an integer, a number or one of several names is expected."""
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import operator
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["as_integer", "as_number"]
+__all__ = ["all_known", "as_integer", "as_number", "nearest"]
 
 
 def as_integer(value: Any, what: str, minimum: int) -> int:
@@ -36,3 +38,21 @@ def as_number(value: Any, what: str) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{what} must be a number, got {value!r}")
     return float(value)
+
+
+def nearest(name: Any, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: the known name that is most like it, or all of them."""
+    known = list(known)
+    similar = _most_like(name, known)
+    return f"did you mean {similar!r}?" if similar else f"there are {', '.join(known)}"
+
+
+def all_known(name: Any, known: Iterable[str]) -> str:
+    """The end of an error message about an unknown name: all known names, and the one that is most like it."""
+    known = list(known)
+    similar = _most_like(name, known)
+    return f"known are {', '.join(known)}" + (f"; did you mean {similar!r}?" if similar else "")
+
+
+def _most_like(name: Any, known: Iterable[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(str(name).lower(), known, 1)), None)

@@ -19,6 +19,7 @@ To add a method, write one function under ``@update_rule``; every backend, test,
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import math
 import numbers
@@ -297,14 +298,26 @@ def update_rule(*states: str) -> Callable[[Callable[..., Coefficients]], UpdateR
 
 
 def get_rule(rule: str | UpdateRule) -> UpdateRule:
-    """The rule of that name, or the rule itself. Raises ValueError for an unknown name, TypeError for anything else."""
+    """The rule of that name, or the rule itself; ``"QG-GUTm"`` and ``"qg-gutm"`` are ``"qg_gutm"``.
+
+    Raises:
+        ValueError: there is no such rule.
+        TypeError: it is neither a name nor a rule.
+    """
     if isinstance(rule, UpdateRule):
         return rule
     if not isinstance(rule, str):
         raise TypeError(f"a rule is a name or an UpdateRule, got {type(rule).__name__}")
-    if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}, or pass an UpdateRule of your own")
-    return RULES[rule]
+    names = {_plain(name): name for name in RULES} | {name: name for name in RULES}
+    if (name := names.get(rule) or names.get(_plain(rule))) is None:
+        similar = difflib.get_close_matches(_plain(rule), RULES, 1)
+        hint = f"did you mean {similar[0]!r}?" if similar else "or pass an UpdateRule of your own"
+        raise ValueError(f"unknown rule {rule!r}; known are {', '.join(RULES)}; {hint}")
+    return RULES[name]
+
+
+def _plain(name: str) -> str:
+    return name.strip().lower().replace("-", "_")
 
 
 @update_rule()

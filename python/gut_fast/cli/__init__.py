@@ -6,11 +6,10 @@ The commands themselves are in `gut_fast.cli.app`. An error in what the user typ
 
 from __future__ import annotations
 
-import contextlib
+import difflib
 import io
 import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 __all__ = ["main"]
@@ -41,12 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with _warnings_in_a_line():
-            return int(app(given or ["--help"], standalone_mode=False) or 0)
+        return int(app(given, standalone_mode=False, prog_name="gut-fast") or 0)
     except BadArgumentError as error:
         return _complain(str(error))
     except usage_error as error:
-        return _complain(error.format_message())
+        return _complain(
+            error.message + _meant(error, given) if hasattr(error, "option_name") else error.format_message()
+        )
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
 
@@ -57,18 +57,11 @@ def _complain(message: str) -> int:
     return 2
 
 
-@contextlib.contextmanager
-def _warnings_in_a_line() -> Iterator[None]:
-    """Prints each warning about the arguments, such as an unstable μ, as one line on stderr, and only once."""
-    shown: set[str] = set()
-
-    def show(message: str) -> None:
-        line = f"gut-fast: warning: {' '.join(message.split())}"
-        if line not in shown:
-            shown.add(line)
-            print(line, file=sys.stderr)
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("always", category=UserWarning)
-        warnings.showwarning = lambda message, *_: show(str(message))
-        yield
+def _meant(error: Any, given: Sequence[str]) -> str:
+    """The end of the message about an unknown option: the option that is most like it, if one is."""
+    # The parser reads -lr as the options -l and -r.
+    typed = next((word for word in given if word.startswith(error.option_name)), error.option_name)
+    parameters = error.ctx.command.get_params(error.ctx) if error.ctx is not None else []
+    known = [option for parameter in parameters for option in parameter.opts]
+    similar = difflib.get_close_matches(f"--{typed.lstrip('-').partition('=')[0]}", known, 1)
+    return f"; did you mean {similar[0]}?" if similar else ""

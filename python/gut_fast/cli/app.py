@@ -10,8 +10,10 @@ import gut_fast
 from gut_fast.cli import bench
 from gut_fast.cli.data import data_command
 from gut_fast.cli.info import info
+from gut_fast.cli.options import CONTEXT, help_if_bare
 from gut_fast.cli.report import report
 from gut_fast.cli.sweep import sweep, tune
+from gut_fast.cli.terminal import Command
 from gut_fast.cli.topology import topology
 from gut_fast.cli.train import train
 from gut_fast.cli.verify import verify
@@ -21,7 +23,7 @@ __all__ = ["app"]
 app = typer.Typer(
     name="gut-fast",
     help="Decentralized training: many agents learn one model by talking to neighbours only.",
-    add_completion=False,
+    context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )
 
@@ -33,16 +35,18 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
     """Options before the command."""
+    help_if_bare(context)
 
 
 for command in (train, sweep, tune, report, topology, verify, info):
-    app.command()(command)
-app.command("data")(data_command)
+    app.command(cls=Command)(command)
+app.command("data", cls=Command)(data_command)
 app.add_typer(bench.app, name="bench")

@@ -17,13 +17,14 @@ from gut_fast.bench.cases import CASES, DTYPES, GROUPS, IMAGES, RESNET20, Case
 from gut_fast.bench.device import DEVICES, find_device
 from gut_fast.bench.peers import PEERS
 from gut_fast.bench.results import Result, kind_of
-from gut_fast.cli.terminal import as_bad_argument, writing
+from gut_fast.cli.options import CONTEXT, help_if_bare
+from gut_fast.cli.terminal import Command, as_bad_argument, writing
 from gut_fast.kernels.backends import BACKENDS
 from gut_fast.simulation.engines import ENGINES
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Measure how fast steps and training are on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Measure how fast steps and training are on this machine.", context_settings=CONTEXT)
 
 MOVED = {
     "scaling": "gut-fast bench step --agents 4 --agents 64 --columns 30000, with as many of each as wanted",
@@ -34,18 +35,19 @@ MOVED = {
 _what, _how, _output = (partial(typer.Option, rich_help_panel=panel) for panel in ("What is timed", "How", "Output"))
 
 _Device = Annotated[str, _how("--device", help=f"One of: {', '.join(DEVICES)}.")]
-_Output = Annotated[
-    Path | None, _output("--output", help="Folder for JSON and Markdown, named after the processor; results add up.")
+_Out = Annotated[
+    Path | None, _output("--out", help="Folder for JSON and Markdown, named after the processor; results add up.")
 ]
 _Json = Annotated[Path | None, _output("--json", help="Write the results of this run to this file.")]
 
 
-@app.callback()
-def _bench() -> None:
+@app.callback(invoke_without_command=True)
+def _bench(context: typer.Context) -> None:
     """Measure how fast steps and training are on this machine."""
+    help_if_bare(context)
 
 
-@app.command()
+@app.command(cls=Command)
 def step(
     cases: Annotated[
         list[str] | None,
@@ -65,7 +67,7 @@ def step(
     ] = None,
     peers: Annotated[str, _how(help=f"all, none, or some of {', '.join(dict.fromkeys(map(kind_of, PEERS)))}.")] = "all",
     seconds: Annotated[float, _how(min=0.0, help="For each case and number of threads.")] = 20.0,
-    output: _Output = None,
+    out: _Out = None,
     json: _Json = None,
 ) -> None:
     """Time one step of all agents beside PyTorch and a plain loop over the same memory.
@@ -96,7 +98,7 @@ def step(
         for case in dict.fromkeys(chosen)
         for number in counts
     ]
-    _run(measures, output, json)
+    _run(measures, out, json)
 
 
 def _own_cases(
@@ -120,7 +122,7 @@ def _own_cases(
     return cases
 
 
-@app.command(name="train")
+@app.command(name="train", cls=Command)
 def train_command(
     model: Annotated[
         list[str] | None, _what(help=f"A network, for example {', '.join(IMAGES)}, the default. May be repeated.")
@@ -133,7 +135,7 @@ def train_command(
     device: _Device = "cpu",
     threads: Annotated[int | None, _how(min=1, help="Default: as many as PyTorch takes.")] = None,
     seconds: Annotated[float, _how(min=0.0, help="For each model and number of agents, after three rounds.")] = 20.0,
-    output: _Output = None,
+    out: _Out = None,
     json: _Json = None,
 ) -> None:
     """Time whole training steps: the simulator's with each engine, a plain loop and vmap over agents, and one model's.
@@ -144,14 +146,14 @@ def train_command(
         where, number = find_device(device), torch.get_num_threads() if threads is None else threads
         cases = [train.Training(name, size, batch_size, where) for name in model or IMAGES for size in agents or [16]]
         engines = None if engine is None or engine == ["auto"] else list(dict.fromkeys(engine))
-    _run([partial(train.measure, case, engines, number, seconds) for case in cases], output, json)
+    _run([partial(train.measure, case, engines, number, seconds) for case in cases], out, json)
 
 
-def _run(measures: Sequence[Callable[[], Result]], output: Path | None, json: Path | None) -> None:
+def _run(measures: Sequence[Callable[[], Result]], out: Path | None, json: Path | None) -> None:
     """Measures one case after the other, shows each when it is there, and all together at the end; writes them."""
     with as_bad_argument():
-        if output is not None:
-            output.mkdir(parents=True, exist_ok=True)
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
         if json is not None and not json.parent.is_dir():
             raise FileNotFoundError(f"--json {json}: there is no folder {json.parent}")
     measured = []
@@ -167,8 +169,8 @@ def _run(measures: Sequence[Callable[[], Result]], output: Path | None, json: Pa
     with writing(), as_bad_argument():
         if json is not None:
             results.save(measured, json)
-        if output is not None:
-            typer.echo(f"wrote {results.add(measured, output)}")
+        if out is not None:
+            typer.echo(f"wrote {results.add(measured, out)}")
 
 
 def _moved(name: str) -> Callable[[], None]:
@@ -181,4 +183,4 @@ def _moved(name: str) -> Callable[[], None]:
 
 for _name in MOVED:
     _settings = {"allow_extra_args": True, "ignore_unknown_options": True}
-    app.command(name=_name, hidden=True, context_settings=_settings)(_moved(_name))
+    app.command(name=_name, hidden=True, context_settings=_settings, cls=Command)(_moved(_name))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from torch import Tensor
 
 from gut_fast import data
-from gut_fast.cli.options import DataFolder, Download, check_picture, prepare_data
-from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, writing
+from gut_fast.cli.options import AsJson, DataFolder, Download, check_picture, prepare_data
+from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, print_json, writing
 from gut_fast.cli.topology import SPECS
 from gut_fast.data import Dataset
 from gut_fast.study import plots, summary
@@ -41,6 +41,7 @@ def data_command(
     classes_per_agent: Annotated[int | None, typer.Option(help="Shards: classes of each agent.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the division.")] = DEFAULT.seed,
     out: Annotated[Path | None, typer.Option(help="Draw who holds what into this PNG file.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show a data set, where it was found, and how it is divided among agents."""
     with as_bad_argument():
@@ -56,15 +57,37 @@ def data_command(
         dataset, histogram = load_data(experiment), samples_per_class(experiment)
     options = [f"{option} {value:g}" for option, value in experiment.partition_options.items()]
     division = ", ".join([partition, *options, f"seed {seed}"])
+    if out is not None:
+        with writing():
+            _draw(histogram, f"Training samples of each agent: {name}, {division}", out)
+    if as_json:
+        print_json(_document(dataset, experiment, histogram))
+        return
     console = console_of_text()
     console.print(name, style="bold")
     console.print(facts_grid({**_facts(dataset), **_division_facts(histogram, division)}))
     if len(histogram) <= MAX_AGENTS_LISTED:
         console.print(_agents_table(histogram))
     if out is not None:
-        with writing():
-            _draw(histogram, f"Training samples of each agent: {name}, {division}", out)
-        console.print(f"wrote {out}", soft_wrap=True)
+        console.print(f"wrote {out}")
+
+
+def _document(dataset: Dataset, experiment: Experiment, histogram: Tensor) -> dict[str, Any]:
+    """Sizes, source and division of a data set for a program; the samples of each agent are counted by class."""
+    return {
+        "name": experiment.data,
+        "training_samples": len(dataset.train_labels),
+        "test_samples": len(dataset.test_labels),
+        "shape": list(dataset.input_shape),
+        "classes": dataset.num_classes,
+        "source": dataset.source,
+        "partition": experiment.partition,
+        "partition_options": dict(experiment.partition_options),
+        "seed": experiment.seed,
+        "agents": len(histogram),
+        "heterogeneity": data.partition.heterogeneity(histogram),
+        "samples_per_class": histogram.tolist(),
+    }
 
 
 def _facts(dataset: Dataset) -> dict[str, str]:

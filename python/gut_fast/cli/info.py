@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-from gut_fast.cli.terminal import console_of_text, facts_grid
+from gut_fast.cli.options import AsJson
+from gut_fast.cli.terminal import console_of_text, facts_grid, print_json
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, cpu
 
 __all__ = ["info"]
 
 
-def info() -> None:
+def info(as_json: AsJson = False) -> None:
     """Show versions, backends and why one is missing, threads and instruction tiers."""
+    if as_json:
+        print_json(_document())
+        return
     tiers = machine.instruction_tiers()
-    console = console_of_text()
     facts = {
         **machine.versions(),
         "machine": machine.machine_line(),
@@ -25,7 +30,23 @@ def info() -> None:
         **{f"auto on {device}": machine.automatic_backend(device) for device in AUTOMATIC},
         **{name: _package_status(name) for name in machine.OPTIONAL_PACKAGES},
     }
-    console.print(facts_grid(facts))
+    console_of_text().print(facts_grid(facts))
+
+
+def _document() -> dict[str, Any]:
+    """The same facts for a program; a backend has for each device the reason why it cannot serve it, or null."""
+    statuses = {device: machine.backend_status(device) for device in AUTOMATIC}
+    return {
+        "versions": machine.versions(),
+        "machine": machine.machine_line(),
+        "threads": torch.get_num_threads(),
+        "instruction_tier": cpu.tier(),
+        "instruction_tiers": machine.instruction_tiers(),
+        "gpu": machine.gpu_line(),
+        "backends": {name: {device: status[name] for device, status in statuses.items()} for name in BACKENDS},
+        "automatic_backend": {device: machine.automatic_backend(device).partition(";")[0] for device in AUTOMATIC},
+        "packages": {name: machine.installed_version(name) for name in machine.OPTIONAL_PACKAGES},
+    }
 
 
 def _package_status(package: str) -> str:

@@ -11,7 +11,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
+from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json, writing
 from gut_fast.study import plots, summary
 from gut_fast.study.network import COLUMNS, MAX_AGENTS_COMPLETE, METHODS, Network, Question, compare, measured
 from gut_fast.study.quadratics import Quadratics
@@ -70,17 +70,28 @@ def parse_sizes(text: str) -> list[int]:
 
 
 def show_network(
-    topology: Topology, question: Question, *, sizes: str, out: Path | None, runs: Path | None, accuracy: float
+    topology: Topology,
+    question: Question,
+    *,
+    sizes: str,
+    out: Path | None,
+    runs: Path | None,
+    accuracy: float,
+    as_json: bool,
 ) -> None:
     """Prints the costs for the topology's number of agents and of finished `runs`; draws those of all `sizes`."""
-    console = console_of_text()
+    console = console_of_text(stderr=as_json)
     with as_bad_argument():
         counts = parse_sizes(sizes)
         finished = None if runs is None else measured(read_results(runs), question.network, accuracy)
         costs = compare(topology.num_agents, question, topology)
-    show_comparison(console, costs, question)
-    if finished is not None:
-        console.print(measured_table(finished, accuracy))
+    if as_json:
+        measured_rows = None if finished is None else finished.to_dict("records")
+        print_json({"agents": topology.num_agents, "costs": costs.to_dict("records"), "runs": measured_rows})
+    else:
+        show_comparison(console, costs, question)
+        if finished is not None:
+            console.print(measured_table(finished, accuracy))
     if out is not None:
         with writing():
             write_sizes(console, counts, question, out)
@@ -98,7 +109,6 @@ def show_comparison(console: Console, costs: pd.DataFrame, question: Question) -
         f"gradient noise {question.problem.noise:g} and heterogeneity {question.problem.heterogeneity:g}, each method "
         "at the best learning rate and μ of a grid.\n"
         "All-reduce is SGD in the column DSGD, SGD with momentum in the column QG-DSGDm.",
-        soft_wrap=True,
     )
     if not costs["topology"].str.startswith("complete").any():
         console.print(f"complete is left out beyond {MAX_AGENTS_COMPLETE:,} agents: it sends N² messages")
@@ -106,20 +116,21 @@ def show_comparison(console: Console, costs: pd.DataFrame, question: Question) -
 
 def _step_table(costs: pd.DataFrame) -> Table:
     """Bytes and time of a step on each topology, with one and with two messages."""
-    table = summary.plain_table("A step", "topology", "sent by each agent", "time", "time, two messages")
+    table = summary.plain_table(
+        "A step", "topology", "sent by each agent", "time", "time, two messages", wrapped="topology"
+    )
     one, two = (costs[costs["method"] == rule].set_index("topology") for rule in ("dsgd", "gradient_tracking"))
     twice = two["seconds_per_step"].reindex(one.index)
     for name, sent, seconds, other in zip(
         one.index, one["bytes_per_step"], one["seconds_per_step"], twice, strict=True
     ):
         table.add_row(name, format_bytes(sent), format_seconds(seconds), format_seconds(other))
-    summary.keep_whole(table, but="topology")
     return table
 
 
 def _matrix(costs: pd.DataFrame, value: str, title: str, show: Callable[[float], str]) -> Table:
     """A table with topologies down and methods across; the least value is marked, all-reduce's gaps are empty."""
-    table = summary.plain_table(title, "topology", *METHODS.values())
+    table = summary.plain_table(title, "topology", *METHODS.values(), wrapped="topology")
     least = costs[value].min()
     for name, rows in costs.groupby("topology", sort=False):
         cells = {
@@ -127,7 +138,6 @@ def _matrix(costs: pd.DataFrame, value: str, title: str, show: Callable[[float],
             for method, number in zip(rows["method"], rows[value], strict=True)
         }
         table.add_row(str(name), *(cells.get(method, "") for method in METHODS))
-    summary.keep_whole(table, but="topology")
     return table
 
 
@@ -139,7 +149,7 @@ def _count(number: float) -> str:
 def measured_table(finished: pd.DataFrame, accuracy: float) -> Table:
     """The rows of `gut_fast.study.network.measured` for a terminal."""
     title = f"Finished runs: to {100 * accuracy:g} % test accuracy of the averaged model"
-    table = summary.plain_table(title, "method", "point", "reached", "steps", "sent", "a step", "time")
+    table = summary.plain_table(title, "method", "point", "reached", "steps", "sent", "a step", "time", wrapped="point")
     for row in finished.itertuples():
         table.add_row(
             row.method,
@@ -150,7 +160,6 @@ def measured_table(finished: pd.DataFrame, accuracy: float) -> Table:
             format_seconds(row.seconds_per_step),
             format_seconds(row.seconds),
         )
-    summary.keep_whole(table, but="point")
     return table
 
 
@@ -169,4 +178,4 @@ def write_sizes(console: Console, sizes: list[int], question: Question, picture:
     table = picture.with_suffix(".csv")
     ordered = [*COLUMNS[:-2], "bytes_to_target", "seconds_to_target", "lr", "mu"]
     costs.to_csv(table, columns=ordered, index=False)
-    console.print(f"wrote {picture} and {table}", soft_wrap=True)
+    console.print(f"wrote {picture} and {table}")

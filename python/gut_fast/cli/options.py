@@ -12,12 +12,34 @@ import typer
 from gut_fast import data
 from gut_fast.study import plots
 
-__all__ = ["DataFolder", "Download", "check_picture", "prepare_data"]
+__all__ = ["CONTEXT", "JSON_HELP", "AsJson", "DataFolder", "Download", "check_picture", "help_if_bare", "prepare_data"]
+
+OTHER_NAMES = dict.fromkeys(("output", "output-folder", "output-dir", "out-dir", "outdir"), "out")
+"""Other names of options, which no help lists."""
 
 DataFolder = Annotated[
     Path | None, typer.Option("--data-folder", help="Where data sets lie. Default: environment variable GUT_FAST_DATA.")
 ]
 Download = Annotated[bool, typer.Option("--download", help="Fetch the data set if it is not in the folder.")]
+JSON_HELP = "Print one JSON document, and nothing else, on stdout."
+AsJson = Annotated[bool, typer.Option("--json", help=JSON_HELP)]
+
+
+def usual_name(name: str) -> str:
+    """The usual name of an option or a command that was typed with underscores, or by one of its `OTHER_NAMES`."""
+    name = name.replace("_", "-")
+    return OTHER_NAMES.get(name, name)
+
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "token_normalize_func": usual_name}
+"""The settings of the parser."""
+
+
+def help_if_bare(context: typer.Context) -> None:
+    """Prints the help of a group of commands, and ends the program, if no command was named."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit
 
 
 def prepare_data(names: Iterable[str], folder: Path | None, download: bool) -> None:

@@ -7,21 +7,21 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gut_fast.cli.options import AsJson
 from gut_fast.cli.sweep import FILE
-from gut_fast.cli.terminal import as_bad_argument, console_of_text
+from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json
 from gut_fast.study import plots
 from gut_fast.study.report.study import Study, gather
 from gut_fast.study.report.tables import Table, main_tables
 from gut_fast.study.report.words import listed, without_folders
-from gut_fast.study.report.write import Source, lead, write_report
+from gut_fast.study.report.write import FILES, Source, lead, means, paired, write_report
 from gut_fast.study.results import read_results
 from gut_fast.study.runner import check_writable
 from gut_fast.study.summary import plain_table
@@ -29,8 +29,6 @@ from gut_fast.study.sweep import Task, make_sweep
 from gut_fast.study.yaml_files import read_yaml
 
 __all__ = ["report"]
-
-MAX_WIDTH = 1000
 
 
 def report(
@@ -46,12 +44,13 @@ def report(
     title: Annotated[
         str | None, typer.Option(help="Title of the report. Default: the name of the first FOLDER.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Report what a sweep has come to so far: tables, pictures, and one page that needs no other file."""
     place = folders[0] / "report" if out is None else out
     with as_bad_argument():
         plots.check_matplotlib()
-        check_writable(place)
+        check_writable(place, FILES)
         results = [read_results(each) for each in folders]
         planned = [task for each in folders for task in _planned(each)]
         study = gather(results, baseline, order=[task.method for task in planned])
@@ -63,10 +62,25 @@ def report(
     )
     with as_bad_argument():
         files = write_report(study, source, place)
+    if as_json:
+        print_json(_document(study, files))
+        return
     console = console_of_text()
     _show(study, console)
     texts = [file.name for file in files if file.suffix != ".png"]
-    console.print(f"{listed([*texts, listed(len(files) - len(texts), 'picture')])} are in {place}", soft_wrap=True)
+    console.print(f"{listed([*texts, listed(len(files) - len(texts), 'picture')])} are in {place}")
+
+
+def _document(study: Study, files: Sequence[Path]) -> dict[str, Any]:
+    """The numbers of the report for a program: means over seeds, paired differences, notes and files."""
+    methods, differences = (table.reset_index().to_dict("records") for table in (means(study), paired(study)))
+    return {
+        "title": lead(study),
+        "methods": methods,
+        "differences": differences,
+        "notes": list(study.notes),
+        "files": [str(file) for file in files],
+    }
 
 
 def _planned(folder: Path) -> list[Task]:
@@ -98,15 +112,13 @@ def _configuration(folder: Path) -> str:
 
 def _show(study: Study, console: Console) -> None:
     """Prints the tables that a reader wants to see first."""
-    console.print(lead(study), style="bold", soft_wrap=True)
+    console.print(lead(study), style="bold")
     for moment in study.moments():
-        for table in map(_terminal_table, main_tables(study, moment)):
-            # No column is cut; a narrower terminal wraps the lines.
-            whole = Measurement.get(console, console.options.update(max_width=MAX_WIDTH), table).maximum
-            console.width = max(console.width, whole)
-            console.print(table)
+        for table in main_tables(study, moment):
+            if table.rows:
+                console.print(_terminal_table(table))
     for note in study.notes:
-        console.print(note, style="yellow", soft_wrap=True)
+        console.print(note, style="yellow")
 
 
 def _terminal_table(table: Table) -> RichTable:

@@ -21,9 +21,10 @@ from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
 from gut_fast.distributed.files import replacing
 from gut_fast.rules import get_rule
 from gut_fast.study import summary
-from gut_fast.study.results import read_results
+from gut_fast.study.results import LINES, TABLE, read_results
 from gut_fast.study.run import make_simulator
 from gut_fast.study.runner import (
+    CHECKPOINTS,
     Failure,
     check_no_others,
     check_writable,
@@ -67,7 +68,7 @@ def sweep(
         tasks = read_sweep(file).tasks()
         missing_runs(tasks, out, folder, download)
     _run(tasks, file, out, jobs or _cores(threads), threads)
-    console_of_text().print(f"all {len(tasks)} runs are finished; see them with: gut-fast report {out}", soft_wrap=True)
+    console_of_text().print(f"all {len(tasks)} runs are finished; see them with: gut-fast report {out}")
 
 
 def tune(
@@ -98,7 +99,7 @@ def tune(
         tries.round({"score": 6}).to_csv(out / "tries.csv", index=False)
     console = console_of_text()
     _print_choices(choices, tuning.metric, tuning.tries, console)
-    console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...", soft_wrap=True)
+    console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...")
 
 
 def missing_runs(
@@ -116,7 +117,8 @@ def missing_runs(
     Raises:
         OSError, ImportError, RuntimeError, TypeError, ValueError: some run cannot be made, or the folder not be used.
     """
-    check_writable(out)
+    check_writable(out, [FILE, LINES, TABLE, ".lock", "tuned.yaml", "tries.csv"])
+    check_writable(out / CHECKPOINTS)
     check_no_others(tasks, out)
     missing = unfinished(tasks, out)
     prepare_data({task.experiment.data for task in missing}, folder, download)
@@ -186,16 +188,16 @@ def execute(run: Callable[[], list[Failure]], out: Path, console: Console, again
         with as_bad_argument(), sole_user(out):
             failures = run()
     except KeyboardInterrupt:
-        console.print(f"stopped; go on with: {again}", soft_wrap=True)
+        console.print(f"stopped; go on with: {again}")
         raise typer.Exit(130) from None
     if failures:
-        console.print(f"{len(failures)} runs failed; try them again with: {again}", soft_wrap=True)
+        console.print(f"{len(failures)} runs failed; try them again with: {again}")
         raise typer.Exit(1)
 
 
 def console_of_runs() -> Console:
     """The console on stderr where the progress of runs is shown."""
-    return Console(stderr=True, highlight=False, markup=False, emoji=False)
+    return console_of_text(stderr=True)
 
 
 def _keep(file: Path, copy: Path) -> None:
@@ -220,7 +222,4 @@ def _print_choices(choices: Sequence[Choice], metric: str, tries: int, console: 
     console.print(table)
     for choice in choices:
         if choice.at_edge:
-            console.print(
-                f"{choice.label}: the best {' and '.join(choice.at_edge)} is at the edge of what was tried",
-                soft_wrap=True,
-            )
+            console.print(f"{choice.label}: the best {' and '.join(choice.at_edge)} is at the edge of what was tried")

@@ -1,20 +1,95 @@
-"""The errors that all commands of ``gut-fast`` raise, and the console that they print to."""
+"""The command line's manners: its class of commands, its errors and warnings, and the console that they print to."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import json
+import math
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
+import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 
-__all__ = ["BadArgumentError", "as_bad_argument", "console_of_text", "facts_grid", "writing"]
+from gut_fast.study.summary import UNBOUNDED
 
-MIN_WIDTH = 60
+__all__ = [
+    "BadArgumentError",
+    "Command",
+    "as_bad_argument",
+    "console_of_text",
+    "facts_grid",
+    "in_words_of",
+    "print_json",
+    "writing",
+]
 
 
 class BadArgumentError(Exception):
     """The command cannot do what the user asked for; the message says why."""
+
+
+class Command(TyperCommand):
+    """A command whose errors and warnings name its options, where those of the library name arguments."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; an error is a `BadArgumentError` in the words of the command line."""
+        options = {
+            str(parameter.name): max(parameter.opts, key=len)
+            for parameter in self.params
+            if parameter.param_type_name == "option"
+        }
+        with _warnings_in_a_line(lambda text: in_words_of(options, text)):
+            try:
+                return super().invoke(ctx)
+            except BadArgumentError as error:
+                raise BadArgumentError(in_words_of(options, str(error))) from error
+
+
+def in_words_of(options: Mapping[str, str], text: str) -> str:
+    """The text with options in place of arguments: ``--batch-size 0``, where the library says ``batch_size=0``.
+
+    A name of one word, such as steps, is taken for an argument only where a value or a demand follows. What is said
+    about a YAML file stays in the words of the file.
+    """
+    if re.search(r"\.ya?ml: ", text):
+        return text
+    text = text.replace("topology.lazy(gamma) with gamma", "gamma")
+    if "topology" in options:
+        text = re.sub(r"\bnum_agents=(\d+)", r"the number of agents of --topology, \1,", text)
+    for name, option in options.items():
+        if option in text:
+            continue
+        before = r"(?<![\w.'\"-])"
+        text = re.sub(rf"there is no '{name}'", f"there is no {option}", text)
+        text = re.sub(rf"{before}{name}=(?=[^\s=,;)])", f"{option} ", text)
+        text = re.sub(rf"{before}{name}(=(?=[\s,;)]|$)|(?= (must|is outside|<=|>=) ))", option, text)
+        if "_" in name:
+            text = re.sub(rf"(?<![\w.-])['\"]?\b{name}\b['\"]?", option, text)
+    return text
+
+
+@contextlib.contextmanager
+def _warnings_in_a_line(in_words: Callable[[str], str]) -> Iterator[None]:
+    """Prints each warning about the arguments, such as an unstable μ, as one line on stderr, and only once."""
+    shown: set[str] = set()
+
+    def show(message: str) -> None:
+        line = f"gut-fast: warning: {in_words(' '.join(message.split()))}"
+        if line not in shown:
+            shown.add(line)
+            print(line, file=sys.stderr)
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", category=UserWarning)
+        warnings.showwarning = lambda message, *_: show(str(message))
+        yield
 
 
 @contextlib.contextmanager
@@ -22,6 +97,8 @@ def as_bad_argument() -> Iterator[None]:
     """Turns the errors that the library raises while it takes in arguments into `BadArgumentError`."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
         raise BadArgumentError(str(error)) from error
 
@@ -31,17 +108,20 @@ def writing() -> Iterator[None]:
     """Turns the errors of a full disk, or of a folder that has become read-only, into `BadArgumentError`."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except OSError as error:
         raise BadArgumentError(f"cannot write: {error}") from error
 
 
-def console_of_text() -> Console:
+def console_of_text(*, stderr: bool = False) -> Console:
     """A console that prints text as it is: names of topologies and files have brackets and colons.
 
-    It is never so narrow that rich would cut numbers; a narrower terminal wraps the lines.
+    It is as wide as the terminal. Where the output is no terminal and COLUMNS says nothing, no line is wrapped.
     """
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.width = max(console.width, MIN_WIDTH)
+    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = UNBOUNDED
     return console
 
 
@@ -49,6 +129,23 @@ def facts_grid(facts: Mapping[str, str]) -> Table:
     """A table with a line for each fact: its name and its value."""
     grid = Table.grid("", "", padding=(0, 2))
     grid.columns[0].style = "dim"
+    for column in grid.columns:
+        column.overflow = "fold"
     for name, value in facts.items():
         grid.add_row(name, value)
     return grid
+
+
+def print_json(content: Any) -> None:
+    """Prints the content as one JSON document; numbers that are not finite are null."""
+    typer.echo(json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False))
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {str(name): _finite(value) for name, value in content.items()}
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return [_finite(value) for value in content]
+    return content

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +14,8 @@ from rich.table import Table
 
 from gut_fast import analysis, rules
 from gut_fast.cli.network import make_question, show_network
-from gut_fast.cli.options import check_picture
-from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, writing
+from gut_fast.cli.options import AsJson, check_picture
+from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, print_json, writing
 from gut_fast.study import plots, summary
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
@@ -60,6 +62,7 @@ def topology(
         Path | None, _network(help="A sweep's folder: what its runs would take on this network, up to --accuracy.")
     ] = None,
     accuracy: Annotated[float, _network(help="Target for --runs, a fraction.")] = 0.8,
+    as_json: AsJson = False,
 ) -> None:
     """Show a topology: its spectrum, which methods are stable on it, and what they settle to."""
     with as_bad_argument():
@@ -82,25 +85,30 @@ def topology(
                 heterogeneity=heterogeneity,
                 target=target,
             )
-        show_network(mixing, question, sizes=sizes, out=out, runs=runs, accuracy=accuracy)
+        show_network(mixing, question, sizes=sizes, out=out, runs=runs, accuracy=accuracy, as_json=as_json)
     else:
-        _show_topology(mixing, lr, curvature, out)
+        _show_topology(mixing, lr, curvature, out, as_json)
 
 
-def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | None) -> None:
-    """Prints the facts and the tables of a topology, and draws it into `out`."""
+def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | None, as_json: bool) -> None:
+    """Prints the facts and the tables of a topology, or one JSON document, and draws it into `out`."""
     with as_bad_argument():
         _check_spectrum(mixing)
-        tables = [_stability_table(mixing), _prediction_table(mixing, lr, curvature)] if mixing.is_static else []
-    console = console_of_text()
-    console.print(mixing.name, style="bold", soft_wrap=True)
-    console.print(facts_grid(_topology_facts(mixing)))
-    for table in tables:
-        console.print(table, crop=False)
+        found = _rules_on(mixing, lr, curvature) if mixing.is_static else {}
     if out is not None:
         with writing():
             plots.draw_topology(mixing, out)
-        console.print(f"wrote {out}", soft_wrap=True)
+    if as_json:
+        print_json(_document(mixing, found))
+        return
+    console = console_of_text()
+    console.print(mixing.name, style="bold")
+    console.print(facts_grid(_topology_facts(mixing)))
+    if found:
+        console.print(_stability_table(found))
+        console.print(_prediction_table(found, lr, curvature))
+    if out is not None:
+        console.print(f"wrote {out}")
 
 
 def _check_spectrum(mixing: Topology) -> None:
@@ -143,41 +151,97 @@ def _degrees(mixing: Topology) -> tuple[list[int], bool]:
     ), graph.is_directed()
 
 
-def _stability_table(mixing: Topology) -> Table:
+@dataclass(frozen=True)
+class _RuleOnTopology:
+    """A rule on a topology: at its defaults, and with the μ that ``mu="auto"`` chooses."""
+
+    defaults: Mapping[str, Any]
+    stability: analysis.Stability
+    mu_limit: float | None
+    """The largest stable μ with the other values at their defaults; None without μ."""
+    auto: analysis.Prediction
+
+    @property
+    def settled(self) -> tuple[float, float, float, float]:
+        """Bias, step, noise and spread where DSGD has 1; NaN where the rule never settles."""
+        auto = self.auto
+        if auto.stability.verdict == "unstable":
+            return (math.nan,) * 4
+        return auto.bias_factor, auto.step_gain, auto.noise.average, auto.noise.disagreement
+
+
+def _rules_on(mixing: Topology, lr: float, curvature: float) -> dict[str, _RuleOnTopology]:
+    """Every rule of the table on a static topology."""
+    return {
+        name: _RuleOnTopology(
+            rule.hyperparameters,
+            analysis.stability(rule, rule.hyperparameters, mixing),
+            analysis.stability_limit(rule, mixing, rule.hyperparameters) if "mu" in rule.hyperparameters else None,
+            _prediction(rule, mixing, lr, curvature),
+        )
+        for name, rule in rules.RULES.items()
+    }
+
+
+def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[str, Any]:
+    """The facts and the tables of a topology for a program."""
+    degrees, is_directed = _degrees(mixing)
+    document: dict[str, Any] = {
+        "name": mixing.name,
+        "agents": mixing.num_agents,
+        "edges": sum(degrees) // (1 if is_directed else 2),
+        "directed": is_directed,
+        "degree": {"least": degrees[0], "largest": degrees[-1]},
+        "period": mixing.period,
+    }
+    if not mixing.is_static:
+        return document
+    for name in ("lambda_2", "lambda_min", "spectral_gap"):
+        document[name] = getattr(mixing, name)
+    document["rules"] = {
+        name: {
+            "defaults": dict(each.defaults),
+            "verdict": each.stability.verdict,
+            "consensus_rate": each.stability.consensus_rate,
+            "mu_limit": each.mu_limit,
+            "with_auto_mu": {
+                "mu": each.auto.auto_mu,
+                "consensus_rate": each.auto.stability.consensus_rate,
+                "learning_rate_limit": each.auto.learning_rate_limit,
+                **dict(zip(("bias", "step", "noise", "spread"), each.settled, strict=True)),
+            },
+        }
+        for name, each in found.items()
+    }
+    return document
+
+
+def _stability_table(found: Mapping[str, _RuleOnTopology]) -> Table:
     """A table of every rule at its defaults, and of the largest stable μ with the other values at theirs."""
-    table = summary.plain_table(
-        "Stability of every rule at its defaults", "rule", "defaults", "verdict", "per step", "μ up to"
-    )
-    for name, rule in rules.RULES.items():
-        defaults = rule.hyperparameters
-        result = analysis.stability(rule, defaults, mixing)
-        limit = analysis.stability_limit(rule, mixing, defaults) if "mu" in defaults else None
-        values = ", ".join(f"{key} {value:g}" for key, value in defaults.items() if not isinstance(value, bool))
-        table.add_row(name, values, result.verdict, f"× {result.consensus_rate:.4f}", _limit(limit))
-    summary.keep_whole(table, but="defaults")
+    columns = ("rule", "defaults", "verdict", "per step", "μ up to")
+    table = summary.plain_table("Stability of every rule at its defaults", *columns, wrapped="defaults")
+    for name, each in found.items():
+        values = ", ".join(f"{key} {value:g}" for key, value in each.defaults.items() if not isinstance(value, bool))
+        rate = f"× {each.stability.consensus_rate:.4f}"
+        table.add_row(name, values, each.stability.verdict, rate, _limit(each.mu_limit))
     table.caption = (
         "per step: factor of the slowest disagreement between agents\nμ up to: where stability ends, n/a without μ"
     )
     return table
 
 
-def _prediction_table(mixing: Topology, lr: float, curvature: float) -> Table:
+def _prediction_table(found: Mapping[str, _RuleOnTopology], lr: float, curvature: float) -> Table:
     """A table of every rule with the μ that ``mu="auto"`` chooses: what it settles to, where DSGD settles to 1."""
     title = f'With mu="auto", at lr {lr:g} and curvature {curvature:g}'
     table = summary.plain_table(title, "rule", "auto μ", "per step", "lr up to", "bias", "step", "noise", "spread")
-    for name, rule in rules.RULES.items():
-        found = _prediction(rule, mixing, lr, curvature)
-        settles = found.stability.verdict != "unstable"
-        settled = (found.bias_factor, found.step_gain, found.noise.average, found.noise.disagreement)
+    for name, each in found.items():
         table.add_row(
             name,
-            _limit(found.auto_mu, digits=3),
-            f"{found.stability.consensus_rate:.4f}",
-            _limit(found.learning_rate_limit),
-            *(f"{value:.2f}" if settles and math.isfinite(value) else "–" for value in settled),
+            _limit(each.auto.auto_mu, digits=3),
+            f"{each.auto.stability.consensus_rate:.4f}",
+            _limit(each.auto.learning_rate_limit),
+            *(f"{value:.2f}" if math.isfinite(value) else "–" for value in each.settled),
         )
-    for column in table.columns:
-        column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
     table.caption = (
         "lr up to: where stability ends at this curvature\n"
         "where DSGD has 1.00: bias, disagreement at rest; step, of the average;\n"

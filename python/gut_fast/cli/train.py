@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +14,10 @@ import typer
 
 from gut_fast import data, models, rules
 from gut_fast.analysis.choice import AUTO
-from gut_fast.cli.options import DataFolder, Download
+from gut_fast.cli.options import JSON_HELP, DataFolder, Download
 from gut_fast.cli.sweep import FILE, console_of_runs, execute, missing_runs
 from gut_fast.cli.sweep_progress import Display
-from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
+from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json, writing
 from gut_fast.cli.topology import GAMMA_HELP, SPECS
 from gut_fast.kernels import machine, ops
 from gut_fast.kernels.backends import BACKENDS
@@ -27,8 +27,9 @@ from gut_fast.study.experiment import ENTRIES, Experiment, make_experiment, seed
 from gut_fast.study.presets import PRESETS, preset_settings
 from gut_fast.study.processes import launch as launch_ranks
 from gut_fast.study.results import read_results
-from gut_fast.study.run import make_simulator, samples_per_class
+from gut_fast.study.run import Run, make_simulator, samples_per_class
 from gut_fast.study.runner import Failure, check_launch, check_writable, run_here, run_missing
+from gut_fast.study.schedules import SCHEDULES
 from gut_fast.study.sweep import Task, make_sweep, read_sweep
 from gut_fast.study.yaml_files import write_yaml
 
@@ -85,9 +86,25 @@ def train(
     settings: Annotated[
         list[str] | None, _method("--set", metavar="NAME=VALUE", help="Any other hyper-parameter; may be repeated.")
     ] = None,
-    weight_decay: Annotated[float, _method(help="λ: adds λz to the gradient.")] = DEFAULT.weight_decay,
+    weight_decay: Annotated[
+        float, _method(help="λ: adds λz to the gradient; with --inner that optimizer's own.")
+    ] = DEFAULT.weight_decay,
+    inner: Annotated[
+        str | None,
+        _method(
+            help="Optimizer of torch.optim, such as adamw, that makes the local move; --lr is then its own default."
+        ),
+    ] = None,
+    inner_options: Annotated[
+        list[str] | None, _method("--inner-set", metavar="NAME=VALUE", help="An option of --inner; may be repeated.")
+    ] = None,
+    max_grad_norm: Annotated[float | None, _method(help="Scale each agent's gradient to at most this norm.")] = None,
     batch_size: Annotated[int, _method(help="Samples per agent and step.")] = DEFAULT.batch_size,
     steps: Annotated[int, _method(help="Number of steps.")] = DEFAULT.steps,
+    schedule: Annotated[str, _method(help=f"Of the learning rate. {_one_of(SCHEDULES)}")] = DEFAULT.schedule,
+    warmup: Annotated[
+        float, _method(help="Steps, or a fraction of all steps, in which the learning rate rises to --lr.")
+    ] = DEFAULT.warmup,
     milestones: Annotated[
         str, _method(help="Steps, or fractions of all steps, after which lr drops; empty for none.")
     ] = ",".join(map(str, DEFAULT.milestones)),
@@ -110,6 +127,7 @@ def train(
     ] = None,
     out: Annotated[Path, _output(help="Folder for histories, checkpoints and picture.")] = Path("outputs/train"),
     resume: Annotated[bool, _output("--resume", help="Go on with the experiment in the folder.")] = False,
+    as_json: Annotated[bool, _output("--json", help=JSON_HELP)] = False,
 ) -> None:
     """Train all agents on one machine, for each seed; Ctrl-C stops in a state from which --resume goes on."""
     if threads is not None:
@@ -131,7 +149,9 @@ def train(
             tasks = make_sweep(content).tasks()
         missing = missing_runs(tasks, out, folder, download)
         check_launch(missing, out, launch)
-        _say_what_is_trained(tasks[0].experiment, launch)
+        about = _what_is_trained(tasks[0].experiment, launch)
+    if not as_json:
+        typer.echo(about)
 
     def run() -> list[Failure]:
         if content is not None:
@@ -140,7 +160,7 @@ def train(
 
     launched = "" if launch is None else f" --launch {launch}"
     execute(run, out, console_of_runs(), f"gut-fast train --out {out} --resume{launched}")
-    _show_results(out, tasks)
+    _show_results(out, tasks, as_json)
 
 
 def _run(total: int, out: Path, launch: int | None, threads: int | None, missing: Sequence[Task]) -> list[Failure]:
@@ -180,8 +200,8 @@ def _tasks_in(out: Path) -> list[Task]:
     return tasks
 
 
-def _say_what_is_trained(experiment: Experiment, launch: int | None) -> None:
-    """Prints rule, topology and backend. Raises ValueError if so many ranks cannot share the agents evenly."""
+def _what_is_trained(experiment: Experiment, launch: int | None) -> str:
+    """Rule, topology and backend in a line. Raises ValueError if so many ranks cannot share the agents evenly."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         simulator = make_simulator(experiment)
@@ -200,7 +220,7 @@ def _say_what_is_trained(experiment: Experiment, launch: int | None) -> None:
         "gossip_step" if launch is None else "combine",
     )
     backend = next(name for name, backend in BACKENDS.items() if backend is selected)
-    typer.echo(f"{experiment.rule} on {simulator.topology.name}, backend {backend}")
+    return f"{experiment.rule} on {simulator.topology.name}, backend {backend}"
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -213,7 +233,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 
 def _check_nothing_else_given(context: typer.Context) -> None:
-    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch"}
+    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch", "as_json"}
     if given:
         options = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in given)
         raise ValueError(f"--resume goes on with the settings in the folder; leave out {', '.join(options)}")
@@ -228,6 +248,7 @@ def _experiment(given: dict[str, Any]) -> Experiment:
         own["data"] = given["dataset"]
     if "milestones" in given:
         own["milestones"] = [_number(part) for part in given["milestones"].split(",") if part.strip()]
+    own["inner_options"] = _named_values("--inner-set", given.get("inner_options", ()))
     rule = own.get("rule", DEFAULT.rule)
     common = preset_settings(given["preset"], rule) if "preset" in given else DEFAULT_SETTINGS
     if "eval_every" not in own and ("steps" in own or "preset" not in given):
@@ -239,13 +260,24 @@ def _hyperparameters(options: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: options[name] for name in ("mu", "momentum", "nesterov") if name in options}
     if "mu" in given and given["mu"] != AUTO:
         given["mu"] = _number(given["mu"])
-    for setting in options.get("settings", ()):
+    more = _named_values("--set", options.get("settings", ()))
+    if both := given.keys() & more.keys():
+        raise ValueError(f"hyper-parameter {min(both)!r} is given twice")
+    return {**given, **more}
+
+
+def _named_values(option: str, settings: Iterable[str]) -> dict[str, Any]:
+    """The values of an option that says NAME=VALUE, where a value is a number, true, false or numbers with commas."""
+    given: dict[str, Any] = {}
+    for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise ValueError(f"--set {setting}: expected NAME=VALUE, where VALUE is a number, true or false")
+            raise ValueError(f"{option} {setting}: expected NAME=VALUE, where VALUE is a number, true or false")
         if name in given:
             raise ValueError(f"hyper-parameter {name!r} is given twice")
-        given[name] = text == "true" if text in ("true", "false") else _number(text)
+        words = {"true": True, "false": False}
+        values = [words[part] if part in words else _number(part) for part in text.split(",")]
+        given[name] = values if "," in text else values[0]
     return given
 
 
@@ -275,8 +307,19 @@ def _content(experiment: Experiment, seeds: Sequence[int]) -> dict[str, Any]:
     return {"settings": settings, "methods": {experiment.rule: method}, "seeds": list(seeds), "controls": False}
 
 
-def _show_results(out: Path, tasks: Sequence[Task]) -> None:
-    """Writes the tables and the picture of all seeds, and prints a table."""
+def _document(run: Run) -> dict[str, Any]:
+    """A run for a program: its seed, engine, seconds, and history."""
+    return {
+        "seed": run.experiment.seed,
+        "engine": run.engine,
+        "seconds": run.seconds,
+        "final": run.final,
+        "history": run.history,
+    }
+
+
+def _show_results(out: Path, tasks: Sequence[Task], as_json: bool) -> None:
+    """Writes the tables and the picture of all seeds, and prints a table, or one JSON document."""
     results = read_results(out)
     names = [task.name for task in tasks]
     runs, experiment = [results.run(name) for name in names], tasks[0].experiment
@@ -287,7 +330,10 @@ def _show_results(out: Path, tasks: Sequence[Task]) -> None:
         seeds.join(results.history.set_index("run")).to_csv(history, index=False)
         seeds.join(results.final()).to_csv(summaries, index=False)
         plots.draw_training({tasks[0].method: runs}, samples_per_class(experiment), title, picture)
+    if as_json:
+        print_json({"experiment": experiment.as_dict(), "runs": list(map(_document, runs)), "folder": str(out)})
+        return
     console = console_of_text()
     console.print(summary.seeds_table(runs, title))
     console.print(f"{summary.LEGEND}\n")
-    console.print(f"{', '.join(WRITTEN)}, checkpoints and all runs ({FILE}, runs.csv.zst) are in {out}", soft_wrap=True)
+    console.print(f"{', '.join(WRITTEN)}, checkpoints and all runs ({FILE}, runs.csv.zst) are in {out}")

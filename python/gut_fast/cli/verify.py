@@ -20,7 +20,7 @@ from gut_fast.cli.terminal import BadArgumentError, as_bad_argument, console_of_
 from gut_fast.distributed.files import replacing
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
-from gut_fast.rules import RULES
+from gut_fast.rules import RULES, get_rule
 from gut_fast.study import summary
 from gut_fast.verify import comparison
 from gut_fast.verify.cases import THREADS
@@ -28,9 +28,6 @@ from gut_fast.verify.comparison import Candidate, Request, Result
 from gut_fast.verify.lockstep import LIMIT, PRECISIONS
 
 __all__ = ["as_json", "legend", "verify"]
-
-FILE_WIDTH = 100
-"""The table's width where the output is no terminal: no name of a case is cut."""
 
 MAX_FAULTS = 3
 """The number of faults that are printed of one candidate."""
@@ -58,8 +55,6 @@ def verify(
         request = _request(rule, backend, dtype, tier, seed, full)
         _check_file(json_file)
     console = console_of_text()
-    if not console.is_terminal:
-        console.width = FILE_WIDTH
     start = time.monotonic()
     with _progress(comparison.num_cases(request), console) as on_case:
         result = comparison.verify(request, on_case)
@@ -88,7 +83,7 @@ def _request(
     # The backends that "auto" may choose here; Triton's interpreter, on CPU tensors, would take hours.
     automatic = {name for device in comparison.devices() for name in AUTOMATIC[device]}
     return Request(
-        rules=[RULES[name] for name in _chosen("--rule", rule, RULES)],
+        rules=[RULES[name] for name in _chosen("--rule", [get_rule(name).name for name in rule or ()], RULES)],
         backends=_chosen("--backend", backend or [name for name in BACKENDS if name in automatic], BACKENDS),
         precisions=[PRECISIONS[name] for name in _chosen("--dtype", dtype, PRECISIONS)],
         tiers=_chosen("--tier", tier, machine.instruction_tiers()),
@@ -127,18 +122,26 @@ def _show(result: Result, request: Request, seconds: float, console: Console) ->
     console.print(_table(result))
     console.print(legend(request.tiers, THREADS, request.devices), style="dim")
     for text in _not_compared(result):
-        console.print(text, soft_wrap=True)
+        console.print(text)
     for text in _failures(result):
-        console.print(text, style="bold red", soft_wrap=True)
-    console.print(" · ".join(f"{name} {version}" for name, version in machine.versions().items()), soft_wrap=True)
-    console.print(machine.machine_line(), soft_wrap=True)
-    console.print(_conclusion(result, seconds), style="bold" if result.passed else "bold red", soft_wrap=True)
+        console.print(text, style="bold red")
+    console.print(" · ".join(f"{name} {version}" for name, version in machine.versions().items()))
+    console.print(machine.machine_line())
+    console.print(_conclusion(result, seconds), style="bold" if result.passed else "bold red")
 
 
 def _table(result: Result) -> Table:
     """A line for each candidate."""
     table = summary.plain_table(
-        "Every rule beside the reference", "rule", "backend", "precision", "error", "checks", "verdict", "worst on"
+        "Every rule beside the reference",
+        "rule",
+        "backend",
+        "precision",
+        "error",
+        "checks",
+        "verdict",
+        "worst on",
+        wrapped="worst on",
     )
     for column in (*table.columns[1:3], table.columns[-1]):
         column.justify = "left"
@@ -146,8 +149,6 @@ def _table(result: Result) -> Table:
         verdict = "right" if each.passed else "WRONG"
         cells = (each.rule, each.where, each.precision, _size(each.error), f"{each.num_comparisons}", verdict)
         table.add_row(*cells, each.worst_case, style=None if each.passed else "bold red")
-    summary.keep_whole(table, but="worst on")
-    table.columns[-1].no_wrap = True
     return table
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gut_fast.arguments import all_known
 from gut_fast.data.cifar import cifar10, cifar100
 from gut_fast.data.datasets import Dataset, hold_out, standardised
 from gut_fast.data.idx import fashion_mnist, mnist
@@ -141,4 +142,4 @@ def load(name: str, *, folder: str | Path | None = None, download: bool = False,
         return FROM_PACKAGES[name](seed)
     if name in FROM_FILES:
         return FROM_FILES[name](folder, download)
-    raise ValueError(f"unknown data set {name!r}; known are {', '.join(DATASETS)}")
+    raise ValueError(f"unknown data set {name!r}; {all_known(name, DATASETS)}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gut_fast.arguments import as_integer, as_number
+from gut_fast.arguments import all_known, as_integer, as_number
 
 __all__ = [
     "PARTITIONS",
@@ -177,7 +177,7 @@ def partition(name: str, labels: Tensor, num_agents: int, seed: int = 0, **optio
         TypeError, ValueError: the name is unknown, or an option is unknown, missing or bad.
     """
     if name not in PARTITIONS:
-        raise ValueError(f"unknown partition {name!r}; known are {', '.join(PARTITIONS)}")
+        raise ValueError(f"unknown partition {name!r}; {all_known(name, PARTITIONS)}")
     parameters = inspect.signature(PARTITIONS[name]).parameters
     known = {option: parameter for option, parameter in parameters.items() if option not in _COMMON_ARGUMENTS}
     for option in options:

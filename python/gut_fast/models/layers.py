@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from gut_fast.arguments import all_known
+
 __all__ = ["NORMS", "NUM_GROUPS", "Convolution", "EvoNormS0", "Norm", "ScaleAndShift", "get_norm", "group_norm"]
 
 NUM_GROUPS = 8
@@ -169,5 +171,5 @@ def get_norm(name: str) -> Norm:
         ValueError: there is no such norm.
     """
     if name not in NORMS:
-        raise ValueError(f"unknown norm {name!r}; known are {', '.join(NORMS)}")
+        raise ValueError(f"unknown norm {name!r}; {all_known(name, NORMS)}")
     return NORMS[name]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from gut_fast.arguments import all_known
 from gut_fast.models.deep import VGG11_MIN_SIZE, mobilenet_v2, resnet20, resnet32, resnet56, vgg11
 from gut_fast.models.layers import get_norm
 from gut_fast.models.small import LENET5_PADDING, lenet5, mlp
@@ -109,7 +110,7 @@ def build(spec: str, input_shape: Sequence[int], num_classes: int, norm: str | N
     """
     name, colon, argument = spec.partition(":")
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; known are {', '.join(MODELS)}")
+        raise ValueError(f"unknown model {name!r}; {all_known(name, MODELS)}")
     network = MODELS[name]
     if colon and not network.argument:
         raise ValueError(f"{name} takes nothing behind a colon, got {spec!r}")

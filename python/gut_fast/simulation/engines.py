@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from gut_fast.agents import StackedModule
+from gut_fast.arguments import all_known
 from gut_fast.simulation.cuda_graphs import GraphedEngine, StreamsEngine
 from gut_fast.simulation.gradients import Engine, LoopEngine, Loss, VmapEngine, undo_on_error
 from gut_fast.simulation.workers import WorkersEngine
@@ -166,5 +167,5 @@ def make_engine(name: str, stacked: StackedModule, loss: Loss, autocast: torch.d
         ValueError: the name is unknown, or the engine is not for the model's device.
     """
     if name not in ENGINES:
-        raise ValueError(f"unknown engine {name!r}; known are {', '.join(ENGINES)}")
+        raise ValueError(f"unknown engine {name!r}; {all_known(name, ENGINES)}")
     return ENGINES[name](stacked, loss, autocast)

@@ -85,6 +85,9 @@ def main() -> int:
     torch.set_num_threads(1)
     try:
         demo(Path("outputs"))
+    except OSError as error:
+        print(f"The demo cannot write its results: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
@@ -98,12 +101,15 @@ def demo(
 
     Raises:
         RuntimeError: the compiled kernel is missing or disagrees with the reference.
+        OSError, ImportError: nothing can be written to the folder, or matplotlib is missing.
     """
     console = Console(highlight=False, markup=False, emoji=False)
     first = next(iter(methods.values()))
     console.print(_headline(first), style="bold")
     console.print(_setting(first))
     console.print(_check_kernel(methods.values()), soft_wrap=True)
+    plots.check_matplotlib()
+    folder.mkdir(parents=True, exist_ok=True)
     engine = _fastest_engine(first)
     console.print(f"training: {len(methods)} methods, {len(seeds)} seeds each, engine {engine}")
     groups = _train_all({label: replace(method, engine=engine) for label, method in methods.items()}, seeds, console)
@@ -113,7 +119,6 @@ def demo(
         if label in groups and other in groups
     }
     _print_results(groups, differences, console)
-    folder.mkdir(parents=True, exist_ok=True)
     samples = samples_per_class(replace(first, seed=seeds[0]))
     plots.draw_training(groups, samples, _headline(first), folder / "demo.png")
     _write_numbers(groups, differences, folder / "demo.json")

@@ -7,17 +7,21 @@ hyper-parameter of its rule.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch.optim import Optimizer
+
 from gut_fast import analysis
 from gut_fast.analysis.choice import AUTO
+from gut_fast.arguments import all_known, as_number, nearest
 from gut_fast.data.partition import PARTITIONS
 from gut_fast.rules import get_rule
 from gut_fast.simulation.timetable import Timetable
+from gut_fast.study.schedules import MILESTONES, SCHEDULES, warmup_steps
 from gut_fast.topology.names import parse_topology
 
 __all__ = [
@@ -25,8 +29,8 @@ __all__ = [
     "MAX_SEEDS",
     "Experiment",
     "as_setting",
+    "inner_class",
     "make_experiment",
-    "nearest",
     "number_if_text",
     "options_of",
     "seeds_of",
@@ -53,6 +57,12 @@ class Experiment:
         hyperparameters: of the rule; defaults are filled in, and for mu ``"auto"`` what suits the topology.
         partition_options: for example ``{"alpha": 0.1}``.
         lr, weight_decay, milestones, decay, batch_size, steps, eval_every: as in `GossipOptimizer` and `Simulator`.
+        schedule: a name out of `gut_fast.study.schedules.SCHEDULES`; without ``"milestones"`` there are none.
+        warmup: the first steps, or a fraction of all steps if below 1, in which the learning rate rises to `lr`.
+        max_grad_norm: each agent's gradient is scaled to at most this norm; None leaves it as it is.
+        inner: a class of `torch.optim`, whose case does not matter, that makes the local move as in `gut_fast.Gossip`;
+            `weight_decay` is then its own. None is plain gradient descent.
+        inner_options: further arguments of that class.
         state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
         device: where parameters and data live, for example ``"cpu"`` or ``"cuda"``.
         autocast, channels_last: as in `Simulator`, autocast by name.
@@ -74,6 +84,11 @@ class Experiment:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     lr: float = 0.1
     weight_decay: float = 0.0
+    inner: str | None = None
+    inner_options: Mapping[str, Any] = field(default_factory=dict)
+    max_grad_norm: float | None = None
+    schedule: str = MILESTONES
+    warmup: float = 0.0
     milestones: tuple[float, ...] = (0.5, 0.75)
     decay: float = 0.1
     partition: str = "dirichlet"
@@ -92,13 +107,32 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self._check_types()
+        object.__setattr__(self, "rule", get_rule(self.rule).name)
         given = self.hyperparameters
         if given.get("mu") == AUTO:
             given = analysis.with_auto_mu(self.rule, given, parse_topology(self.topology, self.gamma))
         object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(given))
         object.__setattr__(self, "partition_options", dict(self.partition_options))
-        object.__setattr__(self, "milestones", tuple(self.milestones))
+        object.__setattr__(self, "milestones", tuple(self.milestones) if self.schedule == MILESTONES else ())
+        self._check_local_move()
         Timetable(self.steps, self.milestones, self.decay, self.eval_every, checkpoint=None, checkpoint_every=None)
+
+    def _check_local_move(self) -> None:
+        """Raises TypeError or ValueError for a bad schedule, clipping or inner optimizer."""
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"unknown schedule {self.schedule!r}; {all_known(self.schedule, SCHEDULES)}")
+        warmup_steps(as_number(self.warmup, "warmup"), self.steps)
+        if self.max_grad_norm is not None and not as_number(self.max_grad_norm, "max_grad_norm") > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.inner is None and self.inner_options:
+            raise ValueError(f"inner_options {dict(self.inner_options)} need inner=, the optimizer that takes them")
+        object.__setattr__(self, "inner_options", dict(self.inner_options))
+        if self.inner is not None:
+            object.__setattr__(self, "inner", inner_class(self.inner).__name__)
+            known = [name for name in _arguments_of(inner_class(self.inner)) if name not in OF_EXPERIMENT]
+            for name in self.inner_options:
+                if name not in known:
+                    raise ValueError(f"{self.inner} has no option {name!r}; {nearest(name, known)}")
 
     def _check_types(self) -> None:
         """Raises TypeError for a value that would be used before anything else looks at it."""
@@ -111,6 +145,26 @@ class Experiment:
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON takes them."""
         return dataclasses.asdict(self)
+
+
+OF_EXPERIMENT = ("self", "params", "lr", "weight_decay")
+"""Arguments of an inner optimizer that the experiment gives it."""
+
+
+def inner_class(name: str) -> type[Optimizer]:
+    """The optimizer of `torch.optim` with this name, whose case does not matter. Raises ValueError if there is none."""
+    classes = {
+        each.__name__.lower(): each
+        for each in vars(torch.optim).values()
+        if isinstance(each, type) and issubclass(each, Optimizer) and each is not Optimizer
+    }
+    if name.lower() not in classes:
+        raise ValueError(f"unknown inner optimizer {name!r}; {all_known(name, classes)}")
+    return classes[name.lower()]
+
+
+def _arguments_of(optimizer: type[Optimizer]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(optimizer.__init__).parameters
 
 
 ENTRIES = {entry.name: entry for entry in dataclasses.fields(Experiment)}
@@ -137,16 +191,13 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
                 f"there is no {name!r} for rule {rule.name!r} and partition {partition!r}; {nearest(name, known)}"
             )
     entries = {name: as_setting(name, given[name]) for name in ENTRIES if name in given}
+    if entries.get("inner") is not None and "lr" not in entries:
+        entries["lr"] = float(_arguments_of(inner_class(entries["inner"]))["lr"].default)
+    if entries.get("schedule", MILESTONES) != MILESTONES and (useless := own.keys() & {"milestones", "decay"}):
+        raise ValueError(f"schedule {entries['schedule']!r} has no use for {', '.join(sorted(useless))}")
     entries["hyperparameters"] = _gathered(given, rule.hyperparameters, "hyperparameters")
     entries["partition_options"] = _gathered(given, options, "partition_options")
     return Experiment(**entries)
-
-
-def nearest(name: Any, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the known name that is most like it, or all of them."""
-    known = list(known)
-    similar = difflib.get_close_matches(str(name), known, 1)
-    return f"did you mean {similar[0]!r}?" if similar else f"there are {', '.join(known)}"
 
 
 def options_of(partition: Any) -> list[str]:
@@ -175,7 +226,7 @@ def as_setting(name: str, value: Any) -> Any:
         if not isinstance(value, (list, tuple)):
             raise TypeError(f"milestones must be a list, such as [0.5, 0.75], got {value!r}")
         return [number_if_text(entry) for entry in value]
-    is_number = name not in ENTRIES or ENTRIES[name].type == "float"
+    is_number = name not in ENTRIES or str(ENTRIES[name].type).startswith("float")
     return number_if_text(value) if is_number else value
 
 

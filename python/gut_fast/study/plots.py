@@ -5,10 +5,11 @@ matplotlib is imported only when a figure is made, so that this module can be im
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
 import itertools
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,20 +76,42 @@ MAX_AGENTS_WITH_NUMBERS = 40
 
 
 def check_matplotlib() -> None:
-    """Raises ImportError if matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError('pictures need matplotlib; install it with: pip install "gut_fast[cli]"')
+    """Imports matplotlib, whatever the variable MPLBACKEND says: pictures are drawn to files, without any window.
+
+    A notebook exports its own backend to the processes that it starts, and where these do not have it, matplotlib would
+    refuse to be imported.
+
+    Raises:
+        ImportError: matplotlib is not installed, or cannot be imported.
+    """
+    if sys.modules.get("matplotlib") is not None:
+        return
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ImportError(
+            f'pictures need matplotlib ({error}); install it with: pip install "gut_fast[cli]"'
+        ) from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    if backend:
+        with contextlib.suppress(ValueError):  # for the rest of a program that draws on windows too
+            mpl.rcParams["backend"] = backend
 
 
-@contextmanager
+@contextlib.contextmanager
 def new_figure(path: str | Path, size: tuple[float, float], dpi: float = 150) -> Iterator[Figure]:
     """A figure of that size in inches to draw on, written to `path` at the end. Raises as `check_matplotlib`."""
     check_matplotlib()
     import matplotlib as mpl
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
         yield figure
         figure.savefig(path, dpi=dpi)
 

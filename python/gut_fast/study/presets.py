@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from gut_fast.arguments import all_known
+from gut_fast.rules import get_rule
 from gut_fast.topology.names import parse_topology
 
 __all__ = ["PRESETS", "Preset", "preset", "preset_methods", "preset_settings"]
@@ -110,7 +112,7 @@ PRESETS: dict[str, Preset] = {
 def preset(name: str) -> Preset:
     """The preset of that name. Raises ValueError for an unknown one."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+        raise ValueError(f"unknown preset {name!r}; {all_known(name, PRESETS)}")
     return PRESETS[name]
 
 
@@ -120,7 +122,7 @@ def preset_settings(name: str, rule: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: an unknown preset.
     """
-    chosen = preset(name)
+    chosen, rule = preset(name), None if rule is None else get_rule(rule).name
     return {**chosen.settings, **next((own for own in chosen.methods.values() if own["rule"] == rule), {})}
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from gut_fast import data, models
 from gut_fast.data import Dataset
-from gut_fast.optim import GossipOptimizer
+from gut_fast.optim import Gossip, GossipOptimizer, clip_grad_norm_per_agent_
 from gut_fast.randomness import derive_seed, own_random_state, seed_generators
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.sharing import agents_here
-from gut_fast.study.experiment import Experiment
+from gut_fast.study.experiment import Experiment, inner_class
+from gut_fast.study.schedules import make_schedule
+from gut_fast.topology import Topology
 from gut_fast.topology.names import parse_topology
 
 __all__ = ["Run", "load_data", "make_simulator", "samples_per_class", "train"]
@@ -55,23 +58,10 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
         here = len(agents_here(topology.num_agents, process_group))
         where = {"process_group": process_group, "agents_per_rank": here}
 
-    def optimizer(parameters: list[nn.Parameter]) -> GossipOptimizer:
-        return GossipOptimizer(
-            parameters,
-            experiment.rule,
-            topology=topology,
-            lr=experiment.lr,
-            weight_decay=experiment.weight_decay,
-            backend=experiment.backend,
-            state_dtype=state_dtype,
-            **where,
-            **experiment.hyperparameters,
-        )
-
     return Simulator(
         _initial_model(experiment, dataset).to(device),
         topology,
-        optimizer=optimizer,
+        optimizer=partial(_make_optimizer, experiment, topology, state_dtype, where),
         data=dataset,
         parts=_divide(experiment, dataset, topology.num_agents),
         batch_size=experiment.batch_size,
@@ -84,13 +74,40 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
     )
 
 
+def _make_optimizer(
+    experiment: Experiment,
+    topology: Topology,
+    state_dtype: torch.dtype | None,
+    where: Mapping[str, Any],
+    parameters: list[nn.Parameter],
+) -> GossipOptimizer:
+    """The optimizer of the experiment; `where` are its ranks."""
+    options: dict[str, Any] = {"topology": topology, "backend": experiment.backend, "state_dtype": state_dtype, **where}
+    options |= experiment.hyperparameters
+    lr, decay = experiment.lr, experiment.weight_decay
+    if experiment.inner is None:
+        optimizer = GossipOptimizer(parameters, experiment.rule, lr=lr, weight_decay=decay, **options)
+    else:
+        make_inner: Any = inner_class(experiment.inner)
+        has_decay = "weight_decay" in inspect.signature(make_inner).parameters
+        own = {**experiment.inner_options, **({"weight_decay": decay} if has_decay or decay else {})}
+        optimizer = Gossip(make_inner(parameters, lr=lr, **own), experiment.rule, **options)
+    if (largest := experiment.max_grad_norm) is not None:
+
+        def clip(*_: Any) -> None:
+            clip_grad_norm_per_agent_(parameters, largest)
+
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
+
+
 def train(experiment: Experiment, simulator: Simulator, **options: Any) -> Run:
     """Runs the experiment's simulator to the last step; `options` go to `Simulator.run`."""
     start = time.perf_counter()
+    timetable = (experiment.steps, experiment.warmup, experiment.milestones, experiment.decay)
     simulator.run(
         experiment.steps,
-        milestones=experiment.milestones,
-        decay=experiment.decay,
+        schedule=make_schedule(experiment.schedule, *timetable),
         eval_every=experiment.eval_every,
         **options,
     )

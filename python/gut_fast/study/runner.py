@@ -32,6 +32,7 @@ from gut_fast.study.run import Run, make_simulator, train
 from gut_fast.study.sweep import Task
 
 __all__ = [
+    "CHECKPOINTS",
     "Failure",
     "Watcher",
     "check_launch",
@@ -70,24 +71,25 @@ class Watcher(Protocol):
 
 
 def check_writable(folder: Path, names: Sequence[str] = ()) -> None:
-    """Looks at the folder, if it exists, before any work is done.
+    """Looks before any work is done whether files can be written to a folder, which need not exist yet.
 
     Args:
         folder: where files are to be written.
         names: the files.
 
     Raises:
-        OSError: it is not a folder, nothing can be written to it, or a directory is where a file is to be.
+        OSError: it is not a folder and cannot be made, nothing can be written to it, or one of the files cannot be.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{folder} is not a folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"no permission to write to {folder}")
+    first = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not first.is_dir():
+        raise NotADirectoryError(f"{first} is not a folder")
+    if not os.access(first, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write to {first}")
     for file in (folder / name for name in names):
         if file.is_dir():
             raise IsADirectoryError(f"{file} is a folder; it is where a file is to be written")
+        if file.exists() and not os.access(file, os.W_OK):
+            raise PermissionError(f"no permission to write {file}")
 
 
 def unfinished(tasks: Sequence[Task], folder: Path) -> list[Task]:

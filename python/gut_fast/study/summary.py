@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from gut_fast.study.run import Run
 
 __all__ = [
+    "FittingTable",
     "difference_text",
     "final_values",
-    "keep_whole",
     "mean_and_std",
     "methods_table",
     "paired_difference",
@@ -22,6 +28,12 @@ __all__ = [
 ]
 
 MEGABYTE = 1e6
+
+UNBOUNDED = 10_000
+"""The width at which nothing is wrapped."""
+
+WRAPPED_WIDTH = 12
+"""The width down to which a column that may be wrapped is narrowed."""
 
 LEGEND = (
     "test accuracy in % of the averaged model, mean agent, worst agent; consensus:\n"
@@ -75,21 +87,47 @@ def seeds_table(runs: Sequence[Run], title: str) -> Table:
     return table
 
 
-def plain_table(title: str, *columns: str) -> Table:
-    """An empty table whose first column is for names and whose others are for numbers."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_style="bold")
+class FittingTable(Table):
+    """A table of which each row becomes a few lines, a name and a value each, where the console is too narrow for it.
+
+    Columns with ``no_wrap=False`` are wrapped first. So no number is cut off or broken.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        whole = Measurement.get(console, options.update(max_width=UNBOUNDED), self).maximum
+        spare = (_text_width(column.cells) - WRAPPED_WIDTH for column in self.columns if not column.no_wrap)
+        if whole - sum(max(each, 0) for each in spare) <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        names = [str(column.header) for column in self.columns]
+        if self.title:
+            yield Text(f"{self.title}", "bold")
+        cells_of_rows = zip(*(column.cells for column in self.columns), strict=True)
+        for (name, *cells), row in zip(cells_of_rows, self.rows, strict=True):
+            yield Text(f"\n{names[0]} {name}", style=row.style or "bold")
+            lines = Table.grid("", "", padding=(0, 2))
+            for header, cell in zip(names[1:], cells, strict=True):
+                if str(cell):
+                    lines.add_row(header, cell, style=row.style)
+            yield Padding(lines, (0, 0, 0, 2))
+        if self.caption:
+            yield Text(f"\n{self.caption}")
+        yield Text("")
+
+
+def _text_width(cells: Iterable[Any]) -> int:
+    return max((cell_len(str(cell)) for cell in cells), default=0)
+
+
+def plain_table(title: str, *columns: str, wrapped: str | None = None) -> FittingTable:
+    """An empty table whose first column is for names and whose others are for numbers.
+
+    A console that is too narrow may wrap the column called `wrapped`.
+    """
+    table = FittingTable(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_style="bold")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=name != wrapped)
     return table
-
-
-def keep_whole(table: Table, *, but: str) -> None:
-    """Makes a narrow terminal cut the column `but` alone."""
-    for column in table.columns:
-        if column.header == but:
-            column.no_wrap, column.overflow, column.min_width = False, "ellipsis", len(but)
-        else:
-            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
 
 
 def _cells(runs: Sequence[Run]) -> list[str]:

@@ -29,7 +29,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_experiment, nearest, options_of, seeds_of
+from gut_fast.arguments import nearest
+from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_experiment, options_of, seeds_of
 from gut_fast.study.presets import preset_methods, preset_settings
 from gut_fast.study.yaml_files import about_file, read_yaml
 

@@ -30,8 +30,9 @@ import numpy as np
 import pandas as pd
 import torch
 
+from gut_fast.arguments import nearest
 from gut_fast.rules import get_rule
-from gut_fast.study.experiment import as_setting, nearest, number_if_text, seeds_of
+from gut_fast.study.experiment import as_setting, number_if_text, seeds_of
 from gut_fast.study.results import Results
 from gut_fast.study.sweep import Sweep, Task, make_sweep, named_methods, section_of
 

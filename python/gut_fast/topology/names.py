@@ -12,6 +12,7 @@ import networkx as nx
 import numpy as np
 
 from gut_fast import topology
+from gut_fast.arguments import all_known
 from gut_fast.topology import Topology
 
 __all__ = ["TOPOLOGIES", "Form", "parse_topology"]
@@ -45,7 +46,7 @@ def parse_topology(spec: str, gamma: float = 1.0) -> Topology:
     name, *rest = spec.strip().split(":", 1)
     name = name.replace("_", "-")
     if name not in TOPOLOGIES:
-        raise ValueError(f"unknown topology {name!r} in {spec!r}; known are {', '.join(TOPOLOGIES)}")
+        raise ValueError(f"unknown topology {name!r} in {spec!r}; {all_known(name, TOPOLOGIES)}")
     form = TOPOLOGIES[name]
     # The last argument takes the rest of the text, so that file names and members of a sequence may contain colons.
     arguments = rest[0].split(":", len(form.arguments) - 1) if rest and form.arguments else rest

@@ -8,11 +8,16 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from gut_fast.study.experiment import Experiment
 from gut_fast.study.report.study import ACCURACIES, END, Study, interval, mean
 from gut_fast.study.report.words import in_markdown, listed, schedule, shown
+from gut_fast.study.schedules import MILESTONES
 from gut_fast.study.units import format_bytes
 
 __all__ = ["Table", "further_tables", "main_tables", "markdown_table", "point_tables", "settings"]
+
+OPTIONAL = ("inner", "inner_options", "max_grad_norm", "schedule", "warmup")
+"""The settings that are not listed where no run departs from their defaults."""
 
 NOTHING = "–"
 """The cell of a method without runs."""
@@ -157,15 +162,23 @@ def _diverged(agents: pd.Series) -> str:
     return f"{agents.max()} agents in {(agents > 0).sum()} of {len(agents)} runs"
 
 
+def _settings_of(experiment: Experiment) -> dict[str, str]:
+    """All settings as text."""
+    values = experiment.as_dict()
+    falls = {"milestones": schedule(experiment.milestones)} if experiment.schedule == MILESTONES else {}
+    return {name: shown(value) for name, value in values.items()} | falls
+
+
 def settings(study: Study) -> tuple[Table, Table]:
     """The configuration: what is the same for all methods, and what each method has of its own."""
     runs = study.results.runs
-    entries = pd.DataFrame(
-        {
-            run: {name: schedule(value) if name == "milestones" else shown(value) for name, value in values.items()}
-            for run, values in ((run, study.results.experiments[run].as_dict()) for run in study.in_order)
-        }
-    ).T.drop(columns="seed")
+    entries = pd.DataFrame({run: _settings_of(study.results.experiments[run]) for run in study.in_order}).T
+    unused = [
+        name
+        for name, value in _settings_of(Experiment()).items()
+        if name in OPTIONAL and (entries[name] == value).all()
+    ]
+    entries = entries.drop(columns=["seed", *unused])
     # The values of each entry that occur in each method; an entry that the points vary is the same for all methods.
     methods = runs["method"].reindex(entries.index)
     occurring = (

@@ -19,9 +19,12 @@ from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval, me
 from gut_fast.study.report.tables import Table, markdown_table
 from gut_fast.study.report.words import in_markdown, listed, without_folders
 
-__all__ = ["Source", "lead", "write_report"]
+__all__ = ["FILES", "Source", "lead", "means", "paired", "write_report"]
 
 TEMPLATE = "page.html"
+
+FILES = ("report.html", "report.md", "runs.csv", "methods.csv", "differences.csv")
+"""The files of a report beside its pictures."""
 
 Part = Picture | Table
 
@@ -68,7 +71,7 @@ def write_report(study: Study, source: Source, folder: Path) -> list[Path]:
         ),
         "report.md": "\n".join(_markdown(study, source, sections)) + "\n",
     }
-    numbers = {"runs.csv": study.values, "methods.csv": _methods(study), "differences.csv": _differences(study)}
+    numbers = {"runs.csv": study.values, "methods.csv": means(study), "differences.csv": paired(study)}
     texts |= {name: table.to_csv(float_format="%.6g", lineterminator="\n") for name, table in numbers.items()}
     for name, text in texts.items():
         with replacing(folder / name) as temporary:
@@ -189,7 +192,7 @@ def _markdown_part(part: Part) -> Iterator[str]:
         yield from ("", f"![{in_markdown(part.alt)}]({part.path.name})", "", in_markdown(part.caption))
 
 
-def _methods(study: Study) -> pd.DataFrame:
+def means(study: Study) -> pd.DataFrame:
     """Mean and standard deviation of every metric, a row for each point, moment and method."""
     groups = study.values.groupby(["point", "moment", "method"], sort=False)
     statistics = groups[[*METRICS]].agg(["mean", "std"])
@@ -198,7 +201,7 @@ def _methods(study: Study) -> pd.DataFrame:
     return diverged.join(statistics)
 
 
-def _differences(study: Study) -> pd.DataFrame:
+def paired(study: Study) -> pd.DataFrame:
     """Every paired difference with its statistics, a row for each point, moment, comparison and accuracy."""
     statistics: dict[str, Callable[[pd.Series], float]] = {
         "mean": mean,
