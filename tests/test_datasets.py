@@ -163,7 +163,7 @@ def test_only_imagenette_needs_torchvision(monkeypatch, tmp_path):
     assert len(data.load("cifar10", folder=write(tmp_path / base_folder, files)).train_labels) == 100
     assert_holds_the_mnist_like(data.load("fashion-mnist", folder=write(tmp_path, FILES)))
     write_imagenette(tmp_path / "imagenette", imagenette.CLASSES, {"train": 1, "val": 1})
-    with pytest.raises(ImportError, match=r'read with torchvision.*pip install "gut_fast\[data\]"'):
+    with pytest.raises(ImportError, match=r'read with torchvision.*pip install "gut_fast\[images\]"'):
         data.load("imagenette", folder=tmp_path)
 
 

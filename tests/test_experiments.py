@@ -1,3 +1,4 @@
+import importlib.util
 import math
 import sys
 
@@ -270,6 +271,17 @@ def test_machine_without_the_kernel(monkeypatch):
     assert machine.automatic_backend("cpu") == "torch; not cpu: it was not built"
     assert machine.instruction_tiers() == []
     assert "compiled kernel missing" in machine.machine_line()
+
+
+def test_a_build_that_was_to_have_no_cuda_kernels_says_just_that(monkeypatch):
+    error = ImportError("no module")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cuda, "CUDA_OPTION", "OFF")
+    assert cuda._why_missing(error).startswith("gut_fast was built without it, because of GUT_FAST_CUDA=OFF;")
+    monkeypatch.setattr(cuda, "CUDA_OPTION", "AUTO")
+    assert "because no nvcc of 12.8 or later was found" in cuda._why_missing(error)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert "did not import (no module)" in cuda._why_missing(error)
 
 
 def test_machine_says_which_backend_a_gpu_would_get(monkeypatch):

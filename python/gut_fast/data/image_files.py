@@ -40,8 +40,8 @@ def check_can_read_images() -> None:
         importlib.import_module("torchvision")
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision for another torch raises any of these
         raise ImportError(
-            f"images in files are read with torchvision, which cannot be imported ({error}); "
-            'install the one for your torch: pip install "gut_fast[data]"'
+            f"images in files are read with torchvision, which cannot be imported ({error}); install the one for torch "
+            f'{torch.__version__} as pytorch.org says, or pip install "gut_fast[images]", which may replace torch'
         ) from error
 
 

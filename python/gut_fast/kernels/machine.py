@@ -28,7 +28,7 @@ __all__ = [
 OPTIONAL_PACKAGES = {
     **dict.fromkeys(("typer", "rich", "matplotlib", "pyyaml", "jinja2", "pandas", "zstandard", "scipy"), "cli"),
     "scikit-learn": "data",
-    "torchvision": "data",
+    "torchvision": "images",
     "triton": "triton",
 }
 """Packages that the core does without, and the extra of gut_fast that brings each."""

@@ -6,6 +6,7 @@ reads the coefficients anew at every replay if they lie on the device.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -25,12 +26,27 @@ PAIRS = (
 """The pairs of dtypes, of parameters and of state, that are compiled in."""
 
 try:
-    from gut_fast import _cuda
-except ImportError as error:  # built where there was no nvcc
-    _cuda = None  # type: ignore[assignment]
-    why_missing: str | None = (
-        f"the compiled extension gut_fast._cuda did not import ({error}); build gut_fast where nvcc is found"
+    from gut_fast._core import CUDA_OPTION
+except ImportError:
+    CUDA_OPTION = "AUTO"
+
+
+def _why_missing(error: ImportError) -> str:
+    """Why there are no compiled CUDA kernels: they were not asked for, nvcc was not found, or they do not load."""
+    if importlib.util.find_spec("gut_fast._cuda") is not None:
+        return f"the compiled extension gut_fast._cuda did not import ({error}); build gut_fast anew"
+    if CUDA_OPTION == "OFF":
+        return "gut_fast was built without it, because of GUT_FAST_CUDA=OFF; build gut_fast anew without that"
+    return (
+        "gut_fast was built without it, because no nvcc of 12.8 or later was found; build gut_fast where there is one"
     )
+
+
+try:
+    from gut_fast import _cuda
+except ImportError as error:
+    _cuda = None  # type: ignore[assignment]
+    why_missing: str | None = _why_missing(error)
 else:
     why_missing = None
 
