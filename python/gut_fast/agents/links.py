@@ -3,12 +3,15 @@
 The stack holds the truth. A link is followed where that matters: before a gradient is accumulated, when an agent's
 module is asked for, and by the next step of an optimizer. What has been put into an agent's module since then (another
 tensor, other memory, a gradient, None) is moved into the agent's row, or refused.
+
+Gradients of the agents' modules add up in spare memory, which becomes the stacked parameter's gradient when it has
+none. So links are compared by identity, and nothing is copied, as long as nobody assigns gradients.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +20,7 @@ from torch import Tensor, nn
 from gut_fast.agents.hooks import requiring_grad
 from gut_fast.agents.layout import Place, own_storage
 
-__all__ = ["Link", "ParameterLink"]
+__all__ = ["Link", "follow", "following"]
 
 
 class Link:
@@ -27,32 +30,72 @@ class Link:
         label: names the agent's tensor in messages.
         stacked: the stacked tensor, (N, *shape).
         i: the number of the agent.
+        lock: held while a stacked parameter is given a gradient.
+        spare: of a parameter, memory (N, *shape) for its gradient; None for a buffer.
 
     Attributes:
-        row: the agent's tensor, (*shape), in the stack's memory.
+        row: the agent's tensor, (*shape), in the stack's memory; of a parameter, a leaf of autograd.
         places: where the agent's module holds it.
+        pointer: where its memory begins.
+        is_trained: whether the stacked tensor required a gradient at the last look.
+        owner: the gradient of the stack that the agent was linked to, or None.
+        view: its row, which the agent was given as its gradient.
     """
 
-    def __init__(self, label: str, stacked: Tensor, i: int) -> None:
-        self._label, self._stacked, self._i = label, stacked, i
+    def __init__(self, label: str, stacked: Tensor, i: int, lock: threading.Lock, spare: Tensor | None) -> None:
+        self.label, self.stacked, self._i, self._lock = label, stacked, i, lock
         self.places: list[Place] = []
-        self.row = own_storage(stacked.detach()[i])
-        self._pointer = self.row.data_ptr()
+        self.is_trained = stacked.requires_grad
+        self.owner: Tensor | None = None
+        self.view: Tensor | None = None
+        row = own_storage(stacked.detach()[i])
+        self.pointer = row.data_ptr()
+        self.row = row if spare is None else nn.Parameter(row, requires_grad=self.is_trained)
+        self.move(spare)
+        if spare is not None:
+            with requiring_grad(self.row):
+                self.row.register_hook(self._before_accumulation)
 
     def follow(self) -> None:
-        """Moves what the module holds now into the agent's row.
+        """Moves what the module holds now into the agent's row, and freezes it if the stack's is frozen.
 
         Raises:
             RuntimeError: it is gone, or of another shape, dtype or device than the row.
         """
-        for registry, key in self.places:
-            if registry.get(key) is not self.row:
-                self._adopt(registry.get(key))
-                registry[key] = self.row
-        if self.row.data_ptr() != self._pointer:
-            given, self.row.data = self._checked(self.row.data), own_storage(self._stacked.detach()[self._i])
+        if self.row.data_ptr() != self.pointer:
+            self.view = None  # the gradient may have been converted with the parameter
+            given, self.row.data = self._checked(self.row.data), own_storage(self.stacked.detach()[self._i])
             self.row.data.copy_(given)
-            self._pointer = self.row.data_ptr()
+            self.pointer = self.row.data_ptr()
+        for registry, key in self.places:
+            if (other := registry.get(key)) is not self.row:
+                other = self._checked(other)
+                self.row.data.copy_(other)
+                if other.is_leaf and other.grad is not None:
+                    self._gradient_of_stack().detach()[self._i].add_(other.grad)
+                registry[key] = self.row
+        if self.stacked.requires_grad is not self.is_trained:
+            self.is_trained = self.stacked.requires_grad
+            self.row.requires_grad_(self.is_trained)
+        self.follow_gradient()
+
+    def follow_gradient(self) -> None:
+        """Makes the agent's gradient the row of the stack's, after a gradient that the agent was given has moved there.
+
+        An agent that has set its gradient to None finds zero in its row.
+        """
+        owner, gradient = self.stacked.grad, self.row.grad
+        if gradient is not None and gradient is not self.view:
+            owner = self._gradient_of_stack()
+            dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+            owner.detach()[self._i].copy_(dense)
+        elif gradient is None and self.view is not None and owner is self.owner:
+            self.view.zero_()
+        self._link_to(owner)
+
+    def cut(self) -> None:
+        """Sets the agent's gradient to None, as the stack's is."""
+        self.row.grad = self.owner = self.view = None
 
     def move(self, spare: Tensor | None) -> None:
         """Makes the agent's tensor a row of the stack's, after that has been given other memory.
@@ -60,124 +103,76 @@ class Link:
         Args:
             spare: memory for the gradient of the stacked parameter.
         """
-        self.row.data = own_storage(self._stacked.detach()[self._i])
-        self._pointer = self.row.data_ptr()
+        self.cut()
+        self._spare, self._spare_row = spare, None if spare is None else spare[self._i]
+        self.row.data = own_storage(self.stacked.detach()[self._i])
+        self.pointer = self.row.data_ptr()
+        self._link_to(self.stacked.grad)
 
-    def cut(self) -> None:
-        """Does nothing: a buffer has no gradient."""
+    def _before_accumulation(self, gradient: Tensor) -> None:
+        """Makes the agent's gradient, which autograd is about to add to, a row of the stack's: a hook."""
+        owner = self.stacked.grad
+        if owner is None or owner is not self.owner or self.row.grad is not self.view:
+            self._gradient_of_stack()
+            self.follow_gradient()
 
-    def _adopt(self, other: Any) -> None:
-        """Takes over another tensor that has been put into the module."""
-        self.row.data.copy_(self._checked(other))
-
-    def _checked(self, other: Any) -> Tensor:
-        """Returns a tensor if it can be the agent's row."""
-        row = self._stacked.detach()[self._i]
-        if not isinstance(other, Tensor):
-            raise RuntimeError(f"{self._label} has been replaced by {other!r}; put back a tensor of its shape")
-        if (other.shape, other.dtype, other.device) != (row.shape, row.dtype, row.device):
-            raise RuntimeError(
-                f"{self._label} has become {tuple(other.shape)}, {other.dtype} on {other.device}, but the agents' are "
-                f"{tuple(row.shape)}, {row.dtype} on {row.device}; convert all agents together, with .to() of what "
-                "gut_fast.stack returned, or put this one back"
-            )
-        return other.detach()
-
-
-class ParameterLink(Link):
-    """The link between a stacked parameter and one agent's parameter; its gradient is a row of the stack's too.
-
-    Args:
-        label, stacked, i: as for `Link`.
-        spare: memory (N, *shape) for the gradient of the stacked parameter, taken if it has none.
-        lock: held while the stacked parameter is given a gradient.
-    """
-
-    row: nn.Parameter
-
-    def __init__(self, label: str, stacked: nn.Parameter, i: int, spare: Tensor, lock: threading.Lock) -> None:
-        super().__init__(label, stacked, i)
-        self._spare: Tensor | None = spare
-        self._lock, self._is_trained = lock, stacked.requires_grad
-        self.row = nn.Parameter(self.row, requires_grad=stacked.requires_grad)
-        self._owner: Tensor | None = None  # the gradient of the stack that the agent was linked to,
-        self._view: Tensor | None = None  # and its row
-        for parameter, prepare in ((self.row, self.before_accumulation), (stacked, self.before_accumulation_in_stack)):
-            with requiring_grad(parameter):
-                parameter.register_hook(_BeforeAccumulation(prepare))
-
-    def follow(self) -> None:
-        """Moves parameter and gradient of the module into the agent's row, and freezes it if the stack's is frozen."""
-        if self.row.data_ptr() != self._pointer:
-            self._view = None  # the gradient may have been converted with the parameter
-        super().follow()
-        if self._stacked.requires_grad is not self._is_trained:
-            self._is_trained = self._stacked.requires_grad
-            self.row.requires_grad_(self._is_trained)
-        self._follow_gradient()
-
-    def before_accumulation(self) -> None:
-        """Makes the agent's gradient a row of the stack's, which autograd is about to add to."""
-        owner = self._stacked.grad
-        if owner is None or owner is not self._owner or self.row.grad is not self._view:
-            with torch.no_grad():
-                self._checked(self.row)
-                self._gradient_of_stack()
-                self._follow_gradient()
-
-    def move(self, spare: Tensor | None) -> None:
-        """Makes the agent's parameter and gradient rows of the stack's, after that has been given other memory."""
-        self._link_to(None)
-        super().move(spare)
-        self._spare = spare
-        self._follow_gradient()
-
-    def before_accumulation_in_stack(self) -> None:
-        """Zeroes the agent's row of the stack's gradient if the agent has set its gradient to None, and the like."""
-        with torch.no_grad():
-            self._follow_gradient()
-
-    def cut(self) -> None:
-        """Sets the agent's gradient to None, and forgets which it was."""
-        self._link_to(None)
-
-    def _follow_gradient(self) -> None:
-        owner, gradient = self._stacked.grad, self.row.grad
-        if gradient is self._view and owner is self._owner:
-            return
-        if gradient is not None and gradient is not self._view:  # a gradient of its own
-            owner = self._gradient_of_stack()
-            owner.detach()[self._i].copy_(gradient.to_dense() if gradient.is_sparse else gradient)
-        elif gradient is None and self._view is not None and owner is self._owner and owner is not None:
-            owner.detach()[self._i].zero_()  # the agent has set it to None
-        self._link_to(owner)
-
-    def _adopt(self, other: Any) -> None:
-        super()._adopt(other)
-        if other.grad is not None:
-            self._gradient_of_stack().detach()[self._i].add_(other.grad)
+    _before_accumulation.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is not saved with the row
 
     def _gradient_of_stack(self) -> Tensor:
-        with self._lock:
-            if self._stacked.grad is None:
-                assert self._spare is not None
-                self._stacked.grad = self._spare.zero_()
-            gradient: Tensor = self._stacked.grad
+        """Returns the gradient of the stacked parameter, zero if it has none."""
+        if self.stacked.grad is None:
+            with self._lock:
+                if self.stacked.grad is None:
+                    assert self._spare is not None
+                    self.stacked.grad = self._spare.zero_()
+        gradient: Tensor = self.stacked.grad
         return gradient
 
     def _link_to(self, owner: Tensor | None) -> None:
-        self._owner = owner
-        self._view = None if owner is None else owner.detach()[self._i]
-        self.row.grad = self._view
+        view = None if owner is None else self._spare_row if owner is self._spare else owner.detach()[self._i]
+        try:
+            self.row.grad = view
+        except RuntimeError:
+            self._checked(self.row)
+            raise
+        self.owner, self.view = owner, view
+
+    def _checked(self, other: Any) -> Tensor:
+        """Returns a tensor if it can be the agent's row."""
+        row = self.stacked.detach()[self._i]
+        if not isinstance(other, Tensor):
+            raise RuntimeError(f"{self.label} has been replaced by {other!r}; put back a tensor of its shape")
+        if (other.shape, other.dtype, other.device) != (row.shape, row.dtype, row.device):
+            raise RuntimeError(
+                f"{self.label} has become {tuple(other.shape)}, {other.dtype} on {other.device}, but the agents' are "
+                f"{tuple(row.shape)}, {row.dtype} on {row.device}; convert all agents together, with .to() of what "
+                "gut_fast.stack returned, or put this one back"
+            )
+        return other
 
 
-class _BeforeAccumulation:
-    """A hook on a parameter, which is not saved with it."""
+@torch.no_grad()
+def follow(links: Sequence[Link]) -> None:
+    """Follows the links that are not as they were; every step asks, so this compares identities and no more."""
+    for link in links:
+        row, stacked = link.row, link.stacked
+        if (
+            row.grad is not link.view
+            or stacked.grad is not link.owner
+            or row.data_ptr() != link.pointer
+            or stacked.requires_grad is not link.is_trained
+            or any(registry.get(key) is not row for registry, key in link.places)
+        ):
+            link.follow()
 
-    __torch_unserializable__ = True
 
-    def __init__(self, prepare: Callable[[], None]) -> None:
-        self._prepare = prepare
+def following(links: Sequence[Link]) -> Callable[[Tensor], None]:
+    """A hook for a stacked parameter: before its gradient is accumulated, agents' gradients are moved there."""
 
-    def __call__(self, gradient: Tensor) -> None:
-        self._prepare()
+    def hook(gradient: Tensor) -> None:
+        for link in links:
+            if link.row.grad is not link.view or link.stacked.grad is not link.owner:
+                link.follow_gradient()
+
+    hook.__torch_unserializable__ = True  # type: ignore[attr-defined]
+    return hook

@@ -23,7 +23,7 @@ from gut_fast.agents.checks import check_can_reset, check_stackable
 from gut_fast.agents.forward import Forward
 from gut_fast.agents.hooks import GradientHooks, requiring_grad
 from gut_fast.agents.layout import Layout, own_storage, places
-from gut_fast.agents.links import Link, ParameterLink
+from gut_fast.agents.links import Link, follow, following
 from gut_fast.agents.precision import at_least_float32, forward_precision
 from gut_fast.randomness import derive_seed, own_random_state, seed_generators
 
@@ -91,6 +91,7 @@ class StackedModule(nn.Module):
     _hooks: GradientHooks
     _forward: Forward
     _agents: dict[int, tuple[nn.Module, list[Link]]]
+    _columns: list[list[Link]]
     _lock: threading.Lock
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
@@ -112,7 +113,8 @@ class StackedModule(nn.Module):
         """Takes a module that holds stacked tensors, and moves these into flat buffers."""
         # The dict is written to because a torch.nn.Module registers modules that are assigned to it.
         self.__dict__.update({name: template.__dict__[name] for name in REGISTRIES})
-        self.__dict__.update(template=template, _hooks=hooks, _forward=forward, _agents={}, _lock=threading.Lock())
+        self.__dict__.update(template=template, _hooks=hooks, _forward=forward, _agents={}, _columns=[])
+        self.__dict__.update(_lock=threading.Lock())
         self.training = template.training
         for name, parameter in template.named_parameters():
             _stacks[parameter] = weakref.ref(self)
@@ -127,8 +129,8 @@ class StackedModule(nn.Module):
 
     def _move_agents(self) -> None:
         """Lets agents' modules follow the stacked tensors into new memory."""
-        for _, links in self._agents.values():
-            for link, spare in zip_longest(links, self._layout.spares()):
+        for links, spare in zip_longest(self._columns, self._layout.spares()):
+            for link in links:
                 link.move(spare)
 
     @property
@@ -186,8 +188,7 @@ class StackedModule(nn.Module):
         if i not in self._agents:
             self._agents[i] = self._new_agent(i)
         module, links = self._agents[i]
-        for link in links:
-            link.follow()
+        follow(links)
         return module
 
     def follow_agents(self) -> None:
@@ -198,9 +199,8 @@ class StackedModule(nn.Module):
         """
         if self._agents:
             self._settle()
-            for _, links in self._agents.values():
-                for link in links:
-                    link.follow()
+            for links in self._columns:
+                follow(links)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the gradients of the stack, and so of all agents, to None or to zero."""
@@ -214,7 +214,7 @@ class StackedModule(nn.Module):
 
     def cut_gradients(self) -> None:
         """Sets the agents' gradients to None where the stack's are, as an optimizer's ``zero_grad`` leaves them."""
-        for _, links in self._agents.values():
+        for links in self._columns:
             for link in links:
                 link.cut()
 
@@ -256,6 +256,12 @@ class StackedModule(nn.Module):
         self.follow_agents()
         state = self.tensors()
         return {name: mean.to(state[name].dtype, copy=True) for name, mean in means(state).items()}
+
+    def unlinked_agent(self, i: int) -> nn.Module:
+        """A module of agent i's rows that nothing follows: what else is put into it, and its gradients, are its own."""
+        self._settle()
+        rows = {name: _like(tensor, own_storage(tensor.detach()[i])) for name, tensor in self.tensors().items()}
+        return self._template_with(rows)
 
     def skeleton(self) -> nn.Module:
         """A module that holds the stacked tensors themselves, with modes and hooks of its own, for `call`."""
@@ -321,9 +327,7 @@ class StackedModule(nn.Module):
 
     def keep_buffers(self, i: int) -> None:
         """Copies buffers that agent i's module has replaced, not changed in place, into agent i's rows of the stack."""
-        for link in self._agents[i][1]:
-            if not isinstance(link, ParameterLink):
-                link.follow()
+        follow([link for link in self._agents[i][1] if not isinstance(link.row, nn.Parameter)])
 
     def extra_repr(self) -> str:
         """How many agents there are, of what, and where."""
@@ -345,27 +349,35 @@ class StackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.follow_agents()
-        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_agents", "_lock")}
+        return {
+            name: value
+            for name, value in self.__dict__.items()
+            if name not in ("_layout", "_agents", "_columns", "_lock")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._take(self.template, self._hooks, self._forward)
 
     def _new_agent(self, i: int) -> tuple[nn.Module, list[Link]]:
-        """Makes the module of agent i and its links, those of parameters first."""
+        """Makes the module of agent i and its links."""
+        if not self._columns:
+            self._columns = [[] for _ in self._layout.entries]
+            for (_, tensor, _), column in zip(self._layout.entries, self._columns, strict=True):
+                if isinstance(tensor, nn.Parameter):
+                    with requiring_grad(tensor):
+                        tensor.register_hook(following(column))
         links: dict[str, Link] = {}
         for (name, tensor, _), spare in zip_longest(self._layout.entries, self._layout.spares()):
-            label = f"agent {i}'s {name}"
-            if isinstance(tensor, nn.Parameter):
-                links[name] = ParameterLink(label, tensor, i, spare, self._lock)
-                with requiring_grad(links[name].row):
-                    self._hooks.add_to_agent(name, links[name].row)
-            else:
-                links[name] = Link(label, tensor, i)
+            links[name] = Link(f"agent {i}'s {name}", tensor, i, self._lock, spare)
+            with requiring_grad(links[name].row):
+                self._hooks.add_to_agent(name, links[name].row)
         module = self._template_with({name: link.row for name, link in links.items()})
         by_row = {id(link.row): link for link in links.values()}
         for registry, key in places(module):
             by_row[id(registry[key])].places.append((registry, key))
+        for column, link in zip(self._columns, links.values(), strict=True):
+            column.append(link)
         return module, list(links.values())
 
     def _template_with(self, tensors: Mapping[str, Tensor]) -> nn.Module:
