@@ -27,6 +27,9 @@ __all__ = ["Display", "title"]
 
 SECONDS_BETWEEN_LINES = 30.0
 
+WIDE = 60
+"""The width of a terminal that has room for long bars and for the numbers of a run."""
+
 
 class _Numbers(ProgressColumn):
     """The numbers of a run, which are cut off in a narrow terminal, where the bar is not."""
@@ -50,10 +53,10 @@ class Display:
         self._console, self._total, self._ended = console, total, ended
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=20 if console.width >= WIDE else 5, table_column=Column(no_wrap=True)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            _Numbers(table_column=Column()),
+            *([_Numbers(table_column=Column())] if console.width >= WIDE else []),
             console=console,
             transient=True,
             disable=not console.is_terminal,
@@ -107,7 +110,7 @@ class Display:
 
     def _print(self, text: str, style: str | None = None) -> None:
         self._last_line = time.monotonic()
-        self._console.print(text, style=style, soft_wrap=True)
+        self._console.print(text, style=style)
 
 
 def title(task: Task) -> str:
