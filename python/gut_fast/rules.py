@@ -10,9 +10,11 @@ gradient and the state, so one step of any of them is::
 
 An `UpdateRule` is the function from hyper-parameters to ``(A, B, C, E)``. The gradient ``g`` is taken at ``z``, so
 ``z`` is the model's parameters and ``loss.backward(); optimizer.step()`` is the whole algorithm. States are zero at the
-start and kept in gradient units, so a learning-rate schedule rescales them as `torch.optim.SGD` does its momentum. The
-drift is divided by the learning rate of its own step: where a schedule cuts η by a large factor from one step to the
-next, D/η is that much larger once.
+start and kept in gradient units, so a learning-rate schedule rescales them as `torch.optim.SGD` does its momentum.
+
+Where a schedule makes η tiny and then large again, as with warm restarts, D/η of the tiny η is noise that the large one
+multiplies. So the drift can be divided by a rate of its own, ``ρ_t = max(η_t, γ ρ_{t−1})`` (`next_drift_lr`), which is
+η while η is constant or grows, and follows a falling η at the pace of γ only: ρ takes the place of η in E.
 
 To add a method, write one function under ``@update_rule``; every backend, test, benchmark and command picks it up.
 """
@@ -24,10 +26,10 @@ import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-__all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "update_rule"]
+__all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "next_drift_lr", "update_rule"]
 
 Matrix = Sequence[Sequence[float]]
 
@@ -52,6 +54,8 @@ ANY_NUMBER = Interval(-math.inf, math.inf, open_above=True)
 
 DOMAINS: Mapping[str, Interval] = {
     "lr": Interval(0.0, math.inf, open_above=True),
+    "drift_lr": Interval(0.0, math.inf, open_above=True),
+    "drift_memory": Interval(0.0, 1.0, open_above=True),
     "weight_decay": Interval(0.0, math.inf, open_above=True),
     "mu": Interval(0.0, 1.0),
     "momentum": Interval(0.0, 1.0, open_above=True),
@@ -59,8 +63,22 @@ DOMAINS: Mapping[str, Interval] = {
 """The domain of a hyper-parameter of this name, wherever it appears; other names take any finite number."""
 
 
-RESERVED = ("weight_decay", "maximize", "params", "optimizer", "rule", "topology", "backend", "process_group")
+RESERVED = (
+    *("weight_decay", "maximize", "drift_lr", "drift_memory"),
+    *("params", "optimizer", "rule", "topology", "backend", "process_group"),
+)
 """Options that every rule and optimizer has; no hyper-parameter can be called so."""
+
+
+def next_drift_lr(lr: float, previous: float, memory: float) -> float:
+    """Returns ``ρ_t = max(η_t, γ ρ_{t−1})``, the rate that the drift of a step is divided by.
+
+    Args:
+        lr: η_t, the learning rate of the step.
+        previous: ρ_{t−1}, the rate of the step before; 0 if there was none.
+        memory: γ in [0, 1); at 0 it is the learning rate, which is the published form of every method.
+    """
+    return max(lr, memory * previous)
 
 
 @dataclass(frozen=True)
@@ -180,12 +198,19 @@ class UpdateRule:
             raise ValueError(f"rule {self.name!r}: {name}={value} is outside {self.domain(name)}")
 
     def coefficients(
-        self, lr: float, *, weight_decay: float = 0.0, maximize: bool = False, **hyperparameters: Any
+        self,
+        lr: float,
+        *,
+        drift_lr: float | None = None,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        **hyperparameters: Any,
     ) -> Coefficients:
         """The matrices of one step at learning rate `lr`.
 
         Weight decay λ replaces g by g + λz, `maximize` replaces g by −g, as in `torch.optim.SGD`. At ``lr = 0`` every
-        rule is plain gossip: z mixes, ``z' = z + D`` with ``S = z``, and the state stays as it is.
+        rule is plain gossip: z mixes, ``z' = z + D`` with ``S = z``, and the state stays as it is. The states' rows of
+        E are those at learning rate `drift_lr` (see `next_drift_lr`) if that is given and larger.
 
         Raises:
             TypeError, ValueError: a bad value, shape or entry; the message says which.
@@ -194,8 +219,20 @@ class UpdateRule:
         self._check_value("weight_decay", weight_decay)
         self._check_value("maximize", maximize, is_flag=True)
         checked = self.check(hyperparameters)
-        coefficients = self._gossip_only() if lr == 0 else self._evaluate(lr, checked)
-        return coefficients if lr == 0 else _fold_gradient(coefficients, weight_decay, maximize)
+        if drift_lr is not None:
+            self._check_value("drift_lr", drift_lr)
+        if lr == 0:
+            return self._gossip_only()
+        coefficients = self._evaluate(lr, checked)
+        if drift_lr is not None and drift_lr > lr:
+            E = [coefficients.E[0], *self._evaluate(drift_lr, checked).E[1:]]
+            coefficients = replace(coefficients, E=E)
+        return _fold_gradient(coefficients, weight_decay, maximize)
+
+    @property
+    def divides_drift(self) -> bool:
+        """True if what the states take of the drift depends on the learning rate."""
+        return self._evaluate(1.0, self.hyperparameters).E[1:] != self._evaluate(2.0, self.hyperparameters).E[1:]
 
     def _evaluate(self, lr: float, hyperparameters: Mapping[str, Any]) -> Coefficients:
         coefficients = self.formula(lr, **hyperparameters)

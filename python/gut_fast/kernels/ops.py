@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, HALVES, GossipStep, Rows, arithmetic, cpu
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, HALVES, GossipStep, Rows, are_readable, arithmetic, cpu
 
 __all__ = [
     "check",
@@ -29,6 +29,9 @@ __all__ = [
     "prepare",
     "select_backend",
 ]
+
+PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
+"""The types of tensors that compute as PyTorch does; others stand for something else."""
 
 _library = torch.library.Library("gut_fast", "DEF")
 _library.define(
@@ -108,7 +111,7 @@ def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
     if torch._C._len_torch_dispatch_stack():
         return None
     compute = cpu.direct_step(step) if backend in ("auto", "cpu") else None
-    if compute is None:
+    if compute is None or not are_readable(step):
         if not step.parameters or step.parameters[0].device.type not in AUTOMATIC or not _are_of_torch(step):
             return None
         compute = torch.no_grad()(partial(_checked_backend(step, backend).gossip_step, step))
@@ -122,8 +125,7 @@ def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
 
 def _are_of_torch(step: GossipStep) -> bool:
     """True if no tensor is of a subclass, which may compute in its own way."""
-    plain = {torch.Tensor, torch.nn.Parameter, type(None)}
-    return {*map(type, step.parameters), *map(type, step.state), *map(type, step.gradients)} <= plain
+    return {*map(type, step.parameters), *map(type, step.state), *map(type, step.gradients)} <= PLAIN
 
 
 @torch.no_grad()
@@ -159,7 +161,7 @@ def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: R
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
     """
-    is_done = len(rows) == step.num_agents and _is_direct(backend) and cpu.direct_message(step, rows, residuals)
+    is_done = len(rows) == step.num_agents and _is_direct(step, backend) and cpu.direct_message(step, rows, residuals)
     if not is_done:
         module = _checked_backend(step, backend, "message")
         _check_rows(step, rows, step.num_agents)
@@ -186,16 +188,16 @@ def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
     Raises:
         TypeError, ValueError, RuntimeError: as `message`.
     """
-    if not (_is_direct(backend) and cpu.direct_combine(step, rows)):
+    if not (_is_direct(step, backend) and cpu.direct_combine(step, rows)):
         module = _checked_backend(step, backend, "combine")
         _check_rows(step, rows, len(rows))
         module.combine(step, list(rows))
     torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
 
-def _is_direct(backend: str) -> bool:
-    """True if the compiled kernel may be chosen and nothing traces the call."""
-    return backend in ("auto", "cpu") and not torch._C._len_torch_dispatch_stack()
+def _is_direct(step: GossipStep, backend: str) -> bool:
+    """True if the compiled kernel may be chosen and can read the step's tensors, and nothing traces the call."""
+    return backend in ("auto", "cpu") and not torch._C._len_torch_dispatch_stack() and are_readable(step)
 
 
 def _check_rows(step: GossipStep, rows: Rows, num_rows: int) -> None:
@@ -297,7 +299,7 @@ def select_backend(
 def check(step: GossipStep) -> None:
     """Raises TypeError or ValueError unless the step's tensors are as `gossip_step_` describes them."""
     _check_mixing(step)
-    if cpu.are_plain(step) and step.parameters[0].is_floating_point():
+    if cpu.are_plain(step) and step.parameters[0].is_floating_point() and are_readable(step):
         check_dtypes(*step.dtypes)
         return
     check_parameters(step.parameters, step.num_agents)
@@ -315,6 +317,7 @@ def check(step: GossipStep) -> None:
         if gradient.layout is not torch.strided:
             raise TypeError(f"gradient {index} is {gradient.layout}; use dense gradients (sparse=False)")
         _check_kind("gradient", index, gradient, first)
+        _check_memory(f"gradient {index}", gradient)
     dtype, state_dtype = step.dtypes
     check_dtypes(dtype, state_dtype)
     for index, buffer in enumerate(step.state):
@@ -324,6 +327,7 @@ def check(step: GossipStep) -> None:
                 f"expected one contiguous row of {num_elements}"
             )
         _check_kind("state", index, buffer, first, state_dtype)
+        _check_memory(f"state {index}", buffer, is_changed=True)
 
 
 def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") -> None:
@@ -356,6 +360,19 @@ def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str =
             strides = parameter.stride()
             raise ValueError(f"{where}parameter {index} is not contiguous: strides {strides}; use .contiguous()")
         _check_kind(f"{where}parameter", index, parameter, parameters[0])
+        _check_memory(f"{where}parameter {index}", parameter, is_changed=True)
+
+
+def _check_memory(what: str, tensor: Tensor, is_changed: bool = False) -> None:
+    """Raises ValueError if the tensor's storage has been freed, or if it is to be changed and is lazily negated."""
+    if is_changed and tensor.is_neg():
+        raise ValueError(f"{what} is a lazily negated view, which cannot be changed in place; use .resolve_neg()")
+    if type(tensor) not in PLAIN or tensor.device.type == "meta" or not tensor.numel():
+        return
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    needed, there = (tensor.storage_offset() + last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if there < needed:
+        raise ValueError(f"{what} has no memory: its storage has {there} bytes of the {needed} needed, was it freed?")
 
 
 def _check_kind(what: str, index: int, tensor: Tensor, first: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -393,3 +410,4 @@ def _check_vector(what: str, tensor: Tensor, dtype: torch.dtype, length: int, de
             f"{what} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, "
             f"expected a contiguous {dtype} of shape ({length},) on {device}"
         )
+    _check_memory(what, tensor, is_changed=True)

@@ -8,7 +8,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["GossipStep", "Instances", "Rows", "arithmetic", "message_each", "rows_of_all", "store_message"]
+__all__ = [
+    "GossipStep",
+    "Instances",
+    "Rows",
+    "are_readable",
+    "arithmetic",
+    "message_each",
+    "rows_of_all",
+    "store_message",
+]
 
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -86,6 +95,25 @@ class GossipStep(NamedTuple):
         """Uninitialised rows of messages [M ΣD], one for each agent here."""
         numbers = self.num_messages * sum(parameter.numel() for parameter in self.parameters)
         return list(self.parameters[0].new_empty(self.num_agents, numbers // self.num_agents, dtype=dtype))
+
+
+def are_readable(step: GossipStep) -> bool:
+    """True if the bytes of the step's tensors are there, and are the numbers: no storage is freed, none negated lazily.
+
+    The compiled kernels read bytes. PyTorch keeps the sign of some results, such as the gradient of an imaginary part,
+    in a bit beside them, and a storage may have been freed under its tensors (``storage.resize_(0)``). It is False also
+    where this cannot be seen quickly. Every step asks, so this must be cheap.
+    """
+    tensors = [*step.parameters, *step.state, *(gradient for gradient in step.gradients if gradient is not None)]
+    if step.grad_scale is not None:
+        tensors.append(step.grad_scale)
+    try:
+        return all(map(_num_bytes, map(_storage, tensors))) and not any(map(_is_negated, tensors))
+    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        return False
+
+
+_num_bytes, _storage, _is_negated = torch.UntypedStorage.nbytes, Tensor.untyped_storage, Tensor.is_neg
 
 
 Message = Callable[[GossipStep, Sequence[Tensor]], None]

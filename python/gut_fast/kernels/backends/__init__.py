@@ -18,9 +18,9 @@ from types import ModuleType
 
 from gut_fast.kernels.backends import cpu, cuda, triton
 from gut_fast.kernels.backends import torch as plain_torch
-from gut_fast.kernels.step import HALVES, GossipStep, Rows, arithmetic
+from gut_fast.kernels.step import HALVES, GossipStep, Rows, are_readable, arithmetic
 
-__all__ = ["AUTOMATIC", "BACKENDS", "HALVES", "GossipStep", "Rows", "arithmetic"]
+__all__ = ["AUTOMATIC", "BACKENDS", "HALVES", "GossipStep", "Rows", "are_readable", "arithmetic"]
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": plain_torch}
 """All backends by name."""
