@@ -27,7 +27,7 @@ def test_sgd_inside_equals_the_plain_class(rule):
 
 def test_it_cannot_be_captured():
     inner = torch.optim.AdamW(parameters(), lr=0.01)
-    with pytest.raises(ValueError, match="Gossip: no capturable=True"):
+    with pytest.raises(ValueError, match="Gossip: no capturable=; a CUDA graph"):
         gf.Gossip(inner, topology=RING, capturable=True)
 
 

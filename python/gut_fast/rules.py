@@ -27,6 +27,7 @@ import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 __all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "next_drift_lr", "update_rule"]
@@ -188,6 +189,10 @@ class UpdateRule:
         """The values that hyper-parameter `name`, ``lr`` or ``weight_decay`` may take."""
         return self.domains.get(name, DOMAINS.get(name, ANY_NUMBER))
 
+    def check_option(self, name: str, value: Any) -> None:
+        """Raises TypeError or ValueError unless the value is in the domain of an option of this name."""
+        self._check_value(name, value)
+
     def _check_value(self, name: str, value: Any, is_flag: bool = False) -> None:
         if is_flag:
             if not isinstance(value, bool):
@@ -229,10 +234,11 @@ class UpdateRule:
             coefficients = replace(coefficients, E=E)
         return _fold_gradient(coefficients, weight_decay, maximize)
 
-    @property
+    @cached_property
     def divides_drift(self) -> bool:
         """True if what the states take of the drift depends on the learning rate."""
-        return self._evaluate(1.0, self.hyperparameters).E[1:] != self._evaluate(2.0, self.hyperparameters).E[1:]
+        at_one, at_two = (self._evaluate(lr, self.hyperparameters).E[1:] for lr in (1.0, 2.0))
+        return at_one != at_two
 
     def _evaluate(self, lr: float, hyperparameters: Mapping[str, Any]) -> Coefficients:
         coefficients = self.formula(lr, **hyperparameters)

@@ -92,7 +92,7 @@ def settings_of(
     rule: UpdateRule, topology: Topology, groups: Sequence[Mapping[str, Any]], options: RankOptions
 ) -> dict[str, Any]:
     """Returns what ranks compare at the start, and newcomers later: settings of an optimizer, by name."""
-    names = ("lr", "weight_decay", "maximize", *rule.hyperparameters)
+    names = ("lr", "weight_decay", "maximize", "drift_memory", *rule.hyperparameters)
     return {
         "versions": f"gut_fast {version('gut_fast')}, torch {torch.__version__}",
         "rule": rule.name,

@@ -90,13 +90,15 @@ class FlatState:
         """Puts the views into ``state[parameter][name]``, with the values that are there, or zero.
 
         Raises:
-            ValueError: a value is not a tensor of its parameter's shape; nothing has been changed.
+            ValueError: a value is not a tensor of its parameter's shape, or has been freed; nothing has been changed.
         """
         for parameter, name, view in self._views:
             current = state[parameter].get(name)
             if current is not None and (not isinstance(current, Tensor) or current.shape != view.shape):
                 given = [*current.shape] if isinstance(current, Tensor) else type(current).__name__
                 raise ValueError(f"state {name!r} of a parameter must be a tensor {[*view.shape]}, got {given}")
+            if current is not None and current.numel() and not current.untyped_storage().nbytes():
+                raise ValueError(f"state {name!r} of a parameter has no memory: its storage has been freed")
         for parameter, name, view in self._views:
             current = state[parameter].get(name)
             if current is None:

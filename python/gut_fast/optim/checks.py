@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gut_fast.kernels.backends import arithmetic
-from gut_fast.rules import RULES, UpdateRule
+from gut_fast.rules import RULES, Coefficients, UpdateRule, next_drift_lr
 from gut_fast.topology import Topology
 
 __all__ = [
+    "check_capturable",
     "check_range",
     "check_state_dict",
+    "checked_coefficients",
     "checked_grad_scale",
     "frames_to_the_caller",
     "listed",
+    "looks_unstacked",
     "settings_of",
     "with_amp",
 ]
@@ -60,12 +63,25 @@ def check_range(coefficients: list[float], lr: float, parameters: Sequence[Tenso
             )
 
 
+def check_capturable(topology: Topology, is_across: bool, drift_memory: float | None, name: str) -> None:
+    """Raises ValueError if a CUDA graph cannot hold the steps of an optimizer with such arguments."""
+    if not topology.is_static:
+        raise ValueError(f"capturable=True needs a topology that does not vary with time, got {topology}")
+    if is_across:
+        raise ValueError("capturable=True: steps of several ranks cannot be captured in a CUDA graph")
+    if drift_memory:
+        raise ValueError(
+            f"{name}: capturable=True with drift_memory={drift_memory}: the drift's rate changes from step to step, "
+            "and a CUDA graph repeats one step; leave it out, or give 0"
+        )
+
+
 def checked_grad_scale(grad_scale: Tensor, num_agents: int, name: str) -> Tensor:
     """Returns the factors as the kernels take them. Raises ValueError unless they are real and one per agent."""
     if not isinstance(grad_scale, Tensor) or grad_scale.shape != (num_agents,) or grad_scale.is_complex():
         given = f"{grad_scale.dtype} {[*grad_scale.shape]}" if isinstance(grad_scale, Tensor) else type(grad_scale)
         raise ValueError(f"{name}: grad_scale must be a real tensor [{num_agents}], got {given}")
-    return grad_scale.to(torch.float64).contiguous()
+    return grad_scale.resolve_neg().to(torch.float64).contiguous()
 
 
 def with_amp(
@@ -79,17 +95,31 @@ def with_amp(
     return factors if grad_scale is None else grad_scale.cpu() * factors
 
 
-def settings_of(group: dict[str, Any], rule: UpdateRule, default_lr: Any) -> dict[str, Any]:
-    """Returns the group's settings that its coefficients depend on, with a learning rate of almost 0 read as 0.
+def settings_of(group: Mapping[str, Any], rule: UpdateRule, default_lr: Any) -> dict[str, Any]:
+    """Returns what a group's coefficients depend on, with a learning rate of almost 0 read as 0.
 
-    Schedules that end at zero may miss it by a rounding, on either side, and the drift is divided by the learning rate:
-    below 1e-12 of the group's first one it is zero.
+    Schedules that end at zero may miss it by a rounding, on either side: below 1e-12 of the group's first one the
+    learning rate is zero. One that is a tensor is read here. ``drift_lr`` is that of the next step.
     """
-    settings = {name: group[name] for name in ("lr", "weight_decay", "maximize", *rule.hyperparameters)}
-    first, lr = group.get("initial_lr", default_lr), settings["lr"]
-    if isinstance(first, (int, float)) and isinstance(lr, (int, float)) and abs(lr) < ZERO_RATE * first:
-        settings["lr"] = 0.0
+    settings = {name: group[name] for name in ("lr", "weight_decay", "maximize", "drift_memory", *rule.hyperparameters)}
+    lr, first, memory = settings["lr"], group.get("initial_lr", default_lr), settings["drift_memory"]
+    if isinstance(lr, Tensor) and lr.numel() == 1:
+        lr = settings["lr"] = lr.item()
+    if isinstance(lr, (int, float)):
+        is_known = isinstance(first, (int, float)) or (isinstance(first, Tensor) and first.is_cpu)
+        if is_known and abs(lr) < ZERO_RATE * first:
+            lr = settings["lr"] = 0.0
+        if memory and rule.divides_drift and isinstance(memory, (int, float)):
+            settings["drift_lr"] = next_drift_lr(lr, group["drift_lr"], memory)
     return settings
+
+
+def checked_coefficients(settings: Mapping[str, Any], rule: UpdateRule, name: str) -> Coefficients:
+    """Returns the coefficients of a step with such settings. Raises TypeError or ValueError for a bad one."""
+    if isinstance(settings["lr"], Tensor):
+        raise ValueError(f"{name}: an lr that is a tensor must hold one number, got shape {[*settings['lr'].shape]}")
+    rule.check_option("drift_memory", settings["drift_memory"])
+    return rule.coefficients(**{key: value for key, value in settings.items() if key != "drift_memory"})
 
 
 def check_state_dict(
@@ -117,9 +147,10 @@ def check_state_dict(
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         raise ValueError(f"{name}: the state's parameter groups have other sizes than this optimizer's")
     for saved_group, group in zip(saved, groups, strict=True):
-        if missing := sorted(defaults.keys() - saved_group.keys() - {"differentiable"}):
+        saved_group = {"drift_memory": 0.0, "drift_lr": 0.0, **saved_group}  # which older states do not have
+        if missing := sorted(defaults.keys() - saved_group.keys()):
             raise ValueError(f"{name}: a parameter group of the state has no {', '.join(missing)}")
-        rule.coefficients(**settings_of(saved_group, rule, defaults["lr"]))
+        checked_coefficients(settings_of(saved_group, rule, defaults["lr"]), rule, name)
         for index, parameter in zip(saved_group["params"], group["params"], strict=True):
             entries = state_dict["state"].get(index, {})
             found = {k: _described(v) for k, v in entries.items()} if isinstance(entries, dict) else entries
@@ -132,6 +163,24 @@ def _described(tensor: Any) -> str:
     """Describes a saved value: its shape if it is a floating-point tensor, else its type."""
     is_right = isinstance(tensor, Tensor) and tensor.is_floating_point()
     return str(tuple(tensor.shape)) if is_right else f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')}"
+
+
+def looks_unstacked(parameters: Sequence[Tensor]) -> bool:
+    """Returns whether these may be the weights and biases of one plain module whose widths happen to be N.
+
+    The parameters of `torch.nn.Linear(5, N)` have shapes (N, 5) and (N,), as if N agents had a vector and a number
+    each. They are taken for a module's if there is such a pair, and all weights and biases are spread as torch
+    initialises linear and convolutional layers: uniformly within 1/√fan-in. Agents of a stack mostly start alike.
+    """
+    if any(type(tensor.data) is not Tensor or tensor.is_meta or not tensor.numel() for tensor in parameters):
+        return False
+    pairs = zip(parameters, [*parameters[1:], None], strict=True)
+    biases = [(weight, bias) for weight, bias in pairs if weight.dim() > 1 and bias is not None and bias.dim() == 1]
+    weights = [tensor for tensor in parameters if tensor.dim() > 1]
+    return bool(biases) and all(
+        0 < float(tensor.detach().abs().max()) <= 1.0001 * weight[0].numel() ** -0.5 and not tensor[0].equal(tensor[1])
+        for weight, tensor in [*biases, *zip(weights, weights, strict=True)]
+    )
 
 
 def frames_to_the_caller() -> int:

@@ -6,27 +6,14 @@ Every parameter is stacked: shape (N, *shape), row i is agent i's. The gradient 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Literal
+
+from torch import Tensor
+from typing_extensions import Unpack
 
 from gut_fast.optim.optimizer import GossipOptimizer
-
-if TYPE_CHECKING:
-    from typing import TypedDict
-
-    import torch
-    from typing_extensions import Required, Unpack
-
-    from gut_fast.topology import Topology
-
-    class Options(TypedDict, total=False):
-        """The options of every class, beside its rule's hyper-parameters: see `GossipOptimizer`."""
-
-        topology: Required[Topology]
-        weight_decay: float
-        maximize: bool
-        backend: str
-        state_dtype: torch.dtype | None
-
+from gut_fast.optim.options import Options, Parameters, with_shared_options
+from gut_fast.topology import Topology
 
 __all__ = [
     "D2",
@@ -43,130 +30,263 @@ __all__ = [
 ]
 
 
+@with_shared_options
 class DSGD(GossipOptimizer):
-    """Decentralized SGD: ``S = z − ηg;  z' = S + D`` (Lian et al., NeurIPS 2017). Arguments: see `GossipOptimizer`."""
+    """Decentralized SGD: ``S = z − ηg;  z' = S + D`` (Lian et al., NeurIPS 2017).
 
-    def __init__(self, params: Any, lr: float, **options: Unpack[Options]) -> None:
-        super().__init__(params, "dsgd", lr=lr, **options)
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
+    """
+
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "dsgd", lr=lr, topology=topology, **options)
 
 
+@with_shared_options
 class GUT(GossipOptimizer):
     """Global Update Tracking: ``S = z − η(g + μr);  z' = S + D;  r' = μr − D/η`` (Aketi et al., NeurIPS 2023).
 
     One message a step as in DSGD, one buffer r that learns minus the local bias. μ = 0 is DSGD, μ = 1 is D². Stable on
-    a topology iff ``lambda_min(W) > −1/(1 + 2μ)``. Arguments: see `GossipOptimizer`; mu is in [0, 1].
+    a topology iff ``lambda_min(W) > −1/(1 + 2μ)``.
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
-    def __init__(self, params: Any, lr: float, mu: float | Literal["auto"] = 0.9, **options: Unpack[Options]) -> None:
-        super().__init__(params, "gut", lr=lr, mu=mu, **options)
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        mu: float | Literal["auto"] = 0.9,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "gut", lr=lr, mu=mu, topology=topology, **options)
 
 
+@with_shared_options
 class GUTm(GossipOptimizer):
     """Quasi-global momentum with global update tracking beside it, a rule of our own.
 
     ``d = g + βm + μr;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)(d − D/η);  r' = μr − D/η``. The average moves as
-    QG-DSGDm's does. Arguments: see `GossipOptimizer`; momentum β is in [0, 1), mu in [0, 1].
+    QG-DSGDm's does.
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        momentum: β in [0, 1).
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
     def __init__(
         self,
-        params: Any,
-        lr: float,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         mu: float | Literal["auto"] = 0.8,
+        *,
+        topology: Topology,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "gutm", lr=lr, momentum=momentum, mu=mu, **options)
+        super().__init__(params, "gutm", lr=lr, momentum=momentum, mu=mu, topology=topology, **options)
 
 
+@with_shared_options
 class QGT(GossipOptimizer):
     """Quasi-global tracking: momentum and update tracking in one buffer, a rule of our own.
 
     ``d = g + βm;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)d − μD/η``. μ = 1 − β is QG-DSGDm, and the average moves as
-    that does. Stable on a topology iff ``μβ < (1 + lambda_min)/(1 − lambda_min) · (1 + β(2 − β))``. Arguments: see
-    `GossipOptimizer`; momentum β is in [0, 1), mu in [0, 1].
+    that does. Stable on a topology iff ``μβ < (1 + lambda_min)/(1 − lambda_min) · (1 + β(2 − β))``.
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        momentum: β in [0, 1).
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
     def __init__(
         self,
-        params: Any,
-        lr: float,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         mu: float | Literal["auto"] = 1.0,
+        *,
+        topology: Topology,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "qgt", lr=lr, momentum=momentum, mu=mu, **options)
+        super().__init__(params, "qgt", lr=lr, momentum=momentum, mu=mu, topology=topology, **options)
 
 
+@with_shared_options
 class D2(GossipOptimizer):
     """D² / Exact Diffusion: ``S = z − η(g + r);  z' = S + D;  r' = r − D/η`` (Tang et al., ICML 2018).
 
-    Arguments: see `GossipOptimizer`.
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
-    def __init__(self, params: Any, lr: float, **options: Unpack[Options]) -> None:
-        super().__init__(params, "d2", lr=lr, **options)
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "d2", lr=lr, topology=topology, **options)
 
 
+@with_shared_options
 class QGGUTm(GossipOptimizer):
     """GUT with quasi-global momentum, as published (Aketi et al., NeurIPS 2023).
 
     ``S = z − η(g + p);  z' = S + D;  p' = βg + (β+μ)p − μD/η − β(1+μ)c;  c' = D/η``. The average moves with
-    momentum β + μ, which must stay below 1; the fair control is ``QGGUTm(momentum=β+μ, mu=0)``. Arguments: see
-    `GossipOptimizer`.
+    momentum β + μ, which must stay below 1; the fair control is ``QGGUTm(momentum=β+μ, mu=0)``.
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        momentum: β in [0, 1).
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
     def __init__(
         self,
-        params: Any,
-        lr: float,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
         momentum: float = 0.9,
         mu: float | Literal["auto"] = 0.06,
+        *,
+        topology: Topology,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "qg_gutm", lr=lr, momentum=momentum, mu=mu, **options)
+        super().__init__(params, "qg_gutm", lr=lr, momentum=momentum, mu=mu, topology=topology, **options)
 
 
+@with_shared_options
 class DSGDm(GossipOptimizer):
     """DSGD with local momentum: ``S = z − η(g + βm);  z' = S + D;  m' = βm + g`` (Yu et al., ICML 2019).
 
-    With `nesterov`, ``S = z − η(g + β(βm + g))``. Arguments: see `GossipOptimizer`; momentum β is in [0, 1).
+    With `nesterov`, ``S = z − η(g + β(βm + g))``.
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        momentum: β in [0, 1).
+        nesterov: whether the momentum is Nesterov's.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
     def __init__(
-        self, params: Any, lr: float, momentum: float = 0.9, nesterov: bool = False, **options: Unpack[Options]
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "dsgdm", lr=lr, momentum=momentum, nesterov=nesterov, **options)
+        super().__init__(params, "dsgdm", lr=lr, momentum=momentum, nesterov=nesterov, topology=topology, **options)
 
 
+@with_shared_options
 class QGDSGDm(GossipOptimizer):
     """DSGD with quasi-global momentum, in the moving-average form of Lin et al., ICML 2021.
 
     ``d = g + βm;  S = z − ηd;  z' = S + D;  m' = βm + (1−β)(d − D/η)``; with `nesterov`, ``d = g + β(βm + g)``.
-    Arguments: see `GossipOptimizer`; momentum β is in [0, 1).
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        momentum: β in [0, 1).
+        nesterov: whether the momentum is Nesterov's.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
     def __init__(
-        self, params: Any, lr: float, momentum: float = 0.9, nesterov: bool = False, **options: Unpack[Options]
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "qg_dsgdm", lr=lr, momentum=momentum, nesterov=nesterov, **options)
+        super().__init__(params, "qg_dsgdm", lr=lr, momentum=momentum, nesterov=nesterov, topology=topology, **options)
 
 
+@with_shared_options
 class GradientTracking(GossipOptimizer):
     """DSGT, two messages a step: ``y = v + g − q;  z' = W(z − ηy);  v' = Wy;  q' = g`` (Pu and Nedić, 2021).
 
-    Arguments: see `GossipOptimizer`.
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
-    def __init__(self, params: Any, lr: float, **options: Unpack[Options]) -> None:
-        super().__init__(params, "gradient_tracking", lr=lr, **options)
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "gradient_tracking", lr=lr, topology=topology, **options)
 
 
+@with_shared_options
 class MomentumTracking(GossipOptimizer):
     """Momentum tracking, two messages a step (Takezawa et al., TMLR 2023).
 
-    ``y = v + (β−1)m + g;  z' = W(z − ηy);  v' = Wy;  m' = βm + g``. Arguments: see `GossipOptimizer`.
+    ``y = v + (β−1)m + g;  z' = W(z − ηy);  v' = Wy;  m' = βm + g``.
+
+    Args:
+        params: stacked parameters, or parameter groups; see `GossipOptimizer`.
+        lr: learning rate η >= 0.
+        momentum: β in [0, 1).
+        topology: who mixes with whom, for N agents.
+        **options: the options that all optimizers share; see `GossipOptimizer`.
     """
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.9, **options: Unpack[Options]) -> None:
-        super().__init__(params, "momentum_tracking", lr=lr, momentum=momentum, **options)
+    def __init__(
+        self,
+        params: Parameters,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.9,
+        *,
+        topology: Topology,
+        **options: Unpack[Options],
+    ) -> None:
+        super().__init__(params, "momentum_tracking", lr=lr, momentum=momentum, topology=topology, **options)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gut_fast.distributed import DEFAULT_TIMEOUT, Group
 from gut_fast.kernels import ops
 from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.rules import UpdateRule
@@ -17,13 +20,27 @@ from gut_fast.topology import Topology
 __all__ = ["Gossip", "clip_grad_norm_per_agent_"]
 
 
+SHAPES = (((3, 4), 12), ((5,), 5), ((), 1))
+"""Shapes of the parameters of one agent in a trial step, and their sizes."""
+
+MIXES = "it looks at all agents' numbers together"
+
 NOT_LOCAL = {
     "LBFGS": "its step needs a closure",
     "SparseAdam": "it takes sparse gradients only",
-    "Adafactor": "it looks at all agents' numbers together",
-    "Muon": "it looks at all agents' numbers together",
+    "Adafactor": MIXES,
+    "Muon": MIXES,
 }
-"""Torch's optimizers that cannot act on each agent by itself, and why."""
+"""Torch's optimizers that cannot act on each agent by itself, and why; nor can their subclasses."""
+
+NOT_AROUND = {
+    "capturable": "a CUDA graph would keep the learning rate of its capture",
+    "overlap": "what is sent is known only after the inner optimizer's step",
+    "lr": "it is that of the inner optimizer",
+    "weight_decay": "give it to the inner optimizer",
+    "maximize": "give it to the inner optimizer",
+}
+"""Options of other optimizers that `Gossip` cannot have, and why."""
 
 
 class Gossip(GossipOptimizer):
@@ -40,10 +57,22 @@ class Gossip(GossipOptimizer):
 
     Args:
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
-            by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon) would mix
-            agents outside the topology and are refused.
-        rule, topology, backend, state_dtype, **hyperparameters: as for `GossipOptimizer`, as are process_group and
-            the options that go with it.
+            by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon, LAMB) would
+            mix agents outside the topology and are refused: torch's by their class, others by a trial step of two
+            agents.
+        rule: as for `GossipOptimizer`.
+        topology: who mixes with whom, for N agents.
+        drift_memory: as for `GossipOptimizer`.
+        backend: as for `GossipOptimizer`.
+        state_dtype: dtype of the rule's state; None is the parameters'.
+        process_group: as for `GossipOptimizer`.
+        agents_per_rank: as for `GossipOptimizer`.
+        wire_dtype: as for `GossipOptimizer`.
+        bucket_bytes: as for `GossipOptimizer`.
+        timeout: as for `GossipOptimizer`.
+        on_peer_failure: as for `GossipOptimizer`.
+        shared_memory: as for `GossipOptimizer`.
+        **hyperparameters: those of the rule.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
@@ -55,29 +84,43 @@ class Gossip(GossipOptimizer):
         rule: str | UpdateRule = "gut",
         *,
         topology: Topology,
+        drift_memory: float | None = None,
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
+        process_group: dist.ProcessGroup | Group | None = None,
+        agents_per_rank: int | None = None,
+        wire_dtype: torch.dtype | None = None,
+        bucket_bytes: int | None = None,
+        timeout: float = DEFAULT_TIMEOUT,
+        on_peer_failure: Literal["raise", "continue"] = "raise",
+        shared_memory: bool = True,
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if isinstance(optimizer, GossipOptimizer) or type(optimizer).__name__ in NOT_LOCAL:
-            reason = NOT_LOCAL.get(type(optimizer).__name__, "it mixes the agents itself")
+        if reason := _why_not_local(optimizer):
             raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
-        if hyperparameters.pop("capturable", False):
-            raise ValueError("Gossip: no capturable=True; a CUDA graph would keep the learning rate of its capture")
-        if hyperparameters.get("overlap"):
-            raise ValueError("Gossip: no overlap=True; what is sent is known only after the inner optimizer's step")
+        for option, reason in NOT_AROUND.items():
+            if hyperparameters.pop(option, None):
+                raise ValueError(f"Gossip: no {option}=; {reason}")
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
-        groups = [{"params": group["params"], "lr": group["lr"]} for group in optimizer.param_groups]
+        groups = [{"params": group["params"], "lr": _own(group["lr"])} for group in optimizer.param_groups]
         super().__init__(
             groups,
             rule,
             topology=topology,
             lr=groups[0]["lr"],
+            drift_memory=drift_memory,
             backend=backend,
             state_dtype=state_dtype,
+            process_group=process_group,
+            agents_per_rank=agents_per_rank,
+            wire_dtype=wire_dtype,
+            bucket_bytes=bucket_bytes,
+            timeout=timeout,
+            on_peer_failure=on_peer_failure,
+            shared_memory=shared_memory,
             **hyperparameters,
         )
 
@@ -85,7 +128,7 @@ class Gossip(GossipOptimizer):
         """Adds a group, to the inner optimizer too; keys besides the rule's are the inner optimizer's."""
         if len(self.param_groups) < len(self.inner.param_groups):  # while constructing
             super().add_param_group(param_group)
-            self._handed_on.append(param_group["lr"])
+            self._handed_on.append(float(param_group["lr"]))
             return
         own = {"lr": param_group.get("lr", self.inner.defaults["lr"])}
         own |= {name: param_group[name] for name in self.rule.hyperparameters if name in param_group}
@@ -94,7 +137,7 @@ class Gossip(GossipOptimizer):
         super().add_param_group({"params": params, **own})
         inner_keys = {name: value for name, value in param_group.items() if name not in self.rule.hyperparameters}
         self.inner.add_param_group({**inner_keys, "params": params})
-        self._handed_on.append(own["lr"])
+        self._handed_on.append(float(own["lr"]))
 
     @torch.no_grad()
     def _gradients(self) -> list[list[Tensor | None]]:
@@ -112,20 +155,23 @@ class Gossip(GossipOptimizer):
             for start, parameter in zip(before, parameters, strict=True):
                 parameter.copy_(start)
         return [
-            [next(moved).div_(group["lr"] or 1.0) for _ in group["params"]]  # at lr = 0 the rule ignores gradients
-            for group in self.param_groups
+            [next(moved).div_(lr or 1.0) for _ in group["params"]]  # at lr = 0 the rule ignores gradients
+            for group, lr in zip(self.param_groups, self._handed_on, strict=True)
         ]
 
     def _hand_on_learning_rates(self) -> None:
-        current = [group["lr"] for group in self.inner.param_groups]
+        current = [float(group["lr"]) for group in self.inner.param_groups]
         if current != self._handed_on:
             raise RuntimeError(
                 f"Gossip: the inner optimizer's learning rates changed from {self._handed_on} to {current}; attach "
                 "schedulers to the Gossip optimizer, it hands the learning rate on"
             )
-        self._handed_on = [group["lr"] for group in self.param_groups]
+        self._handed_on = [float(group["lr"]) for group in self.param_groups]
         for inner_group, lr in zip(self.inner.param_groups, self._handed_on, strict=True):
-            inner_group["lr"] = lr
+            if isinstance(inner_group["lr"], Tensor):
+                inner_group["lr"].fill_(lr)
+            else:
+                inner_group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
@@ -133,19 +179,62 @@ class Gossip(GossipOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned. Raises ValueError without inner state, or as `GossipOptimizer` does."""
+        super().load_state_dict(state_dict)
+        self.inner.load_state_dict(state_dict["inner"])
+        self._handed_on = [float(group["lr"]) for group in self.inner.param_groups]
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         if "inner" not in state_dict:
             raise ValueError("Gossip: the state has no 'inner' entry; it was not saved by a Gossip optimizer")
         if state_dict.get("inner_type") != type(self.inner).__name__:
             given, expected = state_dict.get("inner_type"), type(self.inner).__name__
             raise ValueError(f"Gossip: the inner state is of {given}, expected {expected}")
-        self._check_state_dict(state_dict)
-        self.inner.load_state_dict(state_dict["inner"])
-        self._handed_on = [group["lr"] for group in self.inner.param_groups]
-        own = {name: value for name, value in state_dict.items() if not name.startswith("inner")}
-        super().load_state_dict(own)
+        super()._check_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner, "_handed_on": self._handed_on}
+
+
+def _own(lr: float | Tensor) -> float | Tensor:
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _why_not_local(optimizer: Optimizer) -> str | None:
+    """Returns why the optimizer cannot act on each agent by itself, or None."""
+    if isinstance(optimizer, GossipOptimizer):
+        return "it mixes the agents itself"
+    for parent in type(optimizer).__mro__:
+        if parent.__module__.startswith("torch.optim") and parent.__name__ in NOT_LOCAL:
+            return NOT_LOCAL[parent.__name__]
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return None
+    try:
+        moves = [_second_agents_move(optimizer, of_first) for of_first in (1.0, 1000.0)]
+    except Exception:  # an optimizer that cannot be tried is the user's responsibility
+        return None
+    return None if all(map(torch.equal, *moves)) else MIXES
+
+
+def _second_agents_move(optimizer: Optimizer, of_first: float) -> list[Tensor]:
+    """Returns two agents' second model after three steps of an optimizer's copy, given the first's size of gradients.
+
+    The copy has parameters and state of its own. Hooks are not called.
+    """
+    twin = type(optimizer).__new__(type(optimizer))
+    twin.__dict__.update(optimizer.__dict__)
+    first = optimizer.param_groups[0]["params"][0]
+    parameters = [torch.linspace(1.0, 2.0, 2 * size, device=first.device).view(2, *shape) for shape, size in SHAPES]
+    twin.state, twin.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": parameters}]
+    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
+    step: Any = type(optimizer).step
+    with torch.random.fork_rng(devices=[]):
+        for _ in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+                parameter.grad[0] *= of_first
+            torch.manual_seed(0)
+            (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)
+    return [parameter[1] for parameter in parameters]
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ gives these to the kernel; with a process_group, to the `Exchange` with the othe
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import warnings
 import weakref
 from collections import defaultdict
@@ -21,22 +21,43 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from torch.utils.hooks import RemovableHandle
 
 from gut_fast import analysis
 from gut_fast.agents import StackedModule, stacks_of
-from gut_fast.distributed import DEFAULT_TIMEOUT, SCALED, Exchange, Group, RankOptions
+from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
+from gut_fast.optim.across import AcrossRanks
+from gut_fast.optim.options import Options, Parameters, check_implementation, check_names
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import CSR, Topology
 
 __all__ = ["GossipOptimizer"]
 
+DRIFT_MEMORY = 0.95
+"""How slowly the rate that the drift is divided by follows a falling learning rate, unless the user says."""
 
-class GossipOptimizer(Optimizer):
+_numbers = itertools.count()
+_optimizers: weakref.WeakValueDictionary[int, GossipOptimizer] = weakref.WeakValueDictionary()
+
+_library = torch.library.Library("gut_fast", "FRAGMENT")
+_library.define("bring_up_to_date_(Tensor(a!)[] coefficients, Tensor(b!)[] state, int optimizer) -> ()")
+
+
+def _bring_up_to_date(coefficients: list[Tensor], state: list[Tensor], number: int) -> None:
+    """Does, at every run of a compiled step, what a step does before the kernel: tracing would freeze it."""
+    for given, current in zip([*coefficients, *state], _optimizers[number]._up_to_date(), strict=True):
+        given.copy_(current)
+
+
+for _key in ("CPU", "CUDA"):
+    _library.impl("bring_up_to_date_", _bring_up_to_date, _key)
+torch.library.register_fake("gut_fast::bring_up_to_date_", lambda *_: None, lib=_library)
+
+
+class GossipOptimizer(AcrossRanks):
     """Any update rule, by name or an `UpdateRule` of your own; the other classes are this one with a rule set.
 
     Args:
@@ -44,9 +65,16 @@ class GossipOptimizer(Optimizer):
             of one floating dtype and device. Groups may have their own lr, weight_decay, maximize and hyper-parameters.
         rule: for example ``"gut"``; `gut_fast.rules.RULES` lists them.
         topology: who mixes with whom, for N agents.
-        lr: learning rate η >= 0; at 0 the parameters mix and the state stays as it is.
+        lr: learning rate η >= 0, a number or a tensor of one, which schedulers fill in place and every step reads (from
+            a GPU it waits for it). At 0 the parameters mix and the state stays as it is.
         weight_decay: λ >= 0, adds λz to the gradient.
         maximize: ascends instead of descending.
+        drift_memory: γ in [0, 1). Rules that divide the drift D by η divide it by ρ = max(η, γ · the ρ of the step
+            before): the same while η is constant or grows, and stable where a schedule restarts a tiny η. 0 divides by
+            η, as the methods were published. None is 0.95, with `capturable` 0.
+        foreach: None or False: one kernel takes the step of all tensors.
+        fused: None or False: every step is fused, by the kernel that `backend` names.
+        differentiable: False: steps work in place, below autograd.
         backend: ``"auto"``, or one of `gut_fast.kernels.backends.BACKENDS`.
         state_dtype: dtype of the state; None is the parameters'. It may be float32 beside parameters of bfloat16 or
             float16, or the other way round: such steps are computed in float32, and rounded once, when stored.
@@ -70,26 +98,32 @@ class GossipOptimizer(Optimizer):
             on the CPU and the group is one of gloo. False sends everything through the connections of the group.
         **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
 
-    The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start.
+    The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start;
+    what is cleared or deleted is zero again. A group's ``drift_lr`` is ρ of the last step.
 
     Raises:
-        TypeError, ValueError: a bad hyper-parameter or parameter; nothing has been changed.
+        TypeError, ValueError: a bad or unknown option, hyper-parameter or parameter; nothing has been changed.
         RuntimeError: the backend asked for is not available for these parameters.
         MismatchError, PeerError: the ranks do not have the same settings, or one did not come (`gut_fast.distributed`).
 
     Warns:
-        UserWarning: the hyper-parameters are unstable on the topology; the message gives the limit and what to do.
+        UserWarning: the hyper-parameters are unstable on the topology, the message gives the limit and what to do; or
+            the parameters look like those of one plain module whose widths happen to be N.
     """
 
     def __init__(
         self,
-        params: Any,
+        params: Parameters,
         rule: str | UpdateRule,
         *,
         topology: Topology,
-        lr: float,
+        lr: float | Tensor = 1e-3,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        drift_memory: float | None = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         capturable: bool = False,
@@ -105,33 +139,38 @@ class GossipOptimizer(Optimizer):
     ) -> None:
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
-        if capturable and not topology.is_static:
-            raise ValueError(f"capturable=True needs a topology that does not vary with time, got {topology}")
-        if capturable and process_group is not None:
-            raise ValueError("capturable=True: steps of several ranks cannot be captured in a CUDA graph")
         self.rule, self.topology, self.backend = get_rule(rule), topology, backend
+        check_names(hyperparameters, self.rule.hyperparameters, [*Options.__annotations__, "lr"], self._name)
+        check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
+        if capturable:
+            checks.check_capturable(topology, process_group is not None, drift_memory, self._name)
         self.state_dtype, self.capturable = state_dtype, capturable
         self._eager_steps = 0
-        # torch.compile and CUDA graphs lose a number's change, so their steps are counted in a tensor.
+        # CUDA graphs lose a number's change, so their steps are counted in a tensor.
         self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._prepared: list[Prepared] = []  # one per group
         self._views = Views()
-        self._hooks: list[RemovableHandle] = []
         self._stacks: list[StackedModule] | None = None  # whose parameters these are; None is not looked up yet
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        self._register()
+        memory = drift_memory if drift_memory is not None else 0.0 if capturable else DRIFT_MEMORY
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "drift_memory": memory}
         hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
         options = RankOptions(
             agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure, shared_memory
         )
-        self._exchange: Exchange | None = None
         if process_group is None:
             options.check_alone(self._name)
         else:
             self._exchange = Exchange(process_group, topology, self.rule, backend, options)
-        self._is_made = False
         super().__init__(params, {**defaults, **hyperparameters})
         self._is_made = True
+        self._warn_if_unstacked()
         self._meet()
+
+    def _register(self) -> None:
+        """Takes a number, by which compiled steps find this optimizer."""
+        self._number = next(_numbers)
+        _optimizers[self._number] = self
 
     @property
     def _name(self) -> str:
@@ -143,6 +182,18 @@ class GossipOptimizer(Optimizer):
         return self.topology.num_agents if self._exchange is None else self._exchange.agents_per_rank
 
     @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of each parameter by the rule's names, see the class; one that has been cleared is zero."""
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        if not state and self._prepared:
+            self._follow_state()
+        return state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = state
+
+    @property
     def num_steps(self) -> int:
         """The number of steps taken; a time-varying topology mixes with ``topology.matrix(num_steps)`` next."""
         return self._eager_steps + int(self._traced_steps)
@@ -152,8 +203,11 @@ class GossipOptimizer(Optimizer):
         if self._exchange is not None:
             self._exchange.check_idle()
         params, tensors = checks.listed(param_group, self.rule, self._name)
-        group = analysis.with_auto_mu(self.rule, {**self.defaults, **param_group}, self.topology)
-        self.rule.coefficients(**self._settings(group))
+        check_implementation(param_group, self._name)
+        group = {**self.defaults, "drift_lr": 0.0, **param_group}
+        group = analysis.with_auto_mu(self.rule, group, self.topology)
+        settings = self._settings(group)
+        checks.checked_coefficients(settings, self.rule, self._name)
         ops.check_parameters(tensors, self._num_here, f"{self._name}: ")
         for tensor in tensors[:1]:
             dtype, state_dtype = tensor.dtype, self.state_dtype or tensor.dtype
@@ -164,10 +218,11 @@ class GossipOptimizer(Optimizer):
             if self._exchange is not None:
                 self._exchange.check_wire(dtype)
         prepared = self._prepare(tensors)
+        prepared.update(settings, tensors, self._name, stays=self.capturable)
         self._warn_if_unstable(group)
         super().add_param_group({**group, "params": params})
-        prepared.state.adopt(self.state)
         self._prepared.append(prepared)
+        self._adopt_state()
         self._stacks = None
         if self.capturable and tensors:
             self._traced_steps = self._traced_steps.to(tensors[0].device)
@@ -192,9 +247,21 @@ class GossipOptimizer(Optimizer):
     def _warn_if_unstable(self, group: dict[str, Any]) -> None:
         if self._exchange is not None and self._exchange.group.rank:
             return  # one rank says it for all
-        advice = analysis.advice(self.rule, self._settings(group), self.topology)
+        settings = {name: value for name, value in self._settings(group).items() if not name.startswith("drift_")}
+        advice = analysis.advice(self.rule, settings, self.topology)
         if advice is not None:
             warnings.warn(f"{self._name}: {advice}", UserWarning, stacklevel=checks.frames_to_the_caller())
+
+    def _warn_if_unstacked(self) -> None:
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if self._num_here > 1 and not self._looked_up_stacks() and checks.looks_unstacked(parameters):
+            warnings.warn(
+                f"{self._name}: are these the parameters of one plain module, the first of shape "
+                f"{tuple(parameters[0].shape)}? Its rows would be taken for {self._num_here} agents; "
+                f"gut_fast.stack(module, {self._num_here}) makes the parameters of {self._num_here} modules",
+                UserWarning,
+                stacklevel=checks.frames_to_the_caller(),
+            )
 
     def update_coefficients(self) -> None:
         """Brings the coefficients up to date with the hyper-parameters, and the state with what was put there.
@@ -212,6 +279,20 @@ class GossipOptimizer(Optimizer):
     def _update_coefficients(self, index: int) -> None:
         group = self.param_groups[index]
         self._prepared[index].update(self._settings(group), group["params"], self._name, stays=self.capturable)
+
+    def _up_to_date(self) -> list[Tensor]:
+        """Does what a step does before the kernel and after it; returns the coefficients and state that it reads."""
+        if not self._is_captured():
+            self.update_coefficients()
+            self._close_step()
+        coefficients = [prepared.coefficients for prepared in self._prepared]
+        return [*coefficients, *(buffer for prepared in self._prepared for buffer in prepared.state.buffers)]
+
+    def _close_step(self) -> None:
+        """Takes down that a step was taken, and at which rate of the drift."""
+        self._eager_steps += 1
+        for group, prepared in zip(self.param_groups, self._prepared, strict=True):
+            group["drift_lr"] = prepared.settings.get("drift_lr", 0.0)
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -242,29 +323,38 @@ class GossipOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if torch.compiler.is_compiling():
+            self._step_in_graph(grad_scale)
+            return loss
         self._follow_agents()
-        is_compiled, is_captured = torch.compiler.is_compiling(), self._is_captured()
-        for index in range(len(self.param_groups)):
-            self._update_coefficients(index)
+        is_captured = self._is_captured()
+        if not is_captured:
+            self.update_coefficients()
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
-        if not is_compiled:
-            self._follow_state()
         if self._exchange is not None:
             self._step_across(self._exchange, grad_scale)
-            return loss
-        steps = [step for step in self._group_steps(grad_scale) if step is not None]
-        if is_compiled:
-            for step in steps:
-                ops.gossip_step_(*step, self.backend)
         else:
-            for run in [ops.prepare(step, self.backend) for step in steps]:
+            for run in [ops.prepare(step, self.backend) for step in self._group_steps(grad_scale) if step is not None]:
                 run()
-        if is_compiled or is_captured:
+        if is_captured:
             self._traced_steps += 1
         else:
-            self._eager_steps += 1
+            self._close_step()
         return loss
+
+    def _step_in_graph(self, grad_scale: Tensor | None) -> None:
+        """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
+        if self._exchange is not None:
+            raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
+        if grad_scale is not None:
+            grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
+        steps = [step for step in self._group_steps(grad_scale) if step is not None]
+        coefficients = [prepared.coefficients for prepared in self._prepared]
+        state = [buffer for prepared in self._prepared for buffer in prepared.state.buffers]
+        torch.ops.gut_fast.bring_up_to_date_(coefficients, state, self._number)
+        for step in steps:
+            ops.gossip_step_(*step, self.backend)
 
     _watched_step = Optimizer.profile_hook_step(_step)
     """`_step` with the hooks and the profiler's range of torch."""
@@ -278,9 +368,8 @@ class GossipOptimizer(Optimizer):
 
     def _follow_agents(self) -> None:
         """Moves gradients, and whatever else has been put into agents' modules, into the stack."""
-        if not torch.compiler.is_compiling():
-            for stacked in self._looked_up_stacks():
-                stacked.follow_agents()
+        for stacked in self._looked_up_stacks():
+            stacked.follow_agents()
 
     def _looked_up_stacks(self) -> list[StackedModule]:
         if self._stacks is None:
@@ -334,35 +423,15 @@ class GossipOptimizer(Optimizer):
             raise RuntimeError(
                 f"{self._name}: to capture steps in a CUDA graph, make the optimizer with capturable=True"
             )
-        known = [prepared.hyperparameters for prepared in self._prepared]
-        if [*map(self._settings, self.param_groups)] != known or not self._views.are_in(self.state):
+        settings = [self._settings(group) for group in self.param_groups if not _is_on_gpu(group["lr"])]
+        known = [
+            prepared.settings
+            for group, prepared in zip(self.param_groups, self._prepared, strict=True)
+            if not _is_on_gpu(group["lr"])  # reading it would wait for the GPU, which a capture cannot
+        ]
+        if settings != known or not self._views.are_in(self.__dict__["state"]):
             raise RuntimeError(f"{self._name}: call update_coefficients() before the capture")
         return True
-
-    def _meet(self) -> None:
-        """Compares the settings with the other ranks' once all groups are there, and listens to gradients."""
-        if self._exchange is not None and self._is_made:
-            steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
-            step = self._exchange.meet(self.param_groups, steps)
-            self._eager_steps = self._eager_steps if step is None else step
-            self._listen(self._exchange)
-
-    def _step_across(self, exchange: Exchange, grad_scale: Tensor | None) -> None:
-        """Takes one step of the agents here, with the agents of other ranks."""
-        if torch.compiler.is_compiling():
-            raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
-        # GradScaler leaves its scale, and whether it found infinities, in attributes of the optimizer.
-        found_inf, amp_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        scale = checks.with_amp(grad_scale, found_inf, amp_scale, self._num_here)
-        steps = self._group_steps(scale)
-        for step in filter(None, steps):
-            ops.check(step)
-        exchange.run(steps, self.num_steps, None if scale is None else SCALED)
-        self._eager_steps += 1
-        if self.topology is not exchange.topology:
-            self.topology = exchange.topology
-            for group in self.param_groups:
-                self._warn_if_unstable(group)
 
     def _snapshot(self, index: int) -> GossipStep:
         """Makes the step of a group as it would be taken now, with the gradients that are there."""
@@ -370,70 +439,26 @@ class GossipOptimizer(Optimizer):
         self._update_coefficients(index)
         return self._group_step(index, [parameter.grad for parameter in self.param_groups[index]["params"]], None)
 
-    def _listen(self, exchange: Exchange) -> None:
-        """Has `_gradient_is_there` called for the parameters that overlap waits for; they do not keep this alive."""
-        method = weakref.WeakMethod(self._gradient_is_there)
-
-        def hook(parameter: Tensor) -> None:
-            if (gradient_is_there := method()) is not None:
-                gradient_is_there(parameter)
-
-        for handle in self._hooks:
-            handle.remove()
-        watched = [] if exchange.overlap is None else exchange.overlap.watched
-        self._hooks = [parameter.register_post_accumulate_grad_hook(hook) for parameter in watched]
-
-    def _gradient_is_there(self, parameter: Tensor) -> None:
-        """Lets the buckets leave that were waiting for this gradient only."""
-        if self._exchange is not None and self._exchange.overlap is not None:
-            for bucket in self._exchange.overlap.completed_by(parameter):
-                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self.num_steps)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """True if GradScaler leaves the scale, and what to do about infinities, to `step`.
-
-        Across ranks it must: a step that one rank skips is one its neighbours wait for.
-        """
-        return self._exchange is not None
-
-    def no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Returns a context, for all backward passes of a step but the last, in which no message leaves."""
-        return contextlib.nullcontext() if self._exchange is None else self._exchange.no_sync()
-
-    @property
-    def group(self) -> Group | None:
-        """The ranks that are there, or None if this process holds all agents."""
-        return None if self._exchange is None else self._exchange.group
-
-    @property
-    def wire_dtype(self) -> torch.dtype | None:
-        """The dtype of messages to other ranks; None is the parameters'."""
-        return None if self._exchange is None else self._exchange.options.wire_dtype
-
-    @property
-    def overlap(self) -> str:
-        """Says whether messages leave during backward: "on", or "off" and why."""
-        exchange = self._exchange
-        return "off" if exchange is None or exchange.overlap is None else str(exchange.overlap)
-
-    @property
-    def bytes_sent(self) -> dict[tuple[int, int], int]:
-        """The bytes of messages sent so far, by (agent, rank), as numbered at the start."""
-        return {} if self._exchange is None else dict(self._exchange.bytes_sent)
-
     def _follow_state(self) -> None:
         """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
-        if not self._views.are_in(self.state):
-            for prepared in self._prepared:
-                prepared.state.adopt(self.state)
-            self._views.take(self.state, self.rule.states)
+        if not self._views.are_in(self.__dict__["state"]):
+            self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        """Puts views of the flat buffers into the state, with the values that are there, or zero."""
+        state = self.__dict__["state"]
+        for prepared, group in zip(self._prepared, self.param_groups, strict=True):
+            prepared.state.adopt(state)
+            for parameter in group["params"]:
+                state[parameter]  # makes an entry, if an empty one: without any a state looks as if not yet made
+        self._views.take(state, self.rule.states)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as in `torch.optim`, with the rule's name and the number of steps taken beside it.
 
         With a process_group it is the state of the agents here, and what rounding has left of messages.
         """
+        self._follow_state()
         residuals = {} if self._exchange is None else {"residuals": self._exchange.residuals()}
         return {**super().state_dict(), "rule": self.rule.name, "step": self.num_steps, **residuals}
 
@@ -447,10 +472,14 @@ class GossipOptimizer(Optimizer):
             ValueError: it is of another rule, other parameters or agents; nothing has been changed.
             RuntimeError: it has no step count and the topology varies with time, or messages have left already.
         """
-        self._check_state_dict(state_dict)
         loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, final: dict[str, Any]) -> None:
+            self._check_state_dict(final)
+            loaded.update(final)
+
         # Torch casts state to the parameters' dtype; `loaded` keeps what it was, after the user's own hooks.
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))
+        handle = self.register_load_state_dict_pre_hook(check)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -459,10 +488,10 @@ class GossipOptimizer(Optimizer):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 for name, view in self.state[parameter].items():
                     view.copy_(loaded["state"][index][name])
-        self._eager_steps = state_dict.get("step", 0)
+        self._eager_steps = loaded.get("step", 0)
         self._traced_steps.zero_()
         if self._exchange is not None:
-            self._exchange.load_residuals(state_dict.get("residuals", []), self.param_groups)
+            self._exchange.load_residuals(loaded.get("residuals", []), self.param_groups)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         checks.check_state_dict(state_dict, self.rule, self.topology, self.param_groups, self.defaults, self._name)
@@ -473,22 +502,28 @@ class GossipOptimizer(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         if self._exchange is not None:
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_eager_steps", "_traced_steps"
-        own = {name: getattr(self, name) for name in names}
-        return {**super().__getstate__(), **own, "_exchange": None, "_hooks": [], "_is_made": True, "_stacks": None}
+        names = "rule", "topology", "backend", "state_dtype", "capturable", "_eager_steps", "_traced_steps", "_is_made"
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
 
     @torch.no_grad()
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Called when unpickling and when loading; either way the state's tensors move into flat buffers."""
         super().__setstate__(state)
+        for group in self.param_groups:  # what older states do not have
+            group.setdefault("drift_memory", self.defaults.get("drift_memory", DRIFT_MEMORY))
+            group.setdefault("drift_lr", 0.0)
         # A shallow copy shares these with its original.
-        self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.state.items()})
+        self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
         self._traced_steps = self._traced_steps.clone()
         self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
         self._views = Views()
-        for prepared in self._prepared:
-            prepared.state.adopt(self.state)
+        self._adopt_state()
+        self._register()
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")
         return f"{head}(\nrule: {self.rule.name}, topology: {self.topology}, backend: {self.backend}{groups}"
+
+
+def _is_on_gpu(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_cuda

@@ -29,8 +29,8 @@ class Prepared:
 
     Attributes:
         state: the rule's state, zero; for each name one flat buffer of which ``state[parameter][name]`` are views.
-        hyperparameters: what the coefficients were computed from; empty at the start.
-        coefficients: A, B, C, E one after the other.
+        settings: what the coefficients were computed from; empty at the start.
+        coefficients: A, B, C, E one after the other; zero at the start.
     """
 
     def __init__(
@@ -38,14 +38,16 @@ class Prepared:
     ) -> None:
         self.mixing, self._rule = mixing, rule
         self.state = FlatState(parameters, rule.states, state_dtype)
-        self.hyperparameters: dict[str, Any] = {}
-        self.coefficients = torch.empty(0, device="cpu")
+        self.settings: dict[str, Any] = {}
+        rows, messages = len(rule.states) + 1, rule.num_messages
+        size = messages * (rows + 1) + rows * (rows + 1) + 2 * rows * messages
+        self.coefficients = torch.zeros(size, dtype=torch.float64, device="cpu")
 
     def update(self, settings: dict[str, Any], parameters: Sequence[Tensor], name: str, stays: bool) -> None:
-        """Computes the coefficients anew if a hyper-parameter has changed.
+        """Computes the coefficients anew if a setting has changed.
 
         Args:
-            settings: the hyper-parameters.
+            settings: the learning rate, the hyper-parameters and the other `checks.settings_of` the group.
             parameters: the group's parameters.
             name: the optimizer's name, for messages.
             stays: whether the coefficients lie on the parameters' device, always in the same memory.
@@ -53,18 +55,18 @@ class Prepared:
         Raises:
             TypeError, ValueError: a bad hyper-parameter; the coefficients stay as they are.
         """
-        if settings == self.hyperparameters:
+        if settings == self.settings:
             return
-        flat = self._rule.coefficients(**settings).flat()
+        flat = checks.checked_coefficients(settings, self._rule, name).flat()
         checks.check_range(flat, settings["lr"], parameters, name)
         fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
         if not stays:
             self.coefficients = fresh
-        elif self.hyperparameters:
+        elif self.settings:
             self.coefficients.copy_(fresh, non_blocking=True)
         else:
             self.coefficients = fresh.to(next((each.device for each in parameters), "cpu"))
-        self.hyperparameters = settings
+        self.settings = settings
 
 
 class Views:

@@ -1,0 +1,131 @@
+"""An optimizer's part in a run on several ranks: it meets them, lets messages leave during backward, and steps."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from abc import abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from gut_fast.distributed import SCALED, Exchange, Group
+from gut_fast.kernels import ops
+from gut_fast.kernels.backends import GossipStep
+from gut_fast.optim import checks
+from gut_fast.topology import Topology
+
+__all__ = ["AcrossRanks"]
+
+
+class AcrossRanks(Optimizer):
+    """The part of `GossipOptimizer` that other ranks see; without a process group there is no exchange.
+
+    Attributes:
+        topology: who mixes with whom; smaller after ranks have left.
+    """
+
+    topology: Topology
+    _exchange: Exchange | None = None
+    _hooks: tuple[RemovableHandle, ...] = ()
+    _is_made: bool = False  # once the constructor has added its groups
+    _eager_steps: int
+
+    @property
+    @abstractmethod
+    def _name(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def _num_here(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def num_steps(self) -> int:
+        """The number of steps taken."""
+
+    @abstractmethod
+    def _group_steps(self, grad_scale: Tensor | None) -> list[GossipStep | None]: ...
+
+    @abstractmethod
+    def _snapshot(self, index: int) -> GossipStep: ...
+
+    @abstractmethod
+    def _warn_if_unstable(self, group: dict[str, Any]) -> None: ...
+
+    def _meet(self) -> None:
+        """Compares the settings with the other ranks' once all groups are there, and listens to gradients."""
+        if self._exchange is not None and self._is_made:
+            steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
+            step = self._exchange.meet(self.param_groups, steps)
+            self._eager_steps = self._eager_steps if step is None else step
+            self._listen(self._exchange)
+
+    def _step_across(self, exchange: Exchange, grad_scale: Tensor | None) -> None:
+        """Takes one step of the agents here, with the agents of other ranks."""
+        # GradScaler leaves its scale, and whether it found infinities, in attributes of the optimizer.
+        found_inf, amp_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        scale = checks.with_amp(grad_scale, found_inf, amp_scale, self._num_here)
+        steps = self._group_steps(scale)
+        for step in filter(None, steps):
+            ops.check(step)
+        exchange.run(steps, self.num_steps, None if scale is None else SCALED)
+        if self.topology is not exchange.topology:
+            self.topology = exchange.topology
+            for group in self.param_groups:
+                self._warn_if_unstable(group)
+
+    def _listen(self, exchange: Exchange) -> None:
+        """Has `_gradient_is_there` called for the parameters that overlap waits for; they do not keep this alive."""
+        method = weakref.WeakMethod(self._gradient_is_there)
+
+        def hook(parameter: Tensor) -> None:
+            if (gradient_is_there := method()) is not None:
+                gradient_is_there(parameter)
+
+        for handle in self._hooks:
+            handle.remove()
+        watched = [] if exchange.overlap is None else exchange.overlap.watched
+        self._hooks = tuple(parameter.register_post_accumulate_grad_hook(hook) for parameter in watched)
+
+    def _gradient_is_there(self, parameter: Tensor) -> None:
+        """Lets the buckets leave that were waiting for this gradient only."""
+        if self._exchange is not None and self._exchange.overlap is not None:
+            for bucket in self._exchange.overlap.completed_by(parameter):
+                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self.num_steps)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """True if GradScaler leaves the scale, and what to do about infinities, to `step`.
+
+        Across ranks it must: a step that one rank skips is one its neighbours wait for.
+        """
+        return self._exchange is not None
+
+    def no_sync(self) -> contextlib.AbstractContextManager[None]:
+        """Returns a context, for all backward passes of a step but the last, in which no message leaves."""
+        return contextlib.nullcontext() if self._exchange is None else self._exchange.no_sync()
+
+    @property
+    def group(self) -> Group | None:
+        """The ranks that are there, or None if this process holds all agents."""
+        return None if self._exchange is None else self._exchange.group
+
+    @property
+    def wire_dtype(self) -> torch.dtype | None:
+        """The dtype of messages to other ranks; None is the parameters'."""
+        return None if self._exchange is None else self._exchange.options.wire_dtype
+
+    @property
+    def overlap(self) -> str:
+        """Says whether messages leave during backward: "on", or "off" and why."""
+        exchange = self._exchange
+        return "off" if exchange is None or exchange.overlap is None else str(exchange.overlap)
+
+    @property
+    def bytes_sent(self) -> dict[tuple[int, int], int]:
+        """The bytes of messages sent so far, by (agent, rank), as numbered at the start."""
+        return {} if self._exchange is None else dict(self._exchange.bytes_sent)
