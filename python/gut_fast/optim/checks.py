@@ -148,7 +148,7 @@ def check_state_dict(
         raise ValueError(f"{name}: the state's parameter groups have other sizes than this optimizer's")
     for saved_group, group in zip(saved, groups, strict=True):
         saved_group = {"drift_memory": 0.0, "drift_lr": 0.0, **saved_group}  # which older states do not have
-        if missing := sorted(defaults.keys() - saved_group.keys()):
+        if missing := sorted(defaults.keys() - saved_group.keys() - {"differentiable"}):
             raise ValueError(f"{name}: a parameter group of the state has no {', '.join(missing)}")
         checked_coefficients(settings_of(saved_group, rule, defaults["lr"]), rule, name)
         for index, parameter in zip(saved_group["params"], group["params"], strict=True):

@@ -140,7 +140,7 @@ class GossipOptimizer(AcrossRanks):
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
         self.rule, self.topology, self.backend = get_rule(rule), topology, backend
-        check_names(hyperparameters, self.rule.hyperparameters, [*Options.__annotations__, "lr"], self._name)
+        check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
         check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
         if capturable:
             checks.check_capturable(topology, process_group is not None, drift_memory, self._name)
@@ -313,12 +313,17 @@ class GossipOptimizer(AcrossRanks):
         """
         hooks = self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks
         hooks = hooks or _global_optimizer_pre_hooks or _global_optimizer_post_hooks
-        is_watched = hooks or torch.autograd.profiler._is_profiler_enabled
-        return (self._watched_step if is_watched else self._step)(closure, grad_scale=grad_scale)
+        if not (hooks or torch.autograd.profiler._is_profiler_enabled):
+            return self._step(closure, grad_scale)
+        given: dict[str, Any] = {
+            "closure": closure,
+            "grad_scale": grad_scale,
+        }  # hooks see, and may change, what the caller gave
+        return self._watched_step(**{name: value for name, value in given.items() if value is not None})
 
     step.hooked = True  # type: ignore[attr-defined]  # or torch puts a profiler's range around it, half of a small step
 
-    def _step(self, closure: Callable[[], float] | None, *, grad_scale: Tensor | None) -> float | None:
+    def _step(self, closure: Callable[[], float] | None = None, grad_scale: Tensor | None = None) -> float | None:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -441,8 +446,21 @@ class GossipOptimizer(AcrossRanks):
 
     def _follow_state(self) -> None:
         """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
+        if self._exchange is None and not all(map(Prepared.is_of, self._prepared, self.param_groups)):
+            self._take_parameters()
         if not self._views.are_in(self.__dict__["state"]):
             self._adopt_state()
+
+    def _take_parameters(self) -> None:
+        """Follows parameters that were put into groups, or taken out, past `add_param_group`: their state is zero."""
+        for index, (prepared, group) in enumerate(zip(self._prepared, self.param_groups, strict=True)):
+            if not prepared.is_of(group):
+                for first in group["params"][:1]:
+                    self._mixing(prepared, first.device)  # raises if they have moved
+                ops.check_parameters(group["params"], self._num_here, f"{self._name}: ")
+                self._prepared[index] = self._prepare(group["params"])
+        self._stacks = None
+        self._adopt_state()
 
     def _adopt_state(self) -> None:
         """Puts views of the flat buffers into the state, with the values that are there, or zero."""

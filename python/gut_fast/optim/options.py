@@ -63,7 +63,7 @@ def check_names(given: Iterable[str], allowed: Iterable[str], options: Iterable[
     allowed = list(allowed)
     for unknown in given:
         if unknown not in allowed:
-            near = difflib.get_close_matches(unknown, [*allowed, *options], 1, 0.6)
+            near = difflib.get_close_matches(unknown, [*allowed, *options, "lr", "params", "topology"], 1, 0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"its rule has: {', '.join(allowed) or 'none'}"
             raise TypeError(f"{name}: unexpected keyword argument {unknown!r}; {hint}")
 

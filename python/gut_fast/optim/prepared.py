@@ -36,12 +36,17 @@ class Prepared:
     def __init__(
         self, parameters: Sequence[Tensor], rule: UpdateRule, mixing: CSR | None, state_dtype: torch.dtype | None
     ) -> None:
-        self.mixing, self._rule = mixing, rule
+        self.mixing, self._rule, self._parameters = mixing, rule, list(parameters)
         self.state = FlatState(parameters, rule.states, state_dtype)
         self.settings: dict[str, Any] = {}
         rows, messages = len(rule.states) + 1, rule.num_messages
         size = messages * (rows + 1) + rows * (rows + 1) + 2 * rows * messages
         self.coefficients = torch.zeros(size, dtype=torch.float64, device="cpu")
+
+    def is_of(self, group: Mapping[str, Any]) -> bool:
+        """Returns whether the group has the parameters that this was made for; every step asks."""
+        params = group["params"]
+        return len(params) == len(self._parameters) and all(map(operator.is_, params, self._parameters))
 
     def update(self, settings: dict[str, Any], parameters: Sequence[Tensor], name: str, stays: bool) -> None:
         """Computes the coefficients anew if a setting has changed.
