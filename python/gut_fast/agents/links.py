@@ -72,7 +72,7 @@ class Link:
                 other = self._checked(other)
                 self.row.data.copy_(other)
                 if other.is_leaf and other.grad is not None:
-                    self._gradient_of_stack().detach()[self._i].add_(other.grad)
+                    self.gradient_of_stack().detach()[self._i].add_(other.grad)
                 registry[key] = self.row
         if self.stacked.requires_grad is not self.is_trained:
             self.is_trained = self.stacked.requires_grad
@@ -86,7 +86,7 @@ class Link:
         """
         owner, gradient = self.stacked.grad, self.row.grad
         if gradient is not None and gradient is not self.view:
-            owner = self._gradient_of_stack()
+            owner = self.gradient_of_stack()
             dense = gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
             owner.detach()[self._i].copy_(dense)
         elif gradient is None and self.view is not None and owner is self.owner:
@@ -113,12 +113,12 @@ class Link:
         """Makes the agent's gradient, which autograd is about to add to, a row of the stack's: a hook."""
         owner = self.stacked.grad
         if owner is None or owner is not self.owner or self.row.grad is not self.view:
-            self._gradient_of_stack()
+            self.gradient_of_stack()
             self.follow_gradient()
 
     _before_accumulation.__torch_unserializable__ = True  # type: ignore[attr-defined]  # it is not saved with the row
 
-    def _gradient_of_stack(self) -> Tensor:
+    def gradient_of_stack(self) -> Tensor:
         """Returns the gradient of the stacked parameter, zero if it has none."""
         if self.stacked.grad is None:
             with self._lock:
@@ -167,9 +167,10 @@ def follow(links: Sequence[Link]) -> None:
 
 
 def following(links: Sequence[Link]) -> Callable[[Tensor], None]:
-    """A hook for a stacked parameter: before its gradient is accumulated, agents' gradients are moved there."""
+    """A hook for a stacked parameter: before its gradient is accumulated, agents' gradients become rows of it."""
 
     def hook(gradient: Tensor) -> None:
+        links[0].gradient_of_stack()  # the spare one, whose rows the agents know
         for link in links:
             if link.row.grad is not link.view or link.stacked.grad is not link.owner:
                 link.follow_gradient()
