@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import rich.progress
@@ -13,7 +14,6 @@ from rich.progress import (
     Progress,
     ProgressColumn,
     TaskID,
-    TextColumn,
     TimeRemainingColumn,
 )
 from rich.table import Column
@@ -31,11 +31,15 @@ WIDE = 60
 """The width of a terminal that has room for long bars and for the numbers of a run."""
 
 
-class _Numbers(ProgressColumn):
-    """The numbers of a run, which are cut off in a narrow terminal, where the bar is not."""
+class _CutOff(ProgressColumn):
+    """A text that a narrow terminal cuts off: the name of a run, or its numbers. The bar and its counts stay whole."""
+
+    def __init__(self, text: Callable[[rich.progress.Task], str]) -> None:
+        super().__init__(table_column=Column())
+        self._text = text
 
     def render(self, task: rich.progress.Task) -> Text:
-        return Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
+        return Text(self._text(task), no_wrap=True, overflow="ellipsis")
 
 
 class Display:
@@ -52,11 +56,11 @@ class Display:
     def __init__(self, console: Console, total: int, ended: int) -> None:
         self._console, self._total, self._ended = console, total, ended
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False),
+            _CutOff(lambda task: task.description),
             BarColumn(bar_width=20 if console.width >= WIDE else 5, table_column=Column(no_wrap=True)),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             TimeRemainingColumn(table_column=Column(no_wrap=True)),
-            *([_Numbers(table_column=Column())] if console.width >= WIDE else []),
+            *([_CutOff(lambda task: task.fields["numbers"])] if console.width >= WIDE else []),
             console=console,
             transient=True,
             disable=not console.is_terminal,
