@@ -617,6 +617,15 @@ def test_whoever_reads_the_output_may_leave():
     assert "error" not in err
 
 
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_a_closed_stream_is_no_reason_to_stop(tmp_path, closed):
+    command = f"{sys.executable} -m gut_fast {' '.join(QUICK)} {1 if closed == 'stdout' else 2}>&-"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert (tmp_path / "outputs" / "train" / "curves.png").exists()
+    assert getattr(done, closed) == ""
+
+
 # Topologies
 
 

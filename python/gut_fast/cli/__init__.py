@@ -7,12 +7,16 @@ The commands themselves are in `gut_fast.cli.app`. An error in what the user typ
 from __future__ import annotations
 
 import difflib
+import errno
 import io
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["main", "say"]
 
 MODULES = ("typer", "rich", "jinja2", "matplotlib", "pandas", "scipy", "yaml", "zstandard")
 """The modules that the extra ``cli`` brings."""
@@ -23,6 +27,9 @@ INTERRUPTED = 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``gut-fast`` with these arguments, by default those of the process, and returns the exit code."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the program began
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where the output is not UTF-8, λ₂ becomes ?₂
@@ -49,12 +56,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        return _complain(f"cannot write: {error.strerror}")
 
 
 def _complain(message: str) -> int:
-    """Prints the message as one line on stderr and returns the exit code of a bad argument."""
-    print(f"gut-fast: error: {' '.join(message.split())}", file=sys.stderr)
+    """Prints the message on stderr and returns the exit code of a bad argument."""
+    say(f"gut-fast: error: {message}")
     return 2
+
+
+def say(message: str) -> None:
+    """Prints a message on stderr: one line, which a terminal wraps between words."""
+    line = " ".join(message.split())
+    if sys.stderr.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)
+    print(line, file=sys.stderr)
 
 
 def _meant(error: Any, given: Sequence[str]) -> str:

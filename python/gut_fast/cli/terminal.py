@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperCommand
 
+from gut_fast.cli import say
 from gut_fast.study.summary import UNBOUNDED
 
 __all__ = [
@@ -84,7 +84,7 @@ def _warnings_in_a_line(in_words: Callable[[str], str]) -> Iterator[None]:
         line = f"gut-fast: warning: {in_words(' '.join(message.split()))}"
         if line not in shown:
             shown.add(line)
-            print(line, file=sys.stderr)
+            say(line)
 
     with warnings.catch_warnings():
         warnings.filterwarnings("always", category=UserWarning)
