@@ -160,6 +160,12 @@ def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_comman
         (["train", "--schedule", "cosine", "--decay", "0.5"], "schedule 'cosine' has no use for decay"),
         (["train", "--warmup", "1.5"], "--warmup must be a fraction from 0 to below 1, or a number of steps"),
         (["train", "--max-grad-norm", "0"], "--max-grad-norm must be above 0"),
+        (["train", "--on-peer-failure", "restart"], "--on-peer-failure restart needs --launch"),
+        (
+            ["train", "--launch", "2", "--on-peer-failure", "continue"],
+            "--on-peer-failure continue is for",
+        ),
+        (["train", "--launch", "2", "--on-peer-failure", "restrat"], "did you mean 'restart'?"),
         (["train", "--inner", "adm"], "unknown inner optimizer 'adm'; known are "),
         (["train", "--inner", "lbfgs"], "LBFGS cannot make the local move: its step needs a closure"),
         (["train", "--inner", "adam", "--inner-set", "beta=1"], "Adam has no option 'beta'; did you mean 'betas'?"),
@@ -498,6 +504,20 @@ def test_a_killed_rank_ends_the_others_with_a_word(launching_command, tmp_path, 
     assert "gut-fast: error: rank 1 was killed by SIGKILL, or ran out of memory; the other ranks have been ended" in err
     assert len(started) == 2
     assert not any(process.is_alive() for process in started)
+
+
+def test_killed_ranks_start_again_from_the_checkpoint(launching_command, tmp_path, children):
+    def kill():
+        next(process for process in children() if process.name == "rank 1").kill()
+
+    launching_command(*LAUNCHED, "--steps", "100", "--out", "whole")
+    once_there(tmp_path / "run", "checkpoints/*/*/rank-1.pt", kill)
+    options = ("--steps", "100", "--launch", "2", "--on-peer-failure", "restart")
+    code, _, err = launching_command(*LAUNCHED, "--out", "run", *options)
+    assert code == 0
+    assert "rank 1 was killed by SIGKILL" in err
+    assert "restart 1 of at most 3" in err
+    assert_same_folders(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_folder_is_not_overwritten_and_resume_takes_no_other_settings(gut_fast_command, tmp_path):

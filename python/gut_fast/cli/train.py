@@ -14,6 +14,7 @@ import typer
 
 from gut_fast import data, models, rules
 from gut_fast.analysis.choice import AUTO
+from gut_fast.arguments import all_known
 from gut_fast.cli.options import JSON_HELP, DataFolder, Download
 from gut_fast.cli.sweep import FILE, console_of_runs, execute, missing_runs
 from gut_fast.cli.sweep_progress import Display
@@ -25,10 +26,11 @@ from gut_fast.simulation.engines import ENGINES
 from gut_fast.study import plots, summary
 from gut_fast.study.experiment import ENTRIES, Experiment, make_experiment, seeds_of
 from gut_fast.study.presets import PRESETS, preset_settings
+from gut_fast.study.processes import RankError
 from gut_fast.study.processes import launch as launch_ranks
 from gut_fast.study.results import read_results
 from gut_fast.study.run import Run, make_simulator, samples_per_class
-from gut_fast.study.runner import Failure, check_launch, check_writable, run_here, run_missing
+from gut_fast.study.runner import Failure, check_launch, check_writable, run_here, run_missing, unfinished
 from gut_fast.study.schedules import SCHEDULES
 from gut_fast.study.sweep import Task, make_sweep, read_sweep
 from gut_fast.study.yaml_files import write_yaml
@@ -38,6 +40,8 @@ __all__ = ["train"]
 DEFAULT = Experiment()
 DEFAULT_SETTINGS = {"alpha": DEFAULT.partition_options["alpha"]}
 NUM_EVALUATIONS = 20
+ON_PEER_FAILURE = ("raise", "restart")
+MAX_RESTARTS = 3
 WRITTEN = ("history.csv", "summary.csv", "curves.png")
 
 
@@ -122,6 +126,9 @@ def train(
     launch: Annotated[
         int | None, _computing(min=1, help="Share the agents out over so many processes on this machine.")
     ] = None,
+    on_peer_failure: Annotated[
+        str, _computing(help=f"With --launch, when a process dies: {', '.join(ON_PEER_FAILURE)} from the checkpoint.")
+    ] = ON_PEER_FAILURE[0],
     eval_every: Annotated[
         int | None, _output(help=f"Steps between evaluations. Default: {NUM_EVALUATIONS} in all.")
     ] = None,
@@ -149,6 +156,7 @@ def train(
             tasks = make_sweep(content).tasks()
         missing = missing_runs(tasks, out, folder, download)
         check_launch(missing, out, launch)
+        _check_on_peer_failure(on_peer_failure, launch)
         about = _what_is_trained(tasks[0].experiment, launch)
     if not as_json:
         typer.echo(about)
@@ -156,19 +164,45 @@ def train(
     def run() -> list[Failure]:
         if content is not None:
             write_yaml(content, out / FILE)
-        return run_missing(tasks, out, partial(_run, len(tasks), out, launch, threads), keep_checkpoints=True)
+        num_restarts = MAX_RESTARTS if on_peer_failure == "restart" else 0
+        start = partial(_run, len(tasks), out, launch, threads, num_restarts)
+        return run_missing(tasks, out, start, keep_checkpoints=True)
 
     launched = "" if launch is None else f" --launch {launch}"
     execute(run, out, console_of_runs(), f"gut-fast train --out {out} --resume{launched}")
     _show_results(out, tasks, as_json)
 
 
-def _run(total: int, out: Path, launch: int | None, threads: int | None, missing: Sequence[Task]) -> list[Failure]:
-    """Runs what is missing of all tasks in this process, or on `launch` ranks."""
+def _run(
+    total: int, out: Path, launch: int | None, threads: int | None, num_restarts: int, missing: Sequence[Task]
+) -> list[Failure]:
+    """Runs what is missing of all tasks in this process, or on `launch` ranks, which may die so many times."""
     if launch is None or not missing:
         return _run_here(total, out, missing)
-    launch_ranks(launch, threads or max(torch.get_num_threads() // launch, 1), _run_here, total, out, missing)
+    for restart in range(num_restarts + 1):
+        try:
+            left = unfinished(missing, out)
+            launch_ranks(launch, threads or max(torch.get_num_threads() // launch, 1), _run_here, total, out, left)
+        except RankError as error:
+            if restart == num_restarts:
+                raise
+            warnings.warn(f"{error}; restart {restart + 1} of at most {num_restarts}", stacklevel=2)
+        else:
+            break
     return []
+
+
+def _check_on_peer_failure(on_peer_failure: str, launch: int | None) -> None:
+    """Raises ValueError for an unknown way to deal with a process that dies, or without processes that could."""
+    if on_peer_failure == "continue":
+        raise ValueError(
+            "on_peer_failure=continue is for training loops of your own: the numbers of a run are those of all agents, "
+            "which are gone with their process; use restart"
+        )
+    if on_peer_failure not in ON_PEER_FAILURE:
+        raise ValueError(f"on_peer_failure={on_peer_failure} is unknown; {all_known(on_peer_failure, ON_PEER_FAILURE)}")
+    if on_peer_failure == "restart" and launch is None:
+        raise ValueError("on_peer_failure=restart needs --launch, the processes that may die")
 
 
 def _run_here(
@@ -233,7 +267,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
 
 
 def _check_nothing_else_given(context: typer.Context) -> None:
-    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch", "as_json"}
+    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch", "on_peer_failure", "as_json"}
     if given:
         options = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in given)
         raise ValueError(f"--resume goes on with the settings in the folder; leave out {', '.join(options)}")
