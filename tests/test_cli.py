@@ -81,6 +81,18 @@ def test_every_command_has_a_short_option_for_help(gut_fast_command, command):
     assert f"gut-fast {command}" in out
 
 
+@pytest.mark.parametrize("command", [(), ("bench",), ("train",), ("topology",), ("bench", "step")])
+def test_help_fits_a_narrow_terminal_and_cuts_no_name_off(gut_fast_command, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, err = gut_fast_command(*command, "-h")
+    assert (code, err) == (0, "")
+    assert max(map(cell_len, out.splitlines())) <= 40
+    assert "…" not in out
+    assert "--help" in out
+    if command == ("train",):
+        assert {"--classes-per-agent", "fashion-mnist-lenet5-ring16,", "--on-peer-failure"} <= set(out.split())
+
+
 def test_shells_can_complete_the_commands(gut_fast_command):
     assert "--install-completion" in gut_fast_command("--help")[1]
     environment = {"_GUT_FAST_COMPLETE": "complete_bash", "COMP_WORDS": "gut-fast t", "COMP_CWORD": "1"}

@@ -65,6 +65,14 @@ def test_flat_is_a_b_c_e_row_by_row():
     assert coefficients.flat() == [float(value) for value in range(1, 14)]
 
 
+def test_a_name_may_be_spelt_as_papers_and_command_lines_do():
+    for name in ("qg_gutm", "qg-gutm", "QG-GUTm"):
+        assert get_rule(name) is RULES["qg_gutm"]
+    assert get_rule("GUT") is RULES["gut"]
+    with pytest.raises(ValueError, match=r"unknown rule 'Gutt'; known are .*; did you mean 'gut'\?"):
+        get_rule("Gutt")
+
+
 def test_get_rule_by_name_or_itself():
     assert get_rule("gut") is RULES["gut"]
     assert get_rule(LEAKY) is LEAKY

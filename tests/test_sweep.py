@@ -254,6 +254,14 @@ def test_a_bad_file_is_named(tmp_path, content, message):
         read_sweep(file)
 
 
+def test_methods_may_differ_in_schedule_clipping_and_inner_optimizer():
+    methods = {"QG": {"rule": "QG-GUTm", "schedule": "cosine"}, "AdamW": {"rule": "gut", "inner": "adamw"}}
+    qg, control, adamw = tasks_of(methods=methods, settings={"warmup": "1e-1", "max_grad_norm": 1})
+    assert (qg.experiment.rule, qg.experiment.milestones, control.control_of) == ("qg_gutm", (), "QG")
+    assert (adamw.experiment.inner, adamw.experiment.lr, adamw.experiment.milestones) == ("AdamW", 1e-3, (0.5, 0.75))
+    assert {(task.experiment.warmup, task.experiment.max_grad_norm) for task in (qg, control, adamw)} == {(0.1, 1)}
+
+
 def test_merge_keys_bring_in_names_that_come_after_the_methods_own(tmp_path):
     file = tmp_path / "sweep.yaml"
     file.write_text(

@@ -13,7 +13,7 @@ from gut_fast.cli.info import info
 from gut_fast.cli.options import CONTEXT, help_if_bare
 from gut_fast.cli.report import report
 from gut_fast.cli.sweep import sweep, tune
-from gut_fast.cli.terminal import Command
+from gut_fast.cli.terminal import Command, Group
 from gut_fast.cli.topology import topology
 from gut_fast.cli.train import train
 from gut_fast.cli.verify import verify
@@ -23,6 +23,7 @@ __all__ = ["app"]
 app = typer.Typer(
     name="gut-fast",
     help="Decentralized training: many agents learn one model by talking to neighbours only.",
+    cls=Group,
     context_settings=CONTEXT,
     pretty_exceptions_enable=False,
 )

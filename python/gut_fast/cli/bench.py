@@ -18,13 +18,15 @@ from gut_fast.bench.device import DEVICES, find_device
 from gut_fast.bench.peers import PEERS
 from gut_fast.bench.results import Result, kind_of
 from gut_fast.cli.options import CONTEXT, help_if_bare
-from gut_fast.cli.terminal import Command, as_bad_argument, writing
+from gut_fast.cli.terminal import Command, Group, as_bad_argument, writing
 from gut_fast.kernels.backends import BACKENDS
 from gut_fast.simulation.engines import ENGINES
 
 __all__ = ["app"]
 
-app = typer.Typer(help="Measure how fast steps and training are on this machine.", context_settings=CONTEXT)
+_HELP = "Measure how fast steps and training are on this machine."
+
+app = typer.Typer(help=_HELP, cls=Group, context_settings=CONTEXT)
 
 MOVED = {
     "scaling": "gut-fast bench step --agents 4 --agents 64 --columns 30000, with as many of each as wanted",

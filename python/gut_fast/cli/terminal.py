@@ -13,8 +13,9 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.padding import Padding
 from rich.table import Table
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from gut_fast.cli import say
 from gut_fast.study.summary import UNBOUNDED
@@ -22,6 +23,7 @@ from gut_fast.study.summary import UNBOUNDED
 __all__ = [
     "BadArgumentError",
     "Command",
+    "Group",
     "as_bad_argument",
     "console_of_text",
     "facts_grid",
@@ -30,12 +32,42 @@ __all__ = [
     "writing",
 ]
 
+WIDTH_OF_BOXES = 70
+"""The width from which help fits into boxes."""
+
 
 class BadArgumentError(Exception):
     """The command cannot do what the user asked for; the message says why."""
 
 
-class Command(TyperCommand):
+class _WithHelp:
+    """A command whose help is written without boxes in a narrow terminal, where they would cut names off."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help page."""
+        console = console_of_text()
+        if Console().width >= WIDTH_OF_BOXES:
+            super().format_help(ctx, formatter)  # type: ignore[misc]
+            return
+        command: Any = self
+        console.print(" ".join(["Usage:", ctx.command_path, *command.collect_usage_pieces(ctx)]))
+        console.print(f"\n{' '.join((command.help or '').split())}\n")
+        records = [parameter.get_help_record(ctx) for parameter in command.get_params(ctx)]
+        records += [
+            (name, each.get_short_help_str(UNBOUNDED))
+            for name, each in getattr(command, "commands", {}).items()
+            if not each.hidden
+        ]
+        for name, text in filter(None, records):
+            console.print(name, style="bold")
+            console.print(Padding(" ".join(text.split()), (0, 0, 0, 4)))
+
+
+class Group(_WithHelp, TyperGroup):
+    """A group of commands."""
+
+
+class Command(_WithHelp, TyperCommand):
     """A command whose errors and warnings name its options, where those of the library name arguments."""
 
     def invoke(self, ctx: Any) -> Any:
