@@ -104,7 +104,7 @@ def are_readable(step: GossipStep) -> bool:
     in a bit beside them, and a storage may have been freed under its tensors (``storage.resize_(0)``). It is False also
     where this cannot be seen quickly. Every step asks, so this must be cheap.
     """
-    tensors = [*step.parameters, *step.state, *(gradient for gradient in step.gradients if gradient is not None)]
+    tensors = [*step.parameters, *step.state, *[gradient for gradient in step.gradients if gradient is not None]]
     if step.grad_scale is not None:
         tensors.append(step.grad_scale)
     try:

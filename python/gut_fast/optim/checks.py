@@ -26,6 +26,9 @@ __all__ = [
     "with_amp",
 ]
 
+OPTIONS = ("weight_decay", "maximize", "drift_memory")
+"""The options of a group, beside its learning rate and hyper-parameters, that its coefficients depend on."""
+
 ZERO_RATE = 1e-12
 """A learning rate that is smaller than this, beside the group's first one, is zero."""
 
@@ -101,7 +104,7 @@ def settings_of(group: Mapping[str, Any], rule: UpdateRule, default_lr: Any) -> 
     Schedules that end at zero may miss it by a rounding, on either side: below 1e-12 of the group's first one the
     learning rate is zero. One that is a tensor is read here. ``drift_lr`` is that of the next step.
     """
-    settings = {name: group[name] for name in ("lr", "weight_decay", "maximize", "drift_memory", *rule.hyperparameters)}
+    settings = {name: group[name] for name in ("lr", *OPTIONS, *rule.hyperparameters)}
     lr, first, memory = settings["lr"], group.get("initial_lr", default_lr), settings["drift_memory"]
     if isinstance(lr, Tensor) and lr.numel() == 1:
         lr = settings["lr"] = lr.item()

@@ -206,8 +206,7 @@ class GossipOptimizer(AcrossRanks):
         check_implementation(param_group, self._name)
         group = {**self.defaults, "drift_lr": 0.0, **param_group}
         group = analysis.with_auto_mu(self.rule, group, self.topology)
-        settings = self._settings(group)
-        checks.checked_coefficients(settings, self.rule, self._name)
+        checks.checked_coefficients(self._settings(group), self.rule, self._name)
         ops.check_parameters(tensors, self._num_here, f"{self._name}: ")
         for tensor in tensors[:1]:
             dtype, state_dtype = tensor.dtype, self.state_dtype or tensor.dtype
@@ -218,7 +217,7 @@ class GossipOptimizer(AcrossRanks):
             if self._exchange is not None:
                 self._exchange.check_wire(dtype)
         prepared = self._prepare(tensors)
-        prepared.update(settings, tensors, self._name, stays=self.capturable)
+        prepared.update(group, self.defaults["lr"], self._name, stays=self.capturable)
         self._warn_if_unstable(group)
         super().add_param_group({**group, "params": params})
         self._prepared.append(prepared)
@@ -277,8 +276,8 @@ class GossipOptimizer(AcrossRanks):
             self._update_coefficients(index)
 
     def _update_coefficients(self, index: int) -> None:
-        group = self.param_groups[index]
-        self._prepared[index].update(self._settings(group), group["params"], self._name, stays=self.capturable)
+        group, default_lr = self.param_groups[index], self.defaults["lr"]
+        self._prepared[index].update(group, default_lr, self._name, stays=self.capturable)
 
     def _up_to_date(self) -> list[Tensor]:
         """Does what a step does before the kernel and after it; returns the coefficients and state that it reads."""
@@ -292,7 +291,7 @@ class GossipOptimizer(AcrossRanks):
         """Takes down that a step was taken, and at which rate of the drift."""
         self._eager_steps += 1
         for group, prepared in zip(self.param_groups, self._prepared, strict=True):
-            group["drift_lr"] = prepared.settings.get("drift_lr", 0.0)
+            group["drift_lr"] = prepared.drift_lr
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -421,8 +420,10 @@ class GossipOptimizer(AcrossRanks):
 
     def _is_captured(self) -> bool:
         """Returns whether a CUDA graph is being captured, which is refused unless the optimizer is made for it."""
-        is_on_gpu = any(group["params"] and group["params"][0].is_cuda for group in self.param_groups)
-        if torch.compiler.is_compiling() or not is_on_gpu or not torch.cuda.is_current_stream_capturing():
+        for group in self.param_groups:
+            if group["params"] and group["params"][0].is_cuda and torch.cuda.is_current_stream_capturing():
+                break
+        else:
             return False
         if not self.capturable:
             raise RuntimeError(

@@ -30,6 +30,7 @@ class Prepared:
     Attributes:
         state: the rule's state, zero; for each name one flat buffer of which ``state[parameter][name]`` are views.
         settings: what the coefficients were computed from; empty at the start.
+        drift_lr: the rate that these divide the drift by, if it is not the learning rate.
         coefficients: A, B, C, E one after the other; zero at the start.
     """
 
@@ -39,6 +40,9 @@ class Prepared:
         self.mixing, self._rule, self._parameters = mixing, rule, list(parameters)
         self.state = FlatState(parameters, rule.states, state_dtype)
         self.settings: dict[str, Any] = {}
+        self.drift_lr = 0.0
+        self._given: tuple[Any, ...] = ()
+        self._read = operator.itemgetter("lr", "drift_lr", *checks.OPTIONS, *rule.hyperparameters)
         rows, messages = len(rule.states) + 1, rule.num_messages
         size = messages * (rows + 1) + rows * (rows + 1) + 2 * rows * messages
         self.coefficients = torch.zeros(size, dtype=torch.float64, device="cpu")
@@ -48,29 +52,36 @@ class Prepared:
         params = group["params"]
         return len(params) == len(self._parameters) and all(map(operator.is_, params, self._parameters))
 
-    def update(self, settings: dict[str, Any], parameters: Sequence[Tensor], name: str, stays: bool) -> None:
-        """Computes the coefficients anew if a setting has changed.
+    def update(self, group: Mapping[str, Any], default_lr: Any, name: str, stays: bool) -> None:
+        """Computes the coefficients anew if one of the group's options has changed; every step asks.
 
         Args:
-            settings: the learning rate, the hyper-parameters and the other `checks.settings_of` the group.
-            parameters: the group's parameters.
+            group: the parameter group.
+            default_lr: the optimizer's first learning rate.
             name: the optimizer's name, for messages.
             stays: whether the coefficients lie on the parameters' device, always in the same memory.
 
         Raises:
-            TypeError, ValueError: a bad hyper-parameter; the coefficients stay as they are.
+            TypeError, ValueError: a bad option; the coefficients stay as they are.
         """
-        if settings == self.settings:
+        given = self._read(group)
+        if not isinstance(given[0], Tensor) and given == self._given:
             return
+        settings = checks.settings_of(group, self._rule, default_lr)
+        if settings != self.settings:
+            self._compute(settings, name, stays)
+        self._given, self.drift_lr = given, settings.get("drift_lr", 0.0)
+
+    def _compute(self, settings: dict[str, Any], name: str, stays: bool) -> None:
         flat = checks.checked_coefficients(settings, self._rule, name).flat()
-        checks.check_range(flat, settings["lr"], parameters, name)
+        checks.check_range(flat, settings["lr"], self._parameters, name)
         fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
         if not stays:
             self.coefficients = fresh
         elif self.settings:
             self.coefficients.copy_(fresh, non_blocking=True)
         else:
-            self.coefficients = fresh.to(next((each.device for each in parameters), "cpu"))
+            self.coefficients = fresh.to(next((each.device for each in self._parameters), "cpu"))
         self.settings = settings
 
 
