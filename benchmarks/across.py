@@ -34,6 +34,7 @@ from gut_fast.bench.timing import interleave, threads, watch
 from gut_fast.kernels import machine
 from gut_fast.optim import GossipOptimizer
 from gut_fast.simulation.engines import make_engine
+from gut_fast.simulation.objective import Supervised
 from gut_fast.topology import complete, from_matrix, ring, sequence
 
 LR, MU = 0.01, 0.5
@@ -241,7 +242,7 @@ class OneProcess(Gossip):
                 mine.detach().copy_(start.detach())
         batches = [self.case.make_batch(i) for i in range(ranks)]
         self.images, self.labels = (torch.stack(each) for each in zip(*batches, strict=True))
-        self.engine = make_engine("auto", self.stacked, cross_entropy)
+        self.engine = make_engine("auto", self.stacked, Supervised(cross_entropy))
         self.optimizer = GossipOptimizer(
             self.stacked.parameters(), self.rule, topology=self.graph(ranks), **self.hyperparameters
         )
@@ -250,7 +251,7 @@ class OneProcess(Gossip):
         if self.rank:
             return
         with threads(os.cpu_count() or 1):
-            self.engine(self.images, self.labels)
+            self.engine((self.images, self.labels))
             self.optimizer.step()
 
     def outcome(self):

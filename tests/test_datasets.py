@@ -41,6 +41,7 @@ from gut_fast.data import idx as idx_module
 from gut_fast.data.sources import FOLDER_VARIABLE, Download
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
+from gut_fast.simulation.samples import FileSamples, TensorSamples
 from torchvision_shim import torchvision_or_skip
 
 torchvision_or_skip()
@@ -444,7 +445,7 @@ def test_batches_of_files_are_the_same_with_any_number_of_workers(small_imagenet
     for workers in (0, 2):
         before = torch.get_rng_state()
         of_workers = replace(files, workers=workers)
-        batches = Batches(of_workers, labels, parts, 4, 5, RandomResizedCropFlip(scale=(0.2, 0.9)))
+        batches = Batches(FileSamples(of_workers, labels), parts, 4, 5, RandomResizedCropFlip(scale=(0.2, 0.9)))
         runs.append([batches(step) for step in steps])
         assert torch.equal(torch.get_rng_state(), before)
     for results in zip(*runs, strict=True):
@@ -458,7 +459,7 @@ def test_batches_of_files_are_the_same_with_any_number_of_workers(small_imagenet
 @pytest.mark.parametrize("augment", [None, RandomCropFlip(2), RandomResizedCropFlip()])
 def test_a_batch_of_files_is_the_batch_of_their_plan(small_imagenette, augment):
     files, labels = small_imagenette.train_inputs, small_imagenette.train_labels
-    batches = Batches(files, labels, [torch.arange(0, 30, 2), torch.arange(1, 30, 2)], 4, 1, augment)
+    batches = Batches(FileSamples(files, labels), [torch.arange(0, 30, 2), torch.arange(1, 30, 2)], 4, 1, augment)
     inputs, targets = batches(3)
     indices, draws = batches.select(3)
     assert torch.equal(targets, labels[indices])
@@ -477,7 +478,7 @@ def test_a_file_that_cannot_be_decoded_is_named_and_the_next_call_tries_again(sm
     damaged = tmp_path / "damaged.JPEG"
     damaged.write_bytes(files.paths[4].read_bytes()[:200])
     broken = replace(files, paths=(*files.paths[:4], damaged, *files.paths[5:]), workers=1)
-    batches = Batches(broken, small_imagenette.train_labels, [torch.arange(30)], 30)
+    batches = Batches(FileSamples(broken, small_imagenette.train_labels), [torch.arange(30)], 30)
     for _ in range(2):
         with pytest.raises(
             RuntimeError, match=rf"^{damaged} cannot be read as an image \(.*\); get the data set again"
@@ -485,7 +486,9 @@ def test_a_file_that_cannot_be_decoded_is_named_and_the_next_call_tries_again(sm
             batches(0)
     damaged.write_bytes(files.paths[4].read_bytes())
     repaired, _ = batches(0)
-    assert torch.equal(repaired, Batches(files, small_imagenette.train_labels, [torch.arange(30)], 30)(0)[0])
+    assert torch.equal(
+        repaired, Batches(FileSamples(files, small_imagenette.train_labels), [torch.arange(30)], 30)(0)[0]
+    )
 
 
 def test_workers_outlive_an_interrupt(small_imagenette):
@@ -499,8 +502,10 @@ def test_workers_outlive_an_interrupt(small_imagenette):
             return super().crop(image, seed, size)
 
     files = replace(small_imagenette.train_inputs, workers=1)
-    batches = Batches(files, small_imagenette.train_labels, [torch.arange(30)], 2, 0, Interrupted())
-    expected = Batches(files, small_imagenette.train_labels, [torch.arange(30)], 2, 0, RandomResizedCropFlip())
+    batches = Batches(FileSamples(files, small_imagenette.train_labels), [torch.arange(30)], 2, 0, Interrupted())
+    expected = Batches(
+        FileSamples(files, small_imagenette.train_labels), [torch.arange(30)], 2, 0, RandomResizedCropFlip()
+    )
     assert torch.equal(batches(0)[0], expected(0)[0])
 
 
@@ -512,7 +517,8 @@ def test_batches_leave_no_data_and_no_worker_behind(small_imagenette, workers, c
     gc.disable()
     try:
         for inputs in (files, images):
-            batches = Batches(inputs, labels, [torch.arange(30)], 4, 0, RandomResizedCropFlip())
+            samples = FileSamples(inputs, labels) if inputs is files else TensorSamples((inputs, labels))
+            batches = Batches(samples, [torch.arange(30)], 4, 0, RandomResizedCropFlip())
             batches(0)
             assert len(children()) == (workers if inputs is files else 0)
             alive = weakref.ref(batches)

@@ -23,7 +23,9 @@ from gut_fast.simulation.engines import (
     WorkersEngine,
     make_engine,
 )
+from gut_fast.simulation.objective import Supervised
 
+OBJECTIVE = Supervised(cross_entropy)
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores:UserWarning")
 """torch.compile sets off warnings of torch's own."""
 
@@ -81,7 +83,7 @@ def channels_last(inputs):
 
 def results(engine, stacked, inputs, targets):
     """Copies of the losses, gradients and buffers."""
-    losses = engine(inputs, targets)
+    losses = engine((inputs, targets))
     tensors = [losses, *(parameter.grad for parameter in stacked.parameters())]
     return [tensor.clone() for tensor in (*tensors, *(buffer for _, buffer in stacked.named_buffers()))]
 
@@ -111,7 +113,10 @@ def compiler(request):
 @pytest.mark.parametrize("compiler", ["aot_eager"], indirect=True)
 def test_a_compiled_engine_equals_plain_autograd_over_several_steps(engine, compiler):
     stacks = [spread(convolutional().double()) for _ in range(2)]
-    compiled, plain = engine(stacks[0], cross_entropy, compiler=compiler), LoopEngine(stacks[1], cross_entropy)
+    compiled, plain = (
+        engine(stacks[0], OBJECTIVE, compiler=compiler),
+        LoopEngine(stacks[1], OBJECTIVE),
+    )
     assert compiled.name == f"compiled-{engine.name}"
     for step in range(3):
         inputs, targets = batch(step, dtype=torch.float64)
@@ -122,24 +127,24 @@ def test_a_compiled_engine_equals_plain_autograd_over_several_steps(engine, comp
 @pytest.mark.parametrize("engine", [LoopEngine, VmapEngine])
 def test_compiled_dropout_differs_between_agents_and_steps_and_repeats_from_the_seed(engine, compiler):
     stacked = stack(nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).double(), NUM_AGENTS)
-    run = engine(stacked, cross_entropy, compiler=compiler)
+    run = engine(stacked, OBJECTIVE, compiler=compiler)
     inputs, targets = torch.ones(NUM_AGENTS, 6, 4, dtype=torch.float64), torch.zeros(NUM_AGENTS, 6, dtype=torch.int64)
     torch.manual_seed(0)
-    losses = [run(inputs, targets) for _ in range(2)]
+    losses = [run((inputs, targets)) for _ in range(2)]
     assert len(set(torch.cat(losses).tolist())) == 2 * NUM_AGENTS
     torch.manual_seed(0)
-    assert torch.equal(run(inputs, targets), losses[0])
+    assert torch.equal(run((inputs, targets)), losses[0])
 
 
 def float64_truth(inputs, targets):
     stacked = spread(convolutional().double())
-    return results(LoopEngine(stacked, cross_entropy), stacked, inputs.double(), targets)
+    return results(LoopEngine(stacked, OBJECTIVE), stacked, inputs.double(), targets)
 
 
 def in_precision(make, inputs, targets, autocast=None, dtype=torch.float32):
     """The results of an engine, after a check that losses are float32 and gradients have the parameters' dtype."""
     stacked = spread(convolutional().to(dtype))
-    mine = results(make(stacked, cross_entropy, autocast), stacked, inputs.to(dtype), targets)
+    mine = results(make(stacked, Supervised(cross_entropy, autocast=autocast)), stacked, inputs.to(dtype), targets)
     assert mine[0].dtype == torch.float32
     assert all(parameter.grad.dtype == dtype for parameter in stacked.parameters())
     return mine
@@ -206,8 +211,8 @@ def test_a_graphed_engine_equals_the_one_it_records_bit_for_bit(engine):
     """Warm-ups and capture leave buffers and random numbers alone, and results are read from fixed memory."""
     stacks = [spread(convolutional(dropout=0.3)) for _ in range(2)]
     graph = FakeGraph(stacks[0])
-    graphed = GraphedEngine(engine(stacks[0], cross_entropy), stacks[0], graph)
-    plain = engine(stacks[1], cross_entropy)
+    graphed = GraphedEngine(engine(stacks[0], OBJECTIVE), stacks[0], graph)
+    plain = engine(stacks[1], OBJECTIVE)
     assert graphed.name == f"graphed-{engine.name}"
     mine, truth = [], []
     for run, each, into in ((graphed, stacks[0], mine), (plain, stacks[1], truth)):
@@ -223,12 +228,12 @@ def test_a_graphed_engine_equals_the_one_it_records_bit_for_bit(engine):
 def test_losses_and_gradients_of_a_graphed_engine():
     """Losses are new tensors at every call; gradients are in the same memory and linked again."""
     stacked = spread(convolutional())
-    graphed = GraphedEngine(VmapEngine(stacked, cross_entropy), stacked, FakeGraph(stacked))
-    first = graphed(*batch(0))
+    graphed = GraphedEngine(VmapEngine(stacked, OBJECTIVE), stacked, FakeGraph(stacked))
+    first = graphed(batch(0))
     kept, places = first.clone(), [parameter.grad.data_ptr() for parameter in stacked.parameters()]
     for parameter in stacked.parameters():
         parameter.grad = None
-    graphed(*batch(1))
+    graphed(batch(1))
     assert torch.equal(first, kept)
     assert [parameter.grad.data_ptr() for parameter in stacked.parameters()] == places
 
@@ -236,7 +241,10 @@ def test_losses_and_gradients_of_a_graphed_engine():
 def test_a_graphed_engine_is_recorded_anew_where_the_batch_has_another_layout():
     stacked, other = spread(convolutional()), spread(convolutional())
     graph = FakeGraph(stacked)
-    graphed, plain = GraphedEngine(LoopEngine(stacked, cross_entropy), stacked, graph), LoopEngine(other, cross_entropy)
+    graphed, plain = (
+        GraphedEngine(LoopEngine(stacked, OBJECTIVE), stacked, graph),
+        LoopEngine(other, OBJECTIVE),
+    )
     inputs, targets = batch()
     batches = [(inputs, targets), batch(1, size=4), (channels_last(inputs), targets), (channels_last(inputs), targets)]
     for each in batches:
@@ -247,10 +255,10 @@ def test_a_graphed_engine_is_recorded_anew_where_the_batch_has_another_layout():
 def test_a_graphed_engine_is_recorded_once_for_batches_whose_samples_share_memory():
     stacked = spread(convolutional())
     graph = FakeGraph(stacked)
-    graphed = GraphedEngine(LoopEngine(stacked, cross_entropy), stacked, graph)
+    graphed = GraphedEngine(LoopEngine(stacked, OBJECTIVE), stacked, graph)
     inputs, targets = batch()
     for _ in range(3):
-        graphed(inputs[:1].expand_as(inputs), targets)
+        graphed((inputs[:1].expand_as(inputs), targets))
     assert graph.captures == 1
 
 
@@ -284,9 +292,9 @@ def test_agents_are_dealt_out_to_streams_between_a_fork_and_a_join(monkeypatch):
     cuda = FakeStreams(monkeypatch)
     monkeypatch.setattr(StreamsEngine, "max_streams", 2)
     stacks = [spread(convolutional()) for _ in range(2)]
-    engine = StreamsEngine(stacks[0], cross_entropy)
+    engine = StreamsEngine(stacks[0], OBJECTIVE)
     mine = results(engine, stacks[0], *batch())
-    assert_equal(mine, results(LoopEngine(stacks[1], cross_entropy), stacks[1], *batch()))
+    assert_equal(mine, results(LoopEngine(stacks[1], OBJECTIVE), stacks[1], *batch()))
     here, (a, b) = cuda.current, dict.fromkeys(stream for stream, what, _ in cuda.log if what == "computes")
     assert here not in (a, b)
     assert cuda.log == [
@@ -297,7 +305,7 @@ def test_agents_are_dealt_out_to_streams_between_a_fork_and_a_join(monkeypatch):
     cuda.log.clear()
     inputs, targets = batch()
     with pytest.raises(IndexError):  # in the second agent
-        engine(inputs, targets + torch.tensor([0, CLASSES, 0])[:, None])
+        engine((inputs, targets + torch.tensor([0, CLASSES, 0])[:, None]))
     assert cuda.log[-2:] == [(here, "waits for", stream) for stream in (a, b)]
 
 
@@ -310,15 +318,15 @@ def test_engines_that_need_a_gpu_say_so_on_a_cpu():
     for name in ENGINES:
         if name.startswith("graphed"):
             with pytest.raises(ValueError, match="graphed engine is for CUDA devices, the model is on cpu; use 'loop'"):
-                make_engine(name, stacked, cross_entropy)
+                make_engine(name, stacked, OBJECTIVE)
         else:
-            assert make_engine(name, stacked, cross_entropy).name == name
+            assert make_engine(name, stacked, OBJECTIVE).name == name
 
 
 def test_auto_chooses_among_loop_vmap_and_their_graphs_on_a_gpu(monkeypatch):
     stacked = spread(convolutional())
     monkeypatch.setattr(StackedModule, "device", torch.device("cuda"))
-    auto = AutoEngine(stacked, cross_entropy)
+    auto = AutoEngine(stacked, OBJECTIVE)
     assert list(auto.state_dict()["seconds"]) == ["loop", "vmap", "graphed-loop", "graphed-vmap"]
 
 
@@ -327,11 +335,11 @@ def auto_on_a_gpu(monkeypatch, engines, seconds):
     stacked = spread(convolutional())
     with monkeypatch.context() as patch:
         patch.setattr(StackedModule, "device", torch.device("cuda"))
-        auto = AutoEngine(stacked, cross_entropy)
+        auto = AutoEngine(stacked, OBJECTIVE)
     clock, called = [0.0], []
 
     def make(name):
-        def engine(inputs, targets):
+        def engine(batch):
             called.append(name)
             clock[0] += seconds[name]
             return engines[name]()
@@ -357,12 +365,12 @@ def test_auto_keeps_the_fastest_engine_and_lets_the_others_go(monkeypatch):
     auto, called = auto_on_a_gpu(monkeypatch, dict.fromkeys(names, losses), seconds)
     for _ in range(4 * 6):
         assert auto.name == "auto"
-        auto(*batch())
+        auto(batch())
     assert called == names * 6
     assert auto.name == "graphed-loop"
     assert list(auto._engines) == ["graphed-loop"]
     auto.load_state_dict({"chosen": "graphed-vmap", "seconds": {}})
-    auto(*batch())
+    auto(batch())
     assert called[-1] == "graphed-vmap"
 
 
@@ -370,11 +378,11 @@ def test_auto_leaves_out_what_fails_and_what_is_built_upon_it_with_one_warning(m
     seconds = {"loop": 4.0, "vmap": 3.0, "graphed-loop": 5.0, "graphed-vmap": 0.0}
     engines = {"loop": losses, "vmap": fail, "graphed-loop": losses, "graphed-vmap": fail}
     auto, called = auto_on_a_gpu(monkeypatch, engines, seconds)
-    auto(*batch())
+    auto(batch())
     with pytest.warns(UserWarning, match="engine 'vmap' is left out: it failed with 'vmap: not supported'$"):
-        auto(*batch())
+        auto(batch())
     for _ in range(11):
-        auto(*batch())  # any other warning would be an error
+        auto(batch())  # any other warning would be an error
     assert "graphed-vmap" not in called
     assert auto.chosen == "loop"
 
@@ -466,7 +474,10 @@ def exact():
 def test_engines_on_a_gpu_equal_plain_autograd_in_float64(name, autocast, layout, tolerance, exact):
     torch.compiler.reset()
     truth_stack, stacked = spread(convolutional().double()), spread(convolutional(), "cuda")
-    truth, engine = LoopEngine(truth_stack, cross_entropy), make_engine(name, stacked, cross_entropy, autocast)
+    truth, engine = (
+        LoopEngine(truth_stack, OBJECTIVE),
+        make_engine(name, stacked, Supervised(cross_entropy, autocast=autocast)),
+    )
     for step in range(3):
         inputs, targets = batch(step)
         expected = results(truth, truth_stack, inputs.double(), targets)
@@ -541,12 +552,12 @@ def test_what_cannot_be_captured_is_found_out_before_it_does_harm():
     module = nn.Sequential(nn.Flatten(), nn.Dropout(0.3), Waits(), nn.Linear(CHANNELS * SIZE**2, CLASSES)).cuda()
     inputs, targets = (each.cuda() for each in batch())
     with pytest.raises(RuntimeError, match="synchronizing"):
-        make_engine("graphed-loop", stack(module, NUM_AGENTS), cross_entropy)(inputs, targets)
-    auto = AutoEngine(stack(module, NUM_AGENTS), cross_entropy)
+        make_engine("graphed-loop", stack(module, NUM_AGENTS), OBJECTIVE)(inputs, targets)
+    auto = AutoEngine(stack(module, NUM_AGENTS), OBJECTIVE)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for _ in range(20):
-            assert auto(inputs, targets).isfinite().all()
+            assert auto((inputs, targets)).isfinite().all()
     assert ["left out" in str(each.message) for each in warned] == [True, True]
     assert auto.chosen == "loop"
     assert torch.cuda.current_stream() == torch.cuda.default_stream()

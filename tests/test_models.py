@@ -14,6 +14,7 @@ from gut_fast import models
 from gut_fast.models import NORMS, EvoNormS0
 from gut_fast.models.deep import InvertedResidual
 from gut_fast.simulation.engines import make_engine
+from gut_fast.simulation.objective import Supervised
 
 
 def mobilenet_blocks(norm):
@@ -25,6 +26,7 @@ def mobilenet_blocks(norm):
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 3))
 
 
+OBJECTIVE = Supervised(cross_entropy)
 SMALL = {
     "mlp:16-8": (1, 3, 3),
     "lenet5": (1, 28, 28),
@@ -278,9 +280,9 @@ def test_a_training_step_is_the_same_with_every_engine(spec, norm):
     results = {}
     for engine in ("loop", "vmap", "workers"):
         stacked = gf.stack(network, agents)
-        gradients_of = make_engine(engine, stacked, cross_entropy)
+        gradients_of = make_engine(engine, stacked, OBJECTIVE)
         for _ in range(2):
-            losses = gradients_of(x, y)
+            losses = gradients_of((x, y))
             with torch.no_grad():
                 for parameter in stacked.parameters():
                     parameter.sub_(parameter.grad, alpha=0.01)

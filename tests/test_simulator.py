@@ -27,6 +27,7 @@ from gut_fast.simulation import Simulator, consensus_error, files, stack, write_
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
 from gut_fast.simulation.callbacks import progress as progress_display
 from gut_fast.simulation.metrics import evaluate, read
+from gut_fast.simulation.samples import TensorSamples
 from products import covering
 
 NUM_AGENTS = 4
@@ -169,7 +170,7 @@ def test_evaluation_changes_nothing_and_is_the_same_one_by_one_and_all_at_once()
         copy.deepcopy(sim.stacked.state_dict()),
         torch.get_rng_state(),
     )
-    results = [read(evaluate(sim.stacked, DATA, cross_entropy, vectorized=each)) for each in (True, False)]
+    results = [read(evaluate(sim.stacked, sim._objective, sim._test, vectorized=each)[0]) for each in (True, False)]
     assert results[0] == pytest.approx(results[1])
     assert torch.equal(torch.get_rng_state(), random_state)
     assert_same(sim.stacked.state_dict(), before)
@@ -305,7 +306,7 @@ def test_a_loss_of_nan_is_carried_and_reported():
 def order(seed, agent, epoch, parts):
     """The samples of an agent's epoch, read from the stream one at a time."""
     size = len(parts[agent])
-    single = Batches(DATA.train_inputs, DATA.train_labels, parts, 1, seed)
+    single = Batches(TensorSamples((DATA.train_inputs, DATA.train_labels)), parts, 1, seed)
     return [single.indices(step)[agent].item() for step in range(epoch * size, (epoch + 1) * size)]
 
 
@@ -318,7 +319,7 @@ def order(seed, agent, epoch, parts):
 @settings(max_examples=25, deadline=None)
 def test_a_batch_is_a_window_of_the_agents_stream_of_epochs(sizes, batch_size, step, seed):
     parts = list(torch.randperm(60, generator=torch.Generator().manual_seed(seed)).split([*sizes, 60 - sum(sizes)]))
-    batches = Batches(DATA.train_inputs, DATA.train_labels, parts, batch_size, seed)
+    batches = Batches(TensorSamples((DATA.train_inputs, DATA.train_labels)), parts, batch_size, seed)
     indices = batches.indices(step)
     assert indices.shape == (len(parts), batch_size)
     for agent, size in enumerate(sizes):
@@ -361,14 +362,14 @@ def test_augmentation_is_a_function_of_seed_agent_and_step():
     parts = [torch.arange(60)] * 3
 
     def draws(step, agents=3, seed=0):
-        batches = Batches(images, labels, parts[:agents], 5, seed, augment)
+        batches = Batches(TensorSamples((images, labels)), parts[:agents], 5, seed, augment)
         batches(step)
         return batches._draws[step % STEPS_PER_BLOCK]
 
     assert torch.equal(draws(70, agents=2), draws(70)[:2])
-    used = Batches(images, labels, parts, 5, 0, augment)
+    used = Batches(TensorSamples((images, labels)), parts, 5, 0, augment)
     used(3)
-    fresh = Batches(images, labels, parts, 5, 0, augment)
+    fresh = Batches(TensorSamples((images, labels)), parts, 5, 0, augment)
     assert torch.equal(used(70)[0], fresh(70)[0])
     different = [*draws(70), *draws(71), *draws(70 + STEPS_PER_BLOCK), draws(70, seed=1)[0]]
     assert len({tuple(draw.flatten().tolist()) for draw in different}) == len(different)

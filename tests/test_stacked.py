@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from gut_fast.simulation import StackedModule, consensus_error, stack
 from gut_fast.simulation.engines import AutoEngine, LoopEngine, VmapEngine, make_engine
+from gut_fast.simulation.objective import Supervised
 
+OBJECTIVE = Supervised(cross_entropy)
 NUM_AGENTS = 3
 
 
@@ -160,8 +162,8 @@ def test_frozen_parameters_stay_frozen():
     module[0].weight.requires_grad_(False)
     stacked = stack(module, NUM_AGENTS)
     inputs, targets = batch()
-    for engine in (LoopEngine(stacked, cross_entropy), VmapEngine(stacked, cross_entropy)):
-        engine(inputs, targets)
+    for engine in (LoopEngine(stacked, OBJECTIVE), VmapEngine(stacked, OBJECTIVE)):
+        engine((inputs, targets))
         assert not stacked.parameters()[0].requires_grad
         assert stacked.parameters()[0].grad is None
         assert stacked.parameters()[1].grad.ne(0).any()
@@ -237,7 +239,7 @@ def saved(stacked):
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
 def test_copies_have_buffers_and_views_of_their_own(duplicate, name):
     stacked = spread(stack(make(name), NUM_AGENTS))
-    VmapEngine(stacked, cross_entropy)(*batch())
+    VmapEngine(stacked, OBJECTIVE)(batch())
     other = duplicate(stacked)
     assert isinstance(other, StackedModule)
     for tensor_name, tensor in stacked.state_dict().items():
@@ -245,7 +247,7 @@ def test_copies_have_buffers_and_views_of_their_own(duplicate, name):
     other.values.zero_()
     assert all(parameter.eq(0).all() for parameter in other.agent(1).parameters())
     assert stacked.values.ne(0).any()
-    LoopEngine(other, cross_entropy)(*batch())
+    LoopEngine(other, OBJECTIVE)(batch())
     assert other.gradients.ne(0).any()
 
 
@@ -342,12 +344,12 @@ def one_by_one(stacked, inputs, targets, loss=cross_entropy):
 def test_engines_equal_plain_autograd_in_float64(engine, name, loss):
     """There are three steps: the buffers of one step enter the next, and gradients must not add up."""
     stacked = spread(stack(make(name), NUM_AGENTS))
-    run = engine(stacked, loss)
+    run = engine(stacked, Supervised(loss))
     for step in range(3):
         inputs, targets = batch()
         inputs = inputs + step
         expected = one_by_one(stacked, inputs, targets, loss)
-        losses = run(inputs, targets)
+        losses = run((inputs, targets))
         assert losses.shape == (NUM_AGENTS,)
         assert not losses.requires_grad
         for i, (value, gradients, buffers) in enumerate(expected):
@@ -364,25 +366,25 @@ def test_engines_equal_plain_autograd_in_float64(engine, name, loss):
 def test_dropout_is_on_differs_between_agents_and_repeats_from_the_seed(engine):
     module = nn.Sequential(nn.Dropout(0.5), nn.Linear(4, 4)).double().eval()
     stacked = stack(module, NUM_AGENTS)
-    run = engine(stacked, cross_entropy)
+    run = engine(stacked, OBJECTIVE)
     inputs, targets = batch()
     inputs, targets = inputs[:1].expand(3, 6, 4), targets[:1].expand(3, 6)
     torch.manual_seed(0)
-    losses = [run(inputs, targets) for _ in range(2)]
+    losses = [run((inputs, targets)) for _ in range(2)]
     assert len(set(torch.cat(losses).tolist())) == 6
     torch.manual_seed(0)
-    assert torch.equal(run(inputs, targets), losses[0])
+    assert torch.equal(run((inputs, targets)), losses[0])
 
 
 def test_engines_switch_without_stale_gradients():
     stacked = spread(stack(make("batch_norm"), NUM_AGENTS))
-    loop, vmapped = LoopEngine(stacked, cross_entropy), VmapEngine(stacked, cross_entropy)
+    loop, vmapped = LoopEngine(stacked, OBJECTIVE), VmapEngine(stacked, OBJECTIVE)
     inputs, targets = batch()
     gradients = []
     for engine in (loop, vmapped, loop, loop):
         for parameter in stacked.parameters()[:2]:
             parameter.grad = None
-        engine(inputs, targets)
+        engine((inputs, targets))
         gradients.append([parameter.grad.clone() for parameter in stacked.parameters()])
     for other in gradients[1:]:
         for a, b in zip(gradients[0], other, strict=True):
@@ -391,13 +393,13 @@ def test_engines_switch_without_stale_gradients():
 
 def test_auto_takes_turns_then_keeps_the_engine_with_the_smaller_median(monkeypatch):
     stacked = stack(make(), NUM_AGENTS)
-    auto = AutoEngine(stacked, cross_entropy)
+    auto = AutoEngine(stacked, OBJECTIVE)
     inputs, targets = batch()
     called, clock = [], [0.0]
     seconds = {"loop": [0.1, 2, 2, 2, 9, 2], "vmap": [50, 1, 1, 60, 1, 1]}  # the first of each does not count
 
     def timed(name):
-        def engine(inputs, targets):
+        def engine(batch):
             clock[0] += seconds[name][called.count(name)] if called.count(name) < 6 else 0
             called.append(name)
             return torch.zeros(NUM_AGENTS)
@@ -408,21 +410,21 @@ def test_auto_takes_turns_then_keeps_the_engine_with_the_smaller_median(monkeypa
     monkeypatch.setattr(auto, "_now", lambda: clock[0])
     for _ in range(12):
         assert auto.chosen is None
-        auto(inputs, targets)
+        auto((inputs, targets))
     assert called == ["loop", "vmap"] * 6
     assert auto.chosen == "vmap"
-    auto(inputs, targets)
+    auto((inputs, targets))
     assert called[12:] == ["vmap"]
 
 
 def test_auto_goes_on_where_its_state_was_saved():
-    first, second = (AutoEngine(stack(make(), NUM_AGENTS), cross_entropy) for _ in range(2))
+    first, second = (AutoEngine(stack(make(), NUM_AGENTS), OBJECTIVE) for _ in range(2))
     for _ in range(5):
-        first(*batch())
+        first(batch())
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     assert [len(seconds) for seconds in second.state_dict()["seconds"].values()] == [3, 2]
     while second.chosen is None:
-        second(*batch())
+        second(batch())
     first.load_state_dict(second.state_dict())
     assert first.chosen == second.chosen
 
@@ -432,16 +434,16 @@ def test_auto_falls_back_to_the_loop_with_one_warning():
     torch.manual_seed(3)
     stacked, expected = (stack(DependsOnValues().double(), NUM_AGENTS) for _ in range(2))
     expected.load_state_dict(stacked.state_dict())
-    auto, loop = AutoEngine(stacked, cross_entropy), LoopEngine(expected, cross_entropy)
+    auto, loop = AutoEngine(stacked, OBJECTIVE), LoopEngine(expected, OBJECTIVE)
     torch.manual_seed(4)
-    auto(*batch())
+    auto(batch())
     with pytest.warns(UserWarning, match="engine 'vmap' is left out: it failed with .*data-dependent") as warned:
-        losses = auto(*batch())
+        losses = auto(batch())
     assert len(warned) == 1
     assert auto.chosen == "loop"
     torch.manual_seed(4)
-    loop(*batch())
-    assert torch.equal(losses, loop(*batch()))
+    loop(batch())
+    assert torch.equal(losses, loop(batch()))
     assert torch.equal(stacked.gradients, expected.gradients)
     for (_, a), (_, b) in zip(stacked.named_buffers(), expected.named_buffers(), strict=True):
         assert torch.equal(a, b)
@@ -449,11 +451,11 @@ def test_auto_falls_back_to_the_loop_with_one_warning():
 
 def test_an_error_of_the_model_itself_is_raised_by_every_engine():
     for name in ("loop", "vmap", "auto"):
-        engine = make_engine(name, stack(make(), NUM_AGENTS), cross_entropy)
+        engine = make_engine(name, stack(make(), NUM_AGENTS), OBJECTIVE)
         with pytest.raises(RuntimeError, match=r"shape|size"):
-            engine(torch.zeros(NUM_AGENTS, 2, 7, dtype=torch.float64), torch.zeros(NUM_AGENTS, 2, dtype=torch.int64))
+            engine((torch.zeros(NUM_AGENTS, 2, 7, dtype=torch.float64), torch.zeros(NUM_AGENTS, 2, dtype=torch.int64)))
     with pytest.raises(ValueError, match="unknown engine 'jit'; known are auto, loop, vmap"):
-        make_engine("jit", stack(make(), NUM_AGENTS), cross_entropy)
+        make_engine("jit", stack(make(), NUM_AGENTS), OBJECTIVE)
 
 
 def test_consensus_error_is_the_mean_squared_distance_from_the_average():

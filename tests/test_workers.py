@@ -17,9 +17,11 @@ from gut_fast.data import Dataset
 from gut_fast.simulation import Simulator, StackedModule, stack
 from gut_fast.simulation import workers as workers_module
 from gut_fast.simulation.engines import AutoEngine, LoopEngine, WorkersEngine, make_engine
+from gut_fast.simulation.objective import Supervised
 from gut_fast.simulation.workers import Workers
 from products import covering
 
+OBJECTIVE = Supervised(cross_entropy)
 NUM_AGENTS = 5
 MANY = 100
 
@@ -281,7 +283,7 @@ def trace(engine, stacked, steps=4):
     """Yields losses, gradients, buffers and random state of some steps from a fixed random state on."""
     torch.manual_seed(5)
     for step in range(steps):
-        losses = engine(*batch(step))
+        losses = engine(batch(step))
         assert not losses.requires_grad
         yield [losses, stacked.gradients.clone(), *(buffer.clone() for _, buffer in stacked.named_buffers())]
         yield [parameter.grad.clone() for parameter in stacked.parameters()] + [torch.get_rng_state()]
@@ -290,9 +292,9 @@ def trace(engine, stacked, steps=4):
 @pytest.mark.parametrize(("name", "num_threads"), covering(list(MODULES), [2, 1, 4, 16]))
 def test_workers_equal_the_loop_on_one_thread_bit_for_bit(threads, name, num_threads):
     stacks = [stack(make(name), NUM_AGENTS, init="different", seed=1) for _ in range(2)]
-    expected = list(trace(LoopEngine(stacks[0], cross_entropy), stacks[0]))
+    expected = list(trace(LoopEngine(stacks[0], OBJECTIVE), stacks[0]))
     threads(num_threads)
-    for mine, its in zip(trace(WorkersEngine(stacks[1], cross_entropy), stacks[1]), expected, strict=True):
+    for mine, its in zip(trace(WorkersEngine(stacks[1], OBJECTIVE), stacks[1]), expected, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(mine, its, strict=True))
 
 
@@ -308,12 +310,12 @@ def test_forward_passes_are_in_order_only_where_the_model_draws_random_numbers(t
             agents_met.append(targets[0])
         return cross_entropy(outputs, targets)
 
-    engine = WorkersEngine(stack(make(name), 2), cross_entropy)
+    engine = WorkersEngine(stack(make(name), 2), OBJECTIVE)
     inputs, targets = (each[:2] for each in batch())
-    engine(inputs, targets)
-    engine._loss = loss
+    engine((inputs, targets))
+    engine._objective = Supervised(loss)
     together = threading.Barrier(2, timeout=30 if name == "linear" else 0.2)
-    engine(inputs, targets)
+    engine((inputs, targets))
     assert len(agents_met) == (2 if name == "linear" else 0)
 
 
@@ -367,21 +369,24 @@ def test_workers_are_for_the_cpu(monkeypatch):
     stacked = stack(make(), NUM_AGENTS)
     monkeypatch.setattr(StackedModule, "device", torch.device("cuda"))
     with pytest.raises(ValueError, match="engine 'workers' is for the CPU, the model is on cuda; use 'vmap' or 'loop'"):
-        make_engine("workers", stacked, cross_entropy)
-    assert "workers" not in AutoEngine(stacked, cross_entropy).state_dict()["seconds"]
+        make_engine("workers", stacked, OBJECTIVE)
+    assert "workers" not in AutoEngine(stacked, OBJECTIVE).state_dict()["seconds"]
 
 
 # The choice
 
 
 def test_auto_considers_workers_where_there_are_threads(threads):
-    assert list(AutoEngine(stack(make(), NUM_AGENTS), cross_entropy).state_dict()["seconds"]) == ["loop", "vmap"]
+    assert list(AutoEngine(stack(make(), NUM_AGENTS), OBJECTIVE).state_dict()["seconds"]) == [
+        "loop",
+        "vmap",
+    ]
     threads(2)
     stacked = stack(make(), NUM_AGENTS)
-    auto = AutoEngine(stacked, cross_entropy)
+    auto = AutoEngine(stacked, OBJECTIVE)
     for step in range(18):
         assert auto.chosen is None
-        auto(*batch(step))
+        auto(batch(step))
     seconds = auto.state_dict()["seconds"]
     assert {name: len(each) for name, each in seconds.items()} == {"loop": 6, "vmap": 6, "workers": 6}
     assert auto.chosen in seconds
@@ -393,18 +398,18 @@ def test_auto_chooses_between_the_loop_and_workers_where_vmap_fails(threads):
             return super().forward(inputs if inputs.sum() > 0 else -inputs)
 
     threads(2)
-    auto = AutoEngine(stack(DependsOnValues(4, 3), NUM_AGENTS), cross_entropy)
-    auto(*batch())
+    auto = AutoEngine(stack(DependsOnValues(4, 3), NUM_AGENTS), OBJECTIVE)
+    auto(batch())
     with pytest.warns(UserWarning, match="engine 'vmap' is left out"):
-        auto(*batch())
+        auto(batch())
     for _ in range(11):
-        auto(*batch())
+        auto(batch())
     assert list(auto.state_dict()["seconds"]) == ["loop", "workers"]
     assert auto.chosen in ("loop", "workers")
 
 
 def test_a_choice_of_workers_is_kept_where_there_is_one_thread():
-    auto = AutoEngine(stack(make(), NUM_AGENTS), cross_entropy)
+    auto = AutoEngine(stack(make(), NUM_AGENTS), OBJECTIVE)
     auto.load_state_dict({"chosen": "workers", "seconds": {"loop": [1.0], "vmap": [1.0], "workers": [1.0]}})
     assert auto.name == "workers"
-    assert auto(*batch()).shape == (NUM_AGENTS,)
+    assert auto(batch()).shape == (NUM_AGENTS,)

@@ -29,6 +29,8 @@ from gut_fast.bench.timing import interleave, threads, wall_sampler, watch
 from gut_fast.optim import GUT
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.engines import CHOICES, ENGINES, make_engine, undo_on_error
+from gut_fast.simulation.objective import Supervised
+from gut_fast.simulation.samples import TensorSamples
 from gut_fast.topology import ring
 
 __all__ = ["Trainer", "Training", "compare", "enter", "measure"]
@@ -76,7 +78,9 @@ class Training:
         total = BATCHES_PER_AGENT * self.agents * self.batch_size
         images = torch.randn(total, *image_shape(self.model), generator=generator).to(self.device)
         labels = torch.randint(NUM_CLASSES, (total,), generator=generator).to(self.device)
-        batches = Batches(images, labels, list(torch.arange(total).view(self.agents, -1)), self.batch_size)
+        batches = Batches(
+            TensorSamples((images, labels)), list(torch.arange(total).view(self.agents, -1)), self.batch_size
+        )
         steps = itertools.count()
         return lambda: batches(next(steps))
 
@@ -103,12 +107,12 @@ class Trainer(NamedTuple):
 def simulated(training: Training, engine: str) -> Trainer:
     """The loop of `Simulator.run` between two evaluations: batches, an engine's gradient, the optimizer's step."""
     stacked, batches = stack(training.make_module(), training.agents), training.make_batches()
-    compute, parameters = make_engine(engine, stacked, cross_entropy), stacked.parameters()
+    compute, parameters = make_engine(engine, stacked, Supervised(cross_entropy)), stacked.parameters()
     optimizer = GUT(parameters, LR, MU, topology=ring(training.agents))
 
     def gradient() -> list[Tensor]:
         with undo_on_error(stacked):
-            compute(*batches())
+            compute(batches())
         return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
     tensors = lambda: (parameters, [optimizer.state[parameter]["r"] for parameter in parameters])  # noqa: E731

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
-from gut_fast.agents import StackedModule
 from gut_fast.arguments import as_integer
-from gut_fast.data import Augmentation, Dataset, ImageFiles, Inputs, RandomResizedCropFlip
+from gut_fast.data import Augmentation, RandomResizedCropFlip
 from gut_fast.data.image_files import Request
 from gut_fast.randomness import derive_seed
+from gut_fast.simulation.samples import FileSamples, LoadedSamples, Samples, TensorSamples
 
-__all__ = ["Batches", "like_model"]
+__all__ = ["Batches"]
 
 STEPS_PER_BLOCK = 64
 """The number of steps whose random numbers are drawn at once."""
@@ -39,31 +40,8 @@ class Selection(NamedTuple):
 Select = Callable[[int], Selection]
 """Gives the selection of a step."""
 
-Read = Callable[[int], tuple[Tensor, Selection]]
-"""Gives the samples [N, B, ...] of a step and their selection, without the draws if reading has used them."""
-
-
-def like_model(data: Dataset, stacked: StackedModule, channels_last: bool) -> Dataset:
-    """The data on the model's device, floating-point inputs in its dtype, images in channels-last memory if asked.
-
-    Raises:
-        ValueError: `channels_last` is set and the inputs are not images.
-    """
-    if channels_last and data.train_inputs.ndim != 4:
-        shape = tuple(data.train_inputs.shape)
-        raise ValueError(f"channels_last=True is for images [samples, C, H, W], the inputs have shape {shape}")
-
-    def move(inputs: Inputs) -> Inputs:
-        moved = inputs.to(stacked.values if inputs.is_floating_point() else stacked.device)
-        return moved.contiguous(memory_format=torch.channels_last) if channels_last else moved.contiguous()
-
-    return replace(
-        data,
-        train_inputs=move(data.train_inputs),
-        train_labels=data.train_labels.to(stacked.device),
-        test_inputs=move(data.test_inputs),
-        test_labels=data.test_labels.to(stacked.device),
-    )
+Read = Callable[[int], tuple[Any, Selection]]
+"""Gives the batch [N, B, ...] of a step and its selection, without the draws if reading has used them."""
 
 
 class Batches:
@@ -75,15 +53,15 @@ class Batches:
 
     Random numbers are drawn on the CPU, so that all devices see the same batches, and for many steps at once, so that
     most batches take a few kernels and no wait for the device. Images in files are read by worker processes, some steps
-    ahead.
+    ahead, and other samples that are not in memory by as many processes as asked for.
 
     Args:
-        inputs, targets: all samples, [samples, ...], on the device of the model. If images lie in channels-last memory,
-            so do their batches.
+        samples: all samples. If images lie in channels-last memory, so do their batches.
         parts: one index tensor per agent.
         batch_size: samples per agent and step, B.
         seed: seed of the orders.
-        augment: changes the inputs of each batch, with random numbers that are a function of (seed, agent, step) too.
+        augment: changes the inputs of each batch, which must be pairs (inputs, targets), with random numbers that are
+            a function of (seed, agent, step) too.
         agents: numbers of the agents that batches are made for; None is all.
 
     Raises:
@@ -93,8 +71,7 @@ class Batches:
 
     def __init__(
         self,
-        inputs: Inputs,
-        targets: Tensor,
+        samples: Samples,
         parts: Sequence[Tensor],
         batch_size: int,
         seed: int = 0,
@@ -103,7 +80,7 @@ class Batches:
     ) -> None:
         self.batch_size = as_integer(batch_size, "batch_size", minimum=1)
         self.seed = as_integer(seed, "seed", minimum=0)
-        self.parts = [_checked_part(part, agent, len(inputs)) for agent, part in enumerate(parts)]
+        self.parts = [_checked_part(part, agent, len(samples)) for agent, part in enumerate(parts)]
         largest = max(map(len, self.parts), default=0)
         if batch_size > MAX_EPOCHS_PER_BATCH * largest > 0:
             raise ValueError(
@@ -112,26 +89,43 @@ class Batches:
             )
         self.agents = range(len(self.parts)) if agents is None else agents
         self.augment = augment
-        self._targets = targets
+        self.samples = samples
+        self._start()
+        if augment is not None and not isinstance(samples, FileSamples):
+            _check_augmentable(samples)
+
+    def _start(self) -> None:
+        """Makes the reader and forgets the block of random numbers."""
         self._block_start = -1
         self._indices = self._draws = torch.empty(0, device="cpu")
+        samples = self.samples
         # A strong reference would be a cycle, which keeps samples and worker processes alive until garbage collection.
         itself: Any = weakref.proxy(self)
         select: Select = partial(Batches.select, itself)
-        if isinstance(inputs, ImageFiles):
-            self._device = torch.device("cpu")
-            self._read: Read = _ReadAhead(inputs, select, len(self.agents), augment)
+        self._device = samples.device if isinstance(samples, TensorSamples) else torch.device("cpu")
+        self._read: Read
+        if isinstance(samples, TensorSamples):
+            self._read = partial(_gather, samples, select)
+        elif isinstance(samples, FileSamples):
+            self._read = _FilesAhead(samples, select, len(self.agents), self.augment)
         else:
-            self._device = inputs.device
-            self._read = partial(_gather, inputs, select)
+            self._read = _SamplesAhead(cast(LoadedSamples, samples), select)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor]:
-        """The inputs [N, B, ...] and targets [N, B, ...] of a step."""
-        inputs, (indices, draws) = self._read(step)
-        targets = _take(self._targets, indices.to(self._targets.device))
+    def __getstate__(self) -> dict[str, Any]:
+        left_out = ("_read", "_block_start", "_indices", "_draws", "_device")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
+
+    def __call__(self, step: int) -> Any:
+        """The batches of all agents in a step: tensors [N, B, ...] in the structure of a sample."""
+        batch, (_, draws) = self._read(step)
         if self.augment is not None and draws is not None:
-            inputs = self.augment(inputs, draws.to(inputs.device))
-        return inputs, targets
+            inputs, targets = batch
+            return self.augment(inputs, draws.to(inputs.device)), targets
+        return batch
 
     def indices(self, step: int) -> Tensor:
         """The indices [N, B] of the samples of a step, on the samples' device, or on the CPU for samples in files."""
@@ -174,33 +168,89 @@ class Batches:
         return torch.randperm(len(self.parts[agent]), generator=generator, device="cpu")
 
 
-def _gather(samples: Tensor, select: Select, step: int) -> tuple[Tensor, Selection]:
+def _gather(samples: TensorSamples, select: Select, step: int) -> tuple[Any, Selection]:
     """A `Read` of samples in memory."""
     selection = select(step)
-    return _take(samples, selection.indices), selection
+    return samples.take(selection.indices), selection
 
 
-class _ReadAhead:
-    """A `Read` of files, which are read some steps ahead; any step but the next one starts the reading anew."""
+class _Ahead(ABC):
+    """A `Read` that reads some steps ahead; any step but the next one starts the reading anew."""
+
+    def __init__(self, select: Select) -> None:
+        self._select, self._next_step = select, -1
+        self._selected: deque[Selection] = deque()
+
+    def __call__(self, step: int) -> tuple[Any, Selection]:
+        """The batch [N, B, ...] of a step and its selection."""
+        if step != self._next_step:
+            self._selected = deque()
+            self._begin(step)
+        self._next_step = -1  # an error while reading starts the same step anew
+        batch = self._next()
+        selection = self._selected.popleft()
+        self._next_step = step + 1
+        return self._finish(batch, selection)
+
+    @abstractmethod
+    def _begin(self, step: int) -> None:
+        """Starts reading at a step."""
+
+    @abstractmethod
+    def _next(self) -> Any:
+        """The samples [N · B, ...] of the next step."""
+
+    @abstractmethod
+    def _finish(self, batch: Any, selection: Selection) -> tuple[Any, Selection]:
+        """The batch [N, B, ...] of these samples, and the selection without draws that have been used."""
+
+
+class _FilesAhead(_Ahead):
+    """A reader of image files."""
 
     steps_ahead = 2
 
-    def __init__(self, files: ImageFiles, select: Select, num_agents: int, augment: Augmentation | None) -> None:
-        self._files, self._select, self._num_agents = files, select, num_agents
+    def __init__(self, samples: FileSamples, select: Select, num_agents: int, augment: Augmentation | None) -> None:
+        super().__init__(select)
+        self._samples, self._num_agents = samples, num_agents
         self._crop = augment if isinstance(augment, RandomResizedCropFlip) else None
-        self._next_step = -1
 
-    def __call__(self, step: int) -> tuple[Tensor, Selection]:
-        """The images [N, B, C, H, W] of a step and their selection."""
-        if step != self._next_step:
-            self._selected: deque[Selection] = deque()
-            requests = _requests(self._select, step, self._selected, with_draws=self._crop is not None)
-            self._images = self._files.batches(requests, self._crop, self.steps_ahead * self._num_agents)
-        self._next_step = -1  # an error while reading starts the same step anew
-        images = torch.cat([next(self._images) for _ in range(self._num_agents)])
-        indices, draws = self._selected.popleft()
-        self._next_step = step + 1
-        return images.unflatten(0, indices.shape), Selection(indices, None if self._crop else draws)
+    def _begin(self, step: int) -> None:
+        requests = _requests(self._select, step, self._selected, with_draws=self._crop is not None)
+        self._images = self._samples.files.batches(requests, self._crop, self.steps_ahead * self._num_agents)
+
+    def _next(self) -> Tensor:
+        return torch.cat([next(self._images) for _ in range(self._num_agents)])
+
+    def _finish(self, batch: Any, selection: Selection) -> tuple[Any, Selection]:
+        indices, draws = selection
+        labels = self._samples.labels
+        targets = labels[indices.to(labels.device)]
+        return (batch.unflatten(0, indices.shape), targets), Selection(indices, None if self._crop else draws)
+
+
+class _SamplesAhead(_Ahead):
+    """A reader of a data set."""
+
+    def __init__(self, samples: LoadedSamples, select: Select) -> None:
+        super().__init__(select)
+        self._samples = samples
+
+    def _begin(self, step: int) -> None:
+        self._batches = self._samples.read(self._requests(step))
+
+    def _requests(self, step: int) -> Iterator[list[int]]:
+        while True:
+            selection = self._select(step)
+            self._selected.append(selection)
+            yield selection.indices.flatten().tolist()
+            step += 1
+
+    def _next(self) -> Any:
+        return next(self._batches)
+
+    def _finish(self, batch: Any, selection: Selection) -> tuple[Any, Selection]:
+        return tree_map(lambda tensor: tensor.unflatten(0, selection.indices.shape), batch), selection
 
 
 def _requests(select: Select, step: int, selected: deque[Selection], *, with_draws: bool) -> Iterator[Request]:
@@ -212,14 +262,14 @@ def _requests(select: Select, step: int, selected: deque[Selection], *, with_dra
         step += 1
 
 
-def _take(samples: Tensor, indices: Tensor) -> Tensor:
-    """The samples at indices [N, B], as [N, B, ...], in one kernel."""
-    is_channels_last = (
-        samples.ndim == 4 and samples.is_contiguous(memory_format=torch.channels_last) and not samples.is_contiguous()
-    )
-    if is_channels_last:
-        return _take(samples.permute(0, 2, 3, 1), indices).permute(0, 1, 4, 2, 3)
-    return samples.index_select(0, indices.flatten()).view(*indices.shape, *samples.shape[1:])
+def _check_augmentable(samples: Samples) -> None:
+    """Raises ValueError unless the samples are pairs of a tensor of inputs and targets in memory."""
+    tensors = samples.tensors if isinstance(samples, TensorSamples) else None
+    if not (isinstance(tensors, tuple) and len(tensors) == 2 and isinstance(tensors[0], Tensor)):
+        raise ValueError(
+            "augment= is for pairs (inputs, targets) of tensors in memory and for image files; a torch data set can "
+            "change its samples itself"
+        )
 
 
 def _checked_part(part: Tensor, agent: int, num_samples: int) -> Tensor:

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from gut_fast.agents import StackedModule
-from gut_fast.simulation.gradients import Compiler, Engine, LoopEngine, Loss, remember
+from gut_fast.simulation.gradients import Compiler, Engine, LoopEngine, remember
+from gut_fast.simulation.objective import Objective
 
 __all__ = ["Capture", "GraphedEngine", "StreamsEngine", "capture_cuda_graph"]
 
@@ -34,21 +36,14 @@ class StreamsEngine(LoopEngine):
 
     max_streams = 4
 
-    def __init__(
-        self,
-        stacked: StackedModule,
-        loss: Loss,
-        autocast: torch.dtype | None = None,
-        *,
-        compiler: Compiler | None = None,
-    ) -> None:
-        super().__init__(stacked, loss, autocast, compiler=compiler)
+    def __init__(self, stacked: StackedModule, objective: Objective, *, compiler: Compiler | None = None) -> None:
+        super().__init__(stacked, objective, compiler=compiler)
         num_streams = min(self.max_streams, stacked.num_agents)
         self._streams = [torch.cuda.Stream(stacked.device) for _ in range(num_streams)]
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """Computes the gradients as an `Engine` does, on several streams."""
-        self._stacked.zero_grad()
+        self._prepare()
         here = torch.cuda.current_stream(self._stacked.device)
         for stream in self._streams:
             stream.wait_stream(here)
@@ -56,7 +51,7 @@ class StreamsEngine(LoopEngine):
         try:
             for i in range(len(self._agents)):
                 with torch.cuda.stream(self._streams[i % len(self._streams)]):
-                    losses.append(self._gradient(i, inputs, targets))
+                    losses.append(self._gradient(i, batch))
         finally:  # after an error too, or its effects would be undone while streams still write
             for stream in self._streams:
                 here.wait_stream(stream)
@@ -68,8 +63,7 @@ class _Recording:
     """A captured gradient: the layout of its batches, the memory that it reads and writes, and its replay."""
 
     layout: tuple[Any, ...]
-    inputs: Tensor
-    targets: Tensor
+    batch: Any
     losses: Tensor
     gradients: list[Tensor | None]
     replay: Callable[[], None]
@@ -79,9 +73,9 @@ class GraphedEngine:
     """Another engine's kernels, recorded at the first call and from then on launched all at once.
 
     It serves networks whose kernels take less time than launching them from Python does. Batches are copied into memory
-    that belongs to the recording; a batch of another shape makes a new recording. Buffers, dropout and autocasting are
-    part of the recording. Python code of the module and the loss that launches no kernels runs while recording only,
-    and must not wait for the GPU, as `Tensor.item` does.
+    that belongs to the recording; a batch of another shape, or a parameter that is frozen or trained anew, makes a new
+    recording. Buffers, dropout and autocasting are part of the recording. Python code of the module and the loss that
+    launches no kernels runs while recording only, and must not wait for the GPU, as `Tensor.item` does.
 
     Args:
         engine: the engine to record; nothing else may call it.
@@ -104,28 +98,35 @@ class GraphedEngine:
         """The engine's name in `ENGINES`."""
         return f"graphed-{self._engine.name}"
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """Computes the gradients as an `Engine` does, in the same memory at every call."""
-        if self._recording is None or self._recording.layout != _layout(inputs, targets):
+        layout = self._layout(batch)
+        if self._recording is None or self._recording.layout != layout:
             self._recording = None  # frees the old memory before new memory is needed
-            self._recording = self._record(inputs, targets)
+            self._recording = self._record(batch, layout)
         recording = self._recording
-        recording.inputs.copy_(inputs)
-        recording.targets.copy_(targets)
+        for memory, tensor in zip(tree_leaves(recording.batch), tree_leaves(batch), strict=True):
+            memory.copy_(tensor)
         recording.replay()
         for parameter, gradient in zip(self._stacked.parameters(), recording.gradients, strict=True):
             parameter.grad = gradient
         return recording.losses.clone()
 
-    def _record(self, inputs: Tensor, targets: Tensor) -> _Recording:
+    def _record(self, batch: Any, layout: tuple[Any, ...]) -> _Recording:
         """Records the gradient and puts buffers and random state back; the first replay is still to come."""
-        layout = _layout(inputs, targets)
-        inputs, targets = inputs.clone(), targets.clone()
+        memory = tree_map(torch.clone, batch)
         undo = remember(self._stacked)
-        losses, replay = self._capture(lambda: self._engine(inputs, targets))
+        losses, replay = self._capture(lambda: self._engine(memory))
         undo()
         gradients = [parameter.grad for parameter in self._stacked.parameters()]
-        return _Recording(layout, inputs, targets, losses, gradients, replay)
+        return _Recording(layout, memory, losses, gradients, replay)
+
+    def _layout(self, batch: Any) -> tuple[Any, ...]:
+        """The structure and tensors of the batch, and which parameters are trained: what a recording depends on."""
+        leaves, structure = tree_flatten(batch)
+        trained = tuple(parameter.requires_grad for parameter in self._stacked.parameters())
+        tensors = tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in leaves)
+        return structure, tensors, trained
 
 
 def capture_cuda_graph(device: torch.device, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
@@ -166,7 +167,3 @@ def _synchronisation_is_an_error() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode(mode)
-
-
-def _layout(*tensors: Tensor) -> tuple[Any, ...]:
-    return tuple((tensor.shape, tensor.stride(), tensor.dtype, tensor.device) for tensor in tensors)

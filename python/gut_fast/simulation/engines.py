@@ -1,11 +1,11 @@
 """Gradient engines: the losses and gradients of all agents, each on its own batch.
 
-An engine is called with inputs [N, B, ...] and targets [N, B, ...], leaves the gradients in ``.grad`` of the stacked
-parameters and returns the losses [N]. There are two ways to go through the agents, one after the other (`LoopEngine`)
-or all at once (`VmapEngine`), and three ways to make either faster: on a CPU `WorkersEngine` puts one agent on each
-core; on a GPU, where Python launches the kernels of small networks more slowly than they run, `GraphedEngine` records
-them once and launches them together, with the kernels of several agents side by side by `StreamsEngine`; and a compiler
-makes fewer and larger kernels. `ENGINES` lists the combinations, `AutoEngine` measures.
+An engine is called with the batches of all agents, tensors [N, B, ...], leaves the gradients in ``.grad`` of the
+stacked parameters and returns the losses [N]. There are two ways to go through the agents, one after the other
+(`LoopEngine`) or all at once (`VmapEngine`), and three ways to make either faster: on a CPU `WorkersEngine` puts one
+agent on each core; on a GPU, where Python launches the kernels of small networks more slowly than they run,
+`GraphedEngine` records them once and launches them together, with the kernels of several agents side by side by
+`StreamsEngine`; and a compiler makes fewer and larger kernels. `ENGINES` lists the combinations, `AutoEngine` measures.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch import Tensor
 from gut_fast.agents import StackedModule
 from gut_fast.arguments import all_known
 from gut_fast.simulation.cuda_graphs import GraphedEngine, StreamsEngine
-from gut_fast.simulation.gradients import Engine, LoopEngine, Loss, VmapEngine, undo_on_error
+from gut_fast.simulation.gradients import Engine, LoopEngine, VmapEngine, undo_on_error
+from gut_fast.simulation.objective import Objective
 from gut_fast.simulation.workers import WorkersEngine
 
 __all__ = [
@@ -33,7 +34,6 @@ __all__ = [
     "Engine",
     "GraphedEngine",
     "LoopEngine",
-    "Loss",
     "StreamsEngine",
     "VmapEngine",
     "WorkersEngine",
@@ -55,22 +55,22 @@ class AutoEngine:
     turns = 5
     """The number of measured steps of each engine, after one that is not counted."""
 
-    def __init__(self, stacked: StackedModule, loss: Loss, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, stacked: StackedModule, objective: Objective) -> None:
         self._stacked = stacked
-        self._make = partial(make_engine, stacked=stacked, loss=loss, autocast=autocast)
+        self._make = partial(make_engine, stacked=stacked, objective=objective)
         self._engines: dict[str, Engine] = {}
         self._choices = CHOICES.get(stacked.device.type, ("loop", "vmap"))
         has_threads = torch.get_num_threads() > 1
         self._seconds: dict[str, list[float]] = {name: [] for name in self._choices if has_threads or name != "workers"}
         self.chosen: str | None = None
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """Computes the gradients as an `Engine` does."""
         if self.chosen is not None:
-            return self._engine(self.chosen)(inputs, targets)
+            return self._engine(self.chosen)(batch)
         name = min(self._seconds, key=lambda name: len(self._seconds[name]))
         start = self._now()
-        losses = self._engine(name)(inputs, targets) if name == "loop" else self._try(name, inputs, targets)
+        losses = self._engine(name)(batch) if name == "loop" else self._try(name, batch)
         if name in self._seconds:
             self._seconds[name].append(self._now() - start)
         if len(self._seconds) == 1:
@@ -102,15 +102,15 @@ class AutoEngine:
         self.chosen = name
         self._engines = {name: self._engine(name)}  # drops the memory of the other engines' graphs
 
-    def _try(self, name: str, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _try(self, name: str, batch: Any) -> Tensor:
         try:
             with undo_on_error(self._stacked):
-                return self._engine(name)(inputs, targets)
+                return self._engine(name)(batch)
         except Exception as error:
             # The type of an error of vmap depends on the operation.
             reason = str(error).strip().split("\n")[0]
         # Outside the handler the failed attempt's memory is free again. The loop repeats an error of the model itself.
-        losses = self._engine("loop")(inputs, targets)
+        losses = self._engine("loop")(batch)
         # Engines built upon the failed one would fail in the same way.
         self._seconds = {other: times for other, times in self._seconds.items() if not other.endswith(name)}
         warnings.warn(f"engine {name!r} is left out: it failed with {reason!r}", stacklevel=2)
@@ -122,17 +122,17 @@ class AutoEngine:
         return time.perf_counter()
 
 
-Factory = Callable[[StackedModule, Loss, torch.dtype | None], Engine]
-"""Makes an engine from the agents, their loss, and the dtype of `torch.autocast` or None."""
+Factory = Callable[[StackedModule, Objective], Engine]
+"""Makes an engine from the agents and the loss of one of them."""
 
 
 def _graphed(factory: Factory) -> Factory:
-    def make(stacked: StackedModule, loss: Loss, autocast: torch.dtype | None) -> GraphedEngine:
+    def make(stacked: StackedModule, objective: Objective) -> GraphedEngine:
         if stacked.device.type != "cuda":
             raise ValueError(
                 f"a graphed engine is for CUDA devices, the model is on {stacked.device}; use 'loop', 'vmap' or 'auto'"
             )
-        return GraphedEngine(factory(stacked, loss, autocast), stacked)
+        return GraphedEngine(factory(stacked, objective), stacked)
 
     return make
 
@@ -154,18 +154,17 @@ ENGINES: dict[str, Factory] = {
 """All engines by name."""
 
 
-def make_engine(name: str, stacked: StackedModule, loss: Loss, autocast: torch.dtype | None = None) -> Engine:
+def make_engine(name: str, stacked: StackedModule, objective: Objective) -> Engine:
     """The engine called `name`.
 
     Args:
         name: a name in `ENGINES`.
         stacked: the agents' models.
-        loss: mean loss of one agent's batch; outputs of half precision reach it in float32.
-        autocast: dtype of `torch.autocast` around the forward passes; None computes in the parameters' dtype.
+        objective: the loss of one agent.
 
     Raises:
         ValueError: the name is unknown, or the engine is not for the model's device.
     """
     if name not in ENGINES:
         raise ValueError(f"unknown engine {name!r}; {all_known(name, ENGINES)}")
-    return ENGINES[name](stacked, loss, autocast)
+    return ENGINES[name](stacked, objective)

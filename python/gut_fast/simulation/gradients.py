@@ -9,16 +9,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.nn import functional
+from torch.utils._pytree import tree_map
 
 from gut_fast import randomness
 from gut_fast.agents import StackedModule
-from gut_fast.agents.precision import at_least_float32, forward_precision
+from gut_fast.simulation.objective import Objective, applied
 
-__all__ = ["Compiler", "Engine", "LoopEngine", "Loss", "VmapEngine", "remember", "undo_on_error"]
-
-Loss = Callable[[Any, Tensor], Tensor]
-"""The mean loss of one agent's batch: (outputs [B, ...], targets [B, ...]) -> scalar."""
+__all__ = ["Compiler", "Engine", "LoopEngine", "VmapEngine", "remember", "undo_on_error"]
 
 Compiler = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Makes a faster function of the same arguments and results, as `torch.compile` does."""
@@ -31,8 +28,13 @@ class Engine(Protocol):
     def name(self) -> str:
         """The engine's name in `ENGINES`."""
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Puts the gradients into ``.grad`` of the stacked parameters, and returns the losses [N] of the batches."""
+    def __call__(self, batch: Any) -> Tensor:
+        """Puts the gradients into ``.grad`` of the stacked parameters, and returns the losses [N].
+
+        Args:
+            batch: the agents' batches, tensors [N, B, ...] in nested tuples, lists and dicts. A parameter that is
+                frozen has no gradient afterwards, or zero.
+        """
 
 
 class LoopEngine:
@@ -40,69 +42,66 @@ class LoopEngine:
 
     Args:
         stacked: the agents' models; they are put into training mode.
-        loss: loss of one agent; outputs of half precision reach it in float32.
-        autocast: dtype of `torch.autocast` around the forward passes, or None.
+        objective: the loss of one agent.
         compiler: compiles one agent's loss, once for all agents. Python code of the forward pass that computes no
             tensors then runs at the first call only, and random numbers differ from those without a compiler.
     """
 
     name: str = "loop"
 
-    def __init__(
-        self,
-        stacked: StackedModule,
-        loss: Loss,
-        autocast: torch.dtype | None = None,
-        *,
-        compiler: Compiler | None = None,
-    ) -> None:
+    def __init__(self, stacked: StackedModule, objective: Objective, *, compiler: Compiler | None = None) -> None:
         if compiler is not None:
             self.name = f"compiled-{self.name}"
         self._stacked = stacked
-        self._loss = loss
-        self._autocast = autocast
+        self._objective = objective
         self._agents = [stacked.agent(i) for i in range(stacked.num_agents)]
-        self._module = stacked.skeleton()
-        self._agent_forward = _agent_forward(stacked, self._module, autocast)
-        self._compiled = None if compiler is None else compiler(self._loss_and_buffers)
-        for module in (self._module, *self._agents):
+        self._compiled = None if compiler is None else compiler(applied(stacked, objective, training=True))
+        self._trained: list[bool] = []
+
+    def __call__(self, batch: Any) -> Tensor:
+        """Computes the gradients as an `Engine` does, in the flat gradient buffer."""
+        self._prepare()
+        return torch.stack([self._gradient(i, batch) for i in range(len(self._agents))])
+
+    def _prepare(self) -> None:
+        """Zeroes the gradients, and lets agents follow what has been frozen or put into evaluation mode since."""
+        self._stacked.zero_grad()
+        trained = [parameter.requires_grad for parameter in self._stacked.parameters()]
+        if trained != self._trained:
+            self._stacked.follow_agents()
+            self._trained = trained
+        for module in self._agents:
             if not module.training:
                 module.train()
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Computes the gradients as an `Engine` does, in the flat gradient buffer."""
-        self._stacked.zero_grad()
-        return torch.stack([self._gradient(i, inputs, targets) for i in range(len(self._agents))])
-
-    def _gradient(self, i: int, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _gradient(self, i: int, batch: Any) -> Tensor:
         """Fills agent i's rows of the gradients and buffers, and returns its loss."""
         if self._compiled is None:
-            return self._backward(i, self._forward(i, inputs, targets))
-        buffers = [buffer[i] for _, buffer in self._stacked.named_buffers()]
+            return self._backward(i, self._forward(i, batch))
+        own = {**dict(self._agents[i].named_parameters()), **dict(self._agents[i].named_buffers())}
+        tensors = [own[name] for name in self._stacked.tensors()]
         loss: Tensor
-        loss, *new_buffers = self._compiled(inputs[i], targets[i], *self._agents[i].parameters(), *buffers)
-        loss.backward()
+        loss, *new_buffers = self._compiled(_row(batch, i), *tensors)
+        self._add_gradient(loss)
+        buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
         for buffer, new_buffer in zip(buffers, new_buffers, strict=True):
             buffer.copy_(new_buffer)
         return loss.detach()
 
-    def _forward(self, i: int, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _forward(self, i: int, batch: Any) -> Tensor:
         """The loss of agent i."""
-        with forward_precision(self._autocast, inputs.device):
-            outputs = self._agents[i](inputs[i])
-        return self._loss(at_least_float32(outputs), targets[i])
+        return self._objective(self._agents[i], _row(batch, i))
 
     def _backward(self, i: int, loss: Tensor) -> Tensor:
         """Fills agent i's rows of the gradients and buffers, and returns the loss without its graph."""
-        loss.backward()
+        self._add_gradient(loss)
         if self._stacked.flat_buffers:
             self._stacked.keep_buffers(i)
         return loss.detach()
 
-    def _loss_and_buffers(self, inputs: Tensor, targets: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """The loss and new buffers of one agent, as a function of its parameters and buffers."""
-        outputs, *buffers = self._agent_forward(inputs, *tensors)
-        return self._loss(outputs, targets), *buffers
+    def _add_gradient(self, loss: Tensor) -> None:
+        if any(self._trained):  # else torch would complain that the loss needs no gradient
+            loss.backward()
 
 
 class VmapEngine:
@@ -112,75 +111,43 @@ class VmapEngine:
     libraries are slow.
 
     Args:
-        stacked, loss, autocast: see `LoopEngine`.
+        stacked, objective: see `LoopEngine`.
         compiler: compiles the losses of all agents; see `LoopEngine`.
     """
 
     name: str = "vmap"
 
-    def __init__(
-        self,
-        stacked: StackedModule,
-        loss: Loss,
-        autocast: torch.dtype | None = None,
-        *,
-        compiler: Compiler | None = None,
-    ) -> None:
+    def __init__(self, stacked: StackedModule, objective: Objective, *, compiler: Compiler | None = None) -> None:
         if compiler is not None:
             self.name = f"compiled-{self.name}"
         self._stacked = stacked
-        self._forward = vmap(_agent_forward(stacked, stacked.skeleton().train(), autocast), randomness="different")
-        self._batched_loss = _batched_loss(loss)
+        of_one_agent, self._losses_of_all = objective.halves()
+        self._of_all = vmap(applied(stacked, of_one_agent, training=True), randomness="different")
         self._evaluate = self._losses_and_buffers if compiler is None else compiler(self._losses_and_buffers)
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """Computes the gradients as an `Engine` does, in separate tensors, not views of the flat buffer."""
-        parameters = self._stacked.parameters()
-        buffers = [buffer for _, buffer in self._stacked.named_buffers()]
-        losses, *new_buffers = self._evaluate(inputs, targets, *parameters, *buffers)
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True)
+        tensors = list(self._stacked.tensors().values())
+        losses, *new_buffers = self._evaluate(batch, *tensors)
+        trained = [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+        gradients = torch.autograd.grad(losses.sum(), trained, allow_unused=True) if trained else ()
+        self._stacked.zero_grad()
         for parameter, gradient in zip(trained, gradients, strict=True):
             parameter.grad = gradient
+        buffers = [tensor for tensor in tensors if not isinstance(tensor, nn.Parameter)]
         for buffer, new_buffer in zip(buffers, new_buffers, strict=True):
             buffer.copy_(new_buffer)
         return losses.detach()
 
-    def _losses_and_buffers(self, inputs: Tensor, targets: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def _losses_and_buffers(self, batch: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         """The losses and new buffers of all agents, as a function of the stacked parameters and buffers."""
-        outputs, *new_buffers = self._forward(inputs, *tensors)
-        return self._batched_loss(outputs, targets), *new_buffers
+        results, *new_buffers = self._of_all(batch, *tensors)
+        return self._losses_of_all(results, batch), *new_buffers
 
 
-def _agent_forward(
-    stacked: StackedModule, module: nn.Module, autocast: torch.dtype | None
-) -> Callable[..., tuple[Any, ...]]:
-    """A function of one agent's inputs, parameters and buffers that returns its outputs and new buffers.
-
-    The function's argument list is flat, because vmap walks nested arguments in Python.
-    """
-    names = list(stacked.tensors())
-
-    def forward(inputs: Tensor, *tensors: Tensor) -> tuple[Any, ...]:
-        by_name = dict(zip(names, tensors, strict=True))
-        outputs, new_buffers = stacked.call(module, by_name, inputs, autocast)
-        return outputs, *new_buffers.values()
-
-    return forward
-
-
-def _batched_loss(loss: Loss) -> Callable[[Any, Tensor], Tensor]:
-    """The `loss` of every agent: (outputs [N, B, ...], targets [N, B, ...]) -> losses [N]."""
-    each = vmap(loss, randomness="different")
-
-    def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-        if outputs.ndim != 3 or targets.ndim != 2:
-            return each(outputs, targets)
-        # One call takes all samples: vmap decomposes this loss in Python, which costs more than a small model.
-        losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(targets.shape).mean(1)
-
-    return cross_entropy if loss is functional.cross_entropy else each
+def _row(batch: Any, i: int) -> Any:
+    """Agent i's batch."""
+    return tree_map(lambda tensor: tensor[i], batch)
 
 
 @contextlib.contextmanager

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from gut_fast.agents import StackedModule
-from gut_fast.data import Dataset
-from gut_fast.simulation.engines import Loss
+from gut_fast.simulation.objective import Objective, applied
+from gut_fast.simulation.samples import Samples
 from gut_fast.simulation.sharing import Everyone
 
-__all__ = ["BytesSent", "consensus_error", "evaluate", "read"]
+__all__ = ["BytesSent", "consensus_error", "evaluate", "metric_entries", "read"]
 
 EVALUATION_BATCH = 256
 
@@ -52,87 +53,105 @@ def read(metrics: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(metrics, torch.stack(list(metrics.values())).tolist(), strict=True))
 
 
+def metric_entries(objective: Objective) -> list[str]:
+    """The entries of the history that `evaluate` computes from test samples, in their order."""
+    entries = ["test_loss"]
+    for name in objective.metrics:
+        entries += [f"test_{name}", f"mean_agent_{name}", *(f"{place}_agent_{name}" for place in _places(name))]
+    return entries
+
+
 @torch.no_grad()
 def evaluate(
     stacked: StackedModule,
-    data: Dataset,
-    loss: Loss,
-    autocast: torch.dtype | None = None,
+    objective: Objective,
+    samples: Samples | None,
     *,
     vectorized: bool,
     everyone: Everyone | None = None,
-) -> dict[str, Tensor]:
-    """Test loss and accuracy of the averaged model, mean and quartiles of the agents' accuracies, consensus error.
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Test loss and metrics of the averaged model, mean and quartiles of the agents' metrics, consensus error.
 
-    Models are in evaluation mode. Accuracies are fractions: the largest output is the predicted class. All metrics are
-    float64 scalars on the device of the model; `read` makes numbers of them. Test samples are read once.
+    Models are in evaluation mode. Test samples are read once; a loss or metric is the mean over batches, weighted by
+    their numbers of samples.
 
     Args:
         stacked: the agents in this process.
-        data: data set with its test samples on the device of the model.
-        loss: mean loss of a batch.
-        autocast: dtype of `torch.autocast` around the forward passes, or None.
-        vectorized: evaluate all agents at once through `torch.func.vmap`.
+        objective: the loss and the metrics.
+        samples: the test samples, or None, which leaves the consensus error.
+        vectorized: evaluate all agents at once through `torch.func.vmap`, where the metrics allow that.
         everyone: computes over all agents; None if all are in this process.
+
+    Returns:
+        The numbers by name, float64 scalars on the device of the model (`read` makes numbers of them), and the metrics
+        of each agent by name, float64 [N].
     """
     if everyone is None:
         everyone = Everyone(range(stacked.num_agents), stacked.num_agents, stacked.device)
-    module = stacked.skeleton().eval()
-
-    def predict(state: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        outputs, _ = stacked.call(module, state, inputs, autocast)
-        return outputs  # type: ignore[no-any-return]
-
-    state, agent_hits = stacked.tensors(), _agent_hits(stacked, predict, vectorized)
+    stacked.follow_agents()
+    state = stacked.tensors()
     means = everyone.means(state)
-    mean_state = {name: mean.to(state[name].dtype) for name, mean in means.items()}
-    sums = []
-    for inputs, labels in zip(
-        data.test_inputs.split(EVALUATION_BATCH), data.test_labels.split(EVALUATION_BATCH), strict=True
-    ):
-        outputs = predict(mean_state, inputs)
-        loss_sum = loss(outputs, labels).to(torch.float64) * len(labels)
-        sums.append((loss_sum, _hits(outputs, labels), agent_hits(inputs, labels)))
-    test_loss, test_accuracy, agent_accuracy = (
-        torch.stack(column).sum(0) / len(data.test_labels) for column in zip(*sums, strict=True)
-    )
-    names = [name for name, _ in stacked.named_parameters()]
-    distances = _distances([state[name] for name in names], [means[name] for name in names])
-    agent_accuracy, distances = everyone.rows(torch.stack([agent_accuracy, distances], 1)).unbind(1)
-    return {
-        "test_loss": test_loss,
-        "test_accuracy": test_accuracy,
-        "mean_agent_accuracy": agent_accuracy.mean(),
-        **_spread(agent_accuracy),
-        "consensus_error": distances.mean(),
-    }
+    distances = _distances(*zip(*[(state[name], means[name]) for name, _ in stacked.named_parameters()], strict=True))
+    if samples is None:
+        return {"consensus_error": everyone.rows(distances).mean()}, {}
+    mean_state = [mean.to(state[name].dtype) for name, mean in means.items()]
+    of_mean, of_agents = _measured(stacked, objective, mean_state, samples, vectorized)
+    rows = everyone.rows(torch.cat([of_agents, distances[:, None]], 1))
+    numbers = {"test_loss": of_mean[0]}
+    of_each_agent = dict(zip(objective.metrics, rows.unbind(1), strict=False))
+    for (name, values), of_average in zip(of_each_agent.items(), of_mean[1:], strict=True):
+        numbers |= {f"test_{name}": of_average, f"mean_agent_{name}": values.mean(), **_spread(name, values)}
+    return {**numbers, "consensus_error": rows[:, -1].mean()}, of_each_agent
 
 
-def _spread(accuracy: Tensor) -> dict[str, Tensor]:
-    """The quartiles of the agents' accuracies, from the worst agent to the best."""
-    names = ("worst", "lower_quartile", "median", "upper_quartile", "best")
-    quartiles = torch.quantile(accuracy, torch.linspace(0, 1, 5, dtype=accuracy.dtype, device=accuracy.device))
-    return {f"{name}_agent_accuracy": quartile for name, quartile in zip(names, quartiles, strict=True)}
+def _measured(
+    stacked: StackedModule, objective: Objective, mean_state: Sequence[Tensor], samples: Samples, vectorized: bool
+) -> tuple[Tensor, Tensor]:
+    """Loss and metrics of the averaged model, [1 + metrics], and the metrics of the agents here, [N, metrics]."""
+    of_mean = applied(stacked, partial(objective.measure, with_loss=True), training=False)
+    of_agents = _agents_measure(stacked, objective, vectorized)
+    sums: list[Tensor] = []
+    for batch in samples.chunks(EVALUATION_BATCH):
+        share = len(tree_leaves(batch)[0]) / len(samples)
+        both = torch.cat([of_mean(batch, *mean_state)[0], of_agents(batch).flatten()]) * share
+        sums = [sums[0] + both] if sums else [both]
+    split = 1 + len(objective.metrics)
+    return sums[0][:split], sums[0][split:].view(stacked.num_agents, len(objective.metrics))
 
 
-def _agent_hits(
-    stacked: StackedModule, predict: Callable[[Mapping[str, Tensor], Tensor], Tensor], vectorized: bool
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """A function of inputs and labels that counts the hits [N] of each agent."""
-    states = stacked.tensors()
+def _agents_measure(stacked: StackedModule, objective: Objective, vectorized: bool) -> Callable[[Any], Tensor]:
+    """A function of a batch that gives the metrics of each agent for it, [N, metrics]."""
+    one = applied(stacked, partial(objective.measure, with_loss=False), training=False)
+    tensors = list(stacked.tensors().values())
+    rows = list(zip(*(tensor.unbind(0) for tensor in tensors), strict=True))
+    if not objective.metrics:
+        return lambda batch: torch.zeros(len(rows), 0, dtype=torch.float64, device=stacked.device)
+    in_dims = (None, *[0] * len(tensors))
+    at_once = vmap(lambda batch, *tensors: one(batch, *tensors)[0], in_dims=in_dims, randomness="different")
+    can_vectorize = [vectorized]
 
-    def hits(state: Mapping[str, Tensor], inputs: Tensor, labels: Tensor) -> Tensor:
-        return _hits(predict(state, inputs), labels)
+    def measure(batch: Any) -> Tensor:
+        if can_vectorize[0]:
+            try:
+                metrics: Tensor = at_once(batch, *tensors)
+                return metrics
+            except Exception:  # the loop repeats an error of the metric itself
+                can_vectorize[0] = False
+        return torch.stack([one(batch, *row)[0] for row in rows])
 
-    if vectorized:
-        return partial(vmap(hits, in_dims=(0, None, None), randomness="different"), states)
-    rows = [{name: tensor[i] for name, tensor in states.items()} for i in range(stacked.num_agents)]
-    return lambda inputs, labels: torch.stack([hits(row, inputs, labels) for row in rows])
+    return measure
 
 
-def _hits(outputs: Tensor, labels: Tensor) -> Tensor:
-    """The number of samples whose class is predicted, a float64 scalar."""
-    return (outputs.argmax(1) == labels).sum(dtype=torch.float64)
+def _places(name: str) -> tuple[str, ...]:
+    """The names of the quartiles of a metric over agents; of accuracy it is known that more is better."""
+    lowest, highest = ("worst", "best") if name == "accuracy" else ("smallest", "largest")
+    return lowest, "lower_quartile", "median", "upper_quartile", highest
+
+
+def _spread(name: str, values: Tensor) -> dict[str, Tensor]:
+    """The quartiles of the agents' metrics, from the smallest to the largest."""
+    quartiles = torch.quantile(values, torch.linspace(0, 1, 5, dtype=values.dtype, device=values.device))
+    return {f"{place}_agent_{name}": quartile for place, quartile in zip(_places(name), quartiles, strict=True)}
 
 
 class BytesSent:

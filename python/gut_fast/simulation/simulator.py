@@ -3,35 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from gut_fast import randomness
 from gut_fast.agents import StackedModule, stack
 from gut_fast.agents.precision import check_autocast
-from gut_fast.data import Augmentation, Dataset, ImageFiles
+from gut_fast.arguments import as_integer, as_number
+from gut_fast.data import Augmentation, Dataset
 from gut_fast.distributed import Group
-from gut_fast.simulation.batches import Batches, like_model
+from gut_fast.optim.gossip import clip_grad_norm_per_agent_
+from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.callbacks import Callback, Progress, ShowProgress, around, checked
-from gut_fast.simulation.engines import AutoEngine, Loss, make_engine, undo_on_error
-from gut_fast.simulation.files import (
-    check_configuration,
-    check_target,
-    digest,
-    mixing_digest,
-    read_checkpoint,
-    write_checkpoint,
-)
+from gut_fast.simulation.configuration import check_labels, checked_optimizer, configuration_of, make_objective
+from gut_fast.simulation.engines import AutoEngine, make_engine, undo_on_error
+from gut_fast.simulation.files import check_configuration, check_target, read_checkpoint, write_checkpoint
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
-from gut_fast.simulation.metrics import BytesSent, evaluate, read
+from gut_fast.simulation.metrics import BytesSent, evaluate, metric_entries, read
+from gut_fast.simulation.objective import Loss, Metric, ModelLoss
+from gut_fast.simulation.samples import joined, training_and_test
 from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
 from gut_fast.simulation.timetable import Timetable
@@ -39,12 +36,9 @@ from gut_fast.topology import Topology
 
 __all__ = ["Simulator"]
 
-ENTRIES = (
-    *("step", "lr", "train_loss", "diverged_agents", "test_loss", "test_accuracy", "mean_agent_accuracy"),
-    *(f"{which}_agent_accuracy" for which in ("worst", "lower_quartile", "median", "upper_quartile", "best")),
-    *("consensus_error", "mean_bytes_sent", "max_bytes_sent"),
-)
-"""The names of the entries of the history."""
+ENTRIES_BEFORE = ("step", "lr", "train_loss", "diverged_agents")
+ENTRIES_AFTER = ("consensus_error", "mean_bytes_sent", "max_bytes_sent")
+"""The names of the entries of the history before and after those of the test samples."""
 
 
 class Simulator:
@@ -55,10 +49,23 @@ class Simulator:
         topology: which agents mix with which, N agents.
         optimizer: makes the optimizer of the stacked parameters, for example
             ``lambda params: gf.GUT(params, lr=0.1, mu=0.9, topology=topology)``.
-        data: training samples, divided by `parts`, and test samples; moved to the model's device and dtype.
-        parts: one index tensor per agent into the training samples, as `gut_fast.data.partition` makes them.
+        data: training samples: a tensor, a tuple such as (inputs, targets), or a dict of tensors; a map-style
+            `torch.utils.data.Dataset`, whose samples may be tuples and dicts too; a `gut_fast.data.Dataset`, which has
+            test samples as well; or a list with one of these for each agent. Batches are moved to the model's device,
+            floating-point numbers to its dtype.
+        parts: one index tensor per agent into the training samples, as `gut_fast.data.partition` makes them of labels;
+            None if `data` is a list.
+        test_data: test samples of any of these kinds; None takes those of a `gut_fast.data.Dataset`, and for other data
+            leaves test loss and metrics out of the history.
         batch_size: samples per agent and step.
-        loss: mean loss of a batch, (outputs [B, ...], labels [B]) -> scalar.
+        loss: mean loss of a batch of pairs (inputs, targets): (outputs [B, ...], targets [B, ...]) -> scalar, where
+            outputs are ``model(inputs)``; `torch.nn.functional.cross_entropy` if nothing is given.
+        model_loss: in its place, the mean loss of any batch, (model, batch) -> scalar: `model` is one agent's module,
+            and may be called in any way; `batch` has the structure of a sample.
+        metrics: means over a batch by name, functions of the same arguments as the loss. Each is averaged over the test
+            samples, for the averaged model and for every agent. None is ``accuracy`` where targets are class numbers:
+            those of `cross_entropy`, of `nll_loss` or of a `gut_fast.data.Dataset`; elsewhere it is nothing.
+        max_grad_norm: each agent's gradient is scaled in each step so that its norm is at most this; None does not.
         engine: how gradients are computed. ``"loop"`` is agent by agent, ``"vmap"`` all agents at once; ``"workers"``
             is the loop in as many threads as torch has, for a CPU. On a GPU ``"graphed-loop"`` and ``"graphed-vmap"``
             launch all kernels at once, by a CUDA graph, for networks that keep Python busier than the GPU. The prefix
@@ -77,6 +84,7 @@ class Simulator:
             faster on GPUs with autocast, agent by agent; with ``vmap`` convolutions return to the usual layout.
             Parameters keep their layout, and convolutions convert them. Images of one channel have both layouts at
             once, so nothing changes.
+        num_workers: number of processes that read samples of a torch data set ahead; 0 reads them in this one.
         process_group: the ranks that share the agents: this process holds k = N / size of them, numbers rank · k and
             up, and `optimizer` must give the same ``process_group=`` and ``agents_per_rank=k`` to its optimizer. Make
             the simulator with the same arguments on all ranks. They get the history of a single process, bit for bit on
@@ -87,10 +95,13 @@ class Simulator:
         optimizer: the optimizer that `optimizer` has made.
         step: number of steps done.
         history: one dict per evaluation; `evaluate` names its entries.
+        agent_metrics: the metrics of each agent by name, float64 [N], in the last evaluation.
+
+    A copy or pickle is a simulator of its own: models and optimizer are linked in it, engines are made anew.
 
     Raises:
-        TypeError, ValueError: an argument is bad, or topology, parts and optimizer are not for the same agents or
-            ranks.
+        TypeError, ValueError: an argument is bad, labels are no classes of the model, or topology, parts and optimizer
+            are not for the same agents or ranks.
         MismatchError, PeerError: the optimizer raises them.
     """
 
@@ -100,39 +111,60 @@ class Simulator:
         topology: Topology,
         *,
         optimizer: Callable[[list[nn.Parameter]], Optimizer],
-        data: Dataset,
-        parts: Sequence[Tensor],
+        data: Any,
+        parts: Sequence[Tensor] | None = None,
+        test_data: Any = None,
         batch_size: int,
-        loss: Loss = cross_entropy,
+        loss: Loss | None = None,
+        model_loss: ModelLoss | None = None,
+        metrics: Mapping[str, Metric] | None = None,
+        max_grad_norm: float | None = None,
         engine: str = "auto",
         seed: int = 0,
         augment: Augmentation | None = None,
         autocast: torch.dtype | None = None,
         channels_last: bool = False,
+        num_workers: int = 0,
         process_group: dist.ProcessGroup | Group | None = None,
     ) -> None:
         num_agents = topology.num_agents
         num_models = module.num_agents if isinstance(module, StackedModule) else num_agents
-        if num_models != num_agents or len(parts) != num_agents:
+        num_parts = _number_of_parts(data, parts)
+        if num_models != num_agents or num_parts != num_agents:
             raise ValueError(
-                f"{topology} has {num_agents} agents, the model {num_models} and the data {len(parts)} parts; "
+                f"{topology} has {num_agents} agents, the model {num_models} and the data {num_parts} parts; "
                 "they must be equal"
             )
+        if max_grad_norm is not None and not as_number(max_grad_norm, "max_grad_norm") > 0:
+            raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
         agents = agents_here(num_agents, process_group)
         stacked = module.part(agents) if isinstance(module, StackedModule) else stack(module, len(agents))
         check_autocast(autocast, stacked.values.dtype)
         self.stacked = stacked
         self.topology = topology
-        self.data = like_model(data, stacked, channels_last)
-        self.batches = Batches(self.data.train_inputs, self.data.train_labels, parts, batch_size, seed, augment, agents)
-        self.optimizer = _checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
+        self.data = data
+        workers = as_integer(num_workers, "num_workers", minimum=0)
+        self._samples_of = partial(joined, like=stacked.values[:0], channels_last=channels_last, workers=workers)
+        training, test = training_and_test(data, test_data)
+        samples, own_parts = self._samples_of(training, "data")
+        self._test = None if test is None else self._samples_of(test, "test_data")[0]
+        self.batches = Batches(samples, own_parts if parts is None else parts, batch_size, seed, augment, agents)
+        self._objective = make_objective(
+            loss, model_loss, metrics, autocast, samples, has_classes=isinstance(data, Dataset)
+        )
+        for checked_samples, what in ((samples, "data"), (self._test, "test_data")):
+            if checked_samples is not None:
+                check_labels(stacked, self._objective, checked_samples, what)
+        self.optimizer = checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
         self._everyone = Everyone(agents, num_agents, stacked.device, self.optimizer)
         check_ranks(self._everyone.group, process_group)
         self.step = 0
         self.history: list[dict[str, Any]] = []
-        self._loss = loss
+        self.agent_metrics: dict[str, Tensor] = {}
+        self._max_grad_norm = max_grad_norm
         self._autocast, self._channels_last = autocast, channels_last
-        self._engine = make_engine(engine, stacked, loss, autocast)
+        self._engine_name = engine
+        self._engine = make_engine(engine, stacked, self._objective)
         self._bytes_sent = BytesSent(self.optimizer, num_agents, len(agents))
         self._initial_options = options_of(self.optimizer)
         self._last_lr = float(self._initial_options[0]["lr"])
@@ -162,7 +194,8 @@ class Simulator:
     @property
     def entries(self) -> list[str]:
         """The names of the entries of the history, which `evaluate` explains."""
-        return list(ENTRIES)
+        of_test = [] if self._test is None else metric_entries(self._objective)
+        return [*ENTRIES_BEFORE, *of_test, *ENTRIES_AFTER]
 
     @property
     def is_first(self) -> bool:
@@ -181,7 +214,7 @@ class Simulator:
         milestones: Sequence[float] = (),
         decay: float = 0.1,
         schedule: MakeScheduler | None = None,
-        schedule_metric: str = "test_loss",
+        schedule_metric: str | None = None,
         eval_every: int | None = None,
         checkpoint: str | Path | None = None,
         checkpoint_every: int | None = None,
@@ -208,7 +241,8 @@ class Simulator:
                 ``lambda optimizer: CosineAnnealingLR(optimizer, 100)``. It is stepped after every step; one whose
                 `step` takes a metric, such as `ReduceLROnPlateau`, at every `eval_every`-th step. A later call with a
                 scheduler of the same class goes on where it was.
-            schedule_metric: the entry of the history that such a scheduler is given.
+            schedule_metric: the entry of the history that such a scheduler is given; None is the test loss, or the
+                loss in training if there are no test samples.
             eval_every: steps between evaluations; the run always evaluates after the last step.
             checkpoint: file to write at the end, on Ctrl-C and every `checkpoint_every` steps; with a process_group a
                 folder, for `gut_fast.distributed.Checkpoints`.
@@ -229,6 +263,8 @@ class Simulator:
         if file is not None:
             check_target(file, is_folder=self._everyone.group is not None)
         self._start_schedule(timetable, schedule, schedule_metric)
+        if not self.stacked.training:
+            self.stacked.train()
         with (
             randomness.own_random_state(self.stacked.device),
             deferred_interrupt() as interrupt,
@@ -253,24 +289,32 @@ class Simulator:
         """
         self._is_stopping = True
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, data: Any = None) -> dict[str, Any]:
         """A row of the history for the current state of the agents.
 
         Its entries are step; lr (of the last step, first group); train_loss (mean over agents and the steps since the
-        last row); diverged_agents (number of agents with a loss of NaN or infinity in these steps); test_loss and
-        test_accuracy (of the averaged model); mean_agent_accuracy, and the agents' quartiles from worst_agent_accuracy
-        over lower_quartile_, median_ and upper_quartile_ to best_agent_accuracy; consensus_error; mean_bytes_sent and
-        max_bytes_sent (per agent, since the start). Accuracies are fractions. With a process_group all ranks call
-        `evaluate`, and all get the numbers of all agents.
+        last row); diverged_agents (number of agents with a loss of NaN or infinity in these steps); test_loss and, for
+        each metric, for example accuracy, test_accuracy (of the averaged model), mean_agent_accuracy, and the agents'
+        quartiles from worst_agent_accuracy over lower_quartile_, median_ and upper_quartile_ to best_agent_accuracy (of
+        other metrics smallest_ and largest_); consensus_error; mean_bytes_sent and max_bytes_sent (per agent, since the
+        start). Accuracies are fractions. With a process_group all ranks call `evaluate`, and all get the numbers of all
+        agents.
+
+        Args:
+            data: test samples in place of the simulator's own, of the same kinds as `test_data`.
         """
+        test = self._test if data is None else self._samples_of(training_and_test(None, data)[1], "data")[0]
         vectorized = self.engine.endswith("vmap")
         loss_sums = self._everyone.rows(self._loss_sum)
+        with randomness.own_random_state(self.stacked.device):
+            of_test, agent_metrics = evaluate(
+                self.stacked, self._objective, test, vectorized=vectorized, everyone=self._everyone
+            )
+        self.agent_metrics = {name: values.cpu() for name, values in agent_metrics.items()}
         metrics = {
             "loss_sum": loss_sums.mean(),
             "diverged_agents": (~loss_sums.isfinite()).sum(dtype=torch.float64),
-            **evaluate(
-                self.stacked, self.data, self._loss, self._autocast, vectorized=vectorized, everyone=self._everyone
-            ),
+            **of_test,
         }
         numbers, bytes_sent = read(metrics), self._bytes_sent.total.tolist()
         loss_sum, diverged_agents = numbers.pop("loss_sum"), numbers.pop("diverged_agents")
@@ -362,10 +406,11 @@ class Simulator:
 
     def _train_step(self) -> None:
         """Does one step of all agents; if the gradient fails or is interrupted, nothing has changed."""
-        inputs, targets = self.batches(self.step)
         with undo_on_error(self.stacked):
-            losses = self._engine(inputs, targets)
+            losses = self._engine(self.batches(self.step))
         self._is_between_steps = False
+        if self._max_grad_norm is not None:
+            clip_grad_norm_per_agent_(self.stacked.parameters(), self._max_grad_norm)
         self._schedule.before_step(self.step)
         self._last_lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
@@ -376,8 +421,10 @@ class Simulator:
         self._schedule.after_step()
         self._is_between_steps = True
 
-    def _start_schedule(self, timetable: Timetable, schedule: MakeScheduler | None, metric: str) -> None:
+    def _start_schedule(self, timetable: Timetable, schedule: MakeScheduler | None, metric: str | None) -> None:
         """Makes the schedule of the run, in its state at the end of the last run."""
+        if metric is None:
+            metric = "train_loss" if self._test is None else "test_loss"
         rates = [options["lr"] for options in self._initial_options]
         if metric not in self.entries:
             raise ValueError(f"schedule_metric={metric!r} is no entry of the history: {', '.join(self.entries)}")
@@ -398,35 +445,29 @@ class Simulator:
     @cached_property
     def _configuration(self) -> dict[str, Any]:
         """The plain values that a checkpoint must have in common with this simulator."""
-        rule, state_dtype = (getattr(self.optimizer, name, None) for name in ("rule", "state_dtype"))
-        inputs = self.data.train_inputs
-        samples = inputs.fingerprint() if isinstance(inputs, ImageFiles) else inputs
-        return {
-            "number of agents": self.topology.num_agents,
-            "agents here": None if self._everyone.group is None else str(self.batches.agents),
-            "topology": self.topology.name,
-            "digest of the mixing weights": mixing_digest(self.topology),
-            "optimizer": type(self.optimizer).__name__,
-            "rule": None if rule is None else rule.name,
-            "dtype of the state": None if state_dtype in (None, self.stacked.values.dtype) else str(state_dtype),
-            **{
-                f"{name} of group {index}": value
-                for index, group in enumerate(self._initial_options)
-                for name, value in group.items()
-            },
-            "data set": self.data.name,
-            "digest of the training samples": digest((samples, self.data.train_labels)),
-            "division of the samples": digest(self.batches.parts),
-            "batch size": self.batches.batch_size,
-            "seed": self.batches.seed,
-            "augmentation": None if self.batches.augment is None else repr(self.batches.augment),
-            "autocast": None if self._autocast is None else str(self._autocast),
-            "channels last": self._channels_last or None,  # None, as in older checkpoints, which had no choice
-            **{
-                f"shape of {name}": (*tensor.shape, str(tensor.dtype))
-                for name, tensor in self.stacked.state_dict().items()
-            },
-        }
+        return configuration_of(
+            self.topology,
+            self.optimizer,
+            self._initial_options,
+            self.stacked,
+            self.batches,
+            agents_here=None if self._everyone.group is None else str(self.batches.agents),
+            data_set=getattr(self.data, "name", type(self.data).__name__),
+            autocast=None if self._autocast is None else str(self._autocast),
+            channels_last=self._channels_last or None,
+            max_grad_norm=self._max_grad_norm,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        chosen = self._engine.state_dict() if isinstance(self._engine, AutoEngine) else None
+        return {**self.__dict__, "_engine": chosen, "_schedule": Schedule()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        chosen: Any = state["_engine"]
+        self._engine = make_engine(self._engine_name, self.stacked, self._objective)
+        if isinstance(self._engine, AutoEngine) and chosen is not None:
+            self._engine.load_state_dict(chosen)
 
 
 class _Calls(Callback):
@@ -440,14 +481,15 @@ class _Calls(Callback):
         self._function()
 
 
-def _checked_optimizer(optimizer: Any, stacked: StackedModule, topology: Topology) -> Optimizer:
-    """Returns `optimizer`; raises TypeError or ValueError unless it trains these models over this topology."""
-    if not isinstance(optimizer, Optimizer):
-        raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    own = {id(parameter) for parameter in stacked.parameters()}
-    if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError("the optimizer has other parameters than the stacked ones that it was given")
-    mixes_with = getattr(optimizer, "topology", topology)
-    if mixes_with != topology:
-        raise ValueError(f"the optimizer mixes over {mixes_with}, but the simulator's topology is {topology}")
-    return optimizer
+def _number_of_parts(data: Any, parts: Sequence[Tensor] | None) -> int:
+    """How many agents the data are for. Raises ValueError unless either data or parts say it."""
+    if isinstance(data, list) and parts is not None:
+        raise ValueError(
+            "data is a list with a data set for each agent, and parts= would divide it again; leave it out"
+        )
+    if parts is None and not isinstance(data, list):
+        raise ValueError(
+            "data is one data set for all agents; divide it by parts=, for example "
+            "gut_fast.data.partition.iid(labels, N), or give a list with a data set for each agent"
+        )
+    return len(data) if parts is None else len(parts)

@@ -7,13 +7,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from gut_fast.agents import StackedModule
-from gut_fast.simulation.gradients import LoopEngine, Loss, remember
+from gut_fast.simulation.gradients import LoopEngine, remember
+from gut_fast.simulation.objective import Objective
 
 __all__ = ["Job", "Workers", "WorkersEngine"]
 
@@ -138,32 +139,32 @@ class WorkersEngine(LoopEngine):
 
     name = "workers"
 
-    def __init__(self, stacked: StackedModule, loss: Loss, autocast: torch.dtype | None = None) -> None:
+    def __init__(self, stacked: StackedModule, objective: Objective) -> None:
         if stacked.device.type != "cpu":
             raise ValueError(f"engine 'workers' is for the CPU, the model is on {stacked.device}; use 'vmap' or 'loop'")
-        super().__init__(stacked, loss, autocast)
+        super().__init__(stacked, objective)
         self._workers = Workers(max_threads=stacked.num_agents)
         self._draws_random_numbers = False
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, batch: Any) -> Tensor:
         """Computes the gradients as an `Engine` does; an agent's error is raised when no thread computes any more."""
         if not self._draws_random_numbers:
             undo, random_state = remember(self._stacked), torch.get_rng_state()
-            losses = self._run(self._in_any_order(inputs, targets))
+            losses = self._run(self._in_any_order(batch))
             if torch.equal(torch.get_rng_state(), random_state):
                 return losses
             undo()
             self._draws_random_numbers = True
-        return self._run(self._in_order(inputs, targets))
+        return self._run(self._in_order(batch))
 
     def _run(self, jobs: Iterator[Job[Tensor]]) -> Tensor:
-        self._stacked.zero_grad()
+        self._prepare()
         return torch.stack(self._workers.run(jobs))
 
-    def _in_any_order(self, inputs: Tensor, targets: Tensor) -> Iterator[Job[Tensor]]:
-        return (partial(self._gradient, i, inputs, targets) for i in range(len(self._agents)))
+    def _in_any_order(self, batch: Any) -> Iterator[Job[Tensor]]:
+        return (partial(self._gradient, i, batch) for i in range(len(self._agents)))
 
-    def _in_order(self, inputs: Tensor, targets: Tensor) -> Iterator[Job[Tensor]]:
+    def _in_order(self, batch: Any) -> Iterator[Job[Tensor]]:
         """Jobs of the backward passes; the forward passes run while the jobs are made, one after the other."""
         for i in range(len(self._agents)):
-            yield partial(self._backward, i, self._forward(i, inputs, targets))
+            yield partial(self._backward, i, self._forward(i, batch))
