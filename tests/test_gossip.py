@@ -147,6 +147,68 @@ def test_bad_input():
         )
 
 
+class Logged(torch.optim.Adafactor):
+    """A subclass of one of torch's optimizers that look at whole tensors."""
+
+
+class Trust(torch.optim.SGD):
+    """An optimizer of one's own that divides each tensor's gradient by its norm over all agents, as LARS and LAMB."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(group["lr"] * p.grad / p.grad.norm())
+
+
+class Decayed(torch.optim.SGD):
+    """An optimizer of one's own that treats every number by itself, with state and an attribute of its own."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr, momentum=0.9)
+        self.calls = 0
+
+    def step(self, closure=None):
+        self.calls += 1
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("mixing", [Logged, Trust])
+def test_optimizers_that_look_at_whole_tensors_are_refused_whatever_their_class(mixing):
+    with pytest.raises(TypeError, match=rf"{mixing.__name__} cannot make the local move: it looks at all agents' numb"):
+        gf.Gossip(mixing(parameters(), lr=0.1), topology=RING)
+
+
+def test_trying_an_optimizer_leaves_it_alone():
+    params, twins = parameters(), parameters()
+    inner, state = Decayed(params, 0.1), torch.get_rng_state()
+    optimizer = gf.Gossip(inner, "dsgd", topology=RING)
+    assert (inner.calls, dict(inner.state)) == (0, {})
+    assert torch.equal(torch.get_rng_state(), state)
+    twin = gf.Gossip(torch.optim.SGD(twins, 0.1, momentum=0.9), "dsgd", topology=RING)
+    train(params, optimizer, range(3))
+    train(twins, twin, range(3))
+    assert same([p.detach() for p in params], [p.detach() for p in twins])
+
+
+def test_options_of_the_inner_optimizer_are_not_given_to_gossip():
+    for option, reason in (("weight_decay", "give it to the inner optimizer"), ("lr", "it is that of the inner")):
+        with pytest.raises(ValueError, match=f"Gossip: no {option}=; {reason}"):
+            gf.Gossip(torch.optim.SGD(parameters(), 0.1), topology=RING, **{option: 0.1})
+    with pytest.raises(TypeError, match="Gossip: unexpected keyword argument 'mue'; did you mean 'mu'"):
+        gf.Gossip(torch.optim.SGD(parameters(), 0.1), topology=RING, mue=0.1)
+
+
+def test_a_tensor_learning_rate_is_handed_on_in_place():
+    params, lr = parameters(), torch.tensor(0.1)
+    inner = torch.optim.SGD(params, lr=lr)
+    optimizer = gf.Gossip(inner, topology=RING)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    train(params, optimizer, range(3), scheduler)
+    assert inner.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(0.025)
+
+
 def test_what_a_step_refuses_leaves_the_inner_optimizer_alone():
     params = parameters(shapes=((3, 5),))
     optimizer = gf.Gossip(torch.optim.Adam(params, lr=0.1), topology=RING)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gut_fast as gf
-from quadratics import RING, make, parameters, refused, set_gradients, train
+from quadratics import RING, make, parameters, refused, same, set_gradients, snapshot, train
 
 BAD_HYPERPARAMETERS = [
     ({"lr": float("nan")}, ValueError, r"lr=nan is outside \[0, inf\)"),
@@ -123,6 +123,54 @@ def test_what_no_longer_fits_changes_nothing(damage, error, message):
     set_gradients(params, 2)
     damage(params)
     with refused(params, optimizer, error, message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+@pytest.mark.parametrize("which", ["parameter", "gradient", "state", "grad_scale"])
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_memory_that_was_freed_is_an_error(which, offset, backend):
+    """A storage that is resized to nothing leaves tensors that point nowhere, or just beside it."""
+
+    def part(*shape, dtype=torch.float32):
+        return torch.zeros(200, dtype=dtype)[offset : offset + torch.Size(shape).numel()].view(shape)
+
+    params = [torch.nn.Parameter(torch.zeros(6, 2)), torch.nn.Parameter(torch.zeros(6, 5))]
+    params[1].data = part(6, 5)
+    optimizer = gf.GUT(params, 0.1, topology=RING, backend=backend)
+    params[1].grad = part(6, 5)
+    optimizer.step()
+    scale = part(6, dtype=torch.float64)
+    freed = {"parameter": params[1], "gradient": params[1].grad, "grad_scale": scale}
+    freed.get(which, optimizer.state[params[1]]["r"]).untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match=rf"{which} ?\d? has no memory: its storage has 0 bytes of .* was it freed"):
+        optimizer.step(grad_scale=scale if which == "grad_scale" else None)
+    assert optimizer.num_steps == 1
+    assert not params[0].any()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
+def test_gradients_that_are_negated_lazily_are_resolved(backend):
+    (params, optimizer), (twins, twin) = (make(dtype=torch.float32, backend=backend) for _ in range(2))
+    for step in range(3):
+        set_gradients(params, step)
+        for p, q in zip(params, twins, strict=True):
+            q.grad = torch._neg_view(-p.grad)
+            assert q.grad.is_neg()
+        optimizer.step()
+        twin.step()
+    assert same(snapshot(params, optimizer), snapshot(twins, twin))
+
+
+def test_parameters_that_are_negated_lazily_are_refused_and_state_is_resolved():
+    (params, optimizer), (twins, twin) = make(), make()
+    for values, one, wrapped in ((params, optimizer, torch.clone), (twins, twin, lambda r: torch._neg_view(-r))):
+        train(values, one, range(2))
+        one.state[values[0]]["r"] = wrapped(one.state[values[0]]["r"] + 1)
+        train(values, one, range(2, 4))
+    assert same(snapshot(params, optimizer), snapshot(twins, twin))
+    params[0].data = torch._neg_view(-params[0].data)
+    with refused(params, optimizer, ValueError, r"parameter 0 is a lazily negated view.*use .resolve_neg\(\)"):
         optimizer.step()
 
 
