@@ -9,10 +9,7 @@ gives these to the kernel; with a process_group, to the `Exchange` with the othe
 
 from __future__ import annotations
 
-import itertools
 import warnings
-import weakref
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -23,41 +20,21 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gut_fast import analysis
-from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
-from gut_fast.optim.across import AcrossRanks
+from gut_fast.optim.compiled import register
 from gut_fast.optim.options import Options, Parameters, check_implementation, check_names
 from gut_fast.optim.prepared import Prepared, Views
+from gut_fast.optim.state import DRIFT_MEMORY, KeepsState
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import CSR, Topology
 
 __all__ = ["GossipOptimizer"]
 
-DRIFT_MEMORY = 0.95
-"""How slowly the rate that the drift is divided by follows a falling learning rate, unless the user says."""
 
-_numbers = itertools.count()
-_optimizers: weakref.WeakValueDictionary[int, GossipOptimizer] = weakref.WeakValueDictionary()
-
-_library = torch.library.Library("gut_fast", "FRAGMENT")
-_library.define("bring_up_to_date_(Tensor(a!)[] coefficients, Tensor(b!)[] state, int optimizer) -> ()")
-
-
-def _bring_up_to_date(coefficients: list[Tensor], state: list[Tensor], number: int) -> None:
-    """Does, at every run of a compiled step, what a step does before the kernel: tracing would freeze it."""
-    for given, current in zip([*coefficients, *state], _optimizers[number]._up_to_date(), strict=True):
-        given.copy_(current)
-
-
-for _key in ("CPU", "CUDA"):
-    _library.impl("bring_up_to_date_", _bring_up_to_date, _key)
-torch.library.register_fake("gut_fast::bring_up_to_date_", lambda *_: None, lib=_library)
-
-
-class GossipOptimizer(AcrossRanks):
+class GossipOptimizer(KeepsState):
     """Any update rule, by name or an `UpdateRule` of your own; the other classes are this one with a rule set.
 
     Args:
@@ -150,8 +127,7 @@ class GossipOptimizer(AcrossRanks):
         self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
         self._prepared: list[Prepared] = []  # one per group
         self._views = Views()
-        self._stacks: list[StackedModule] | None = None  # whose parameters these are; None is not looked up yet
-        self._register()
+        self._number = register(self)
         memory = drift_memory if drift_memory is not None else 0.0 if capturable else DRIFT_MEMORY
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "drift_memory": memory}
         hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
@@ -167,11 +143,6 @@ class GossipOptimizer(AcrossRanks):
         self._warn_if_unstacked()
         self._meet()
 
-    def _register(self) -> None:
-        """Takes a number, by which compiled steps find this optimizer."""
-        self._number = next(_numbers)
-        _optimizers[self._number] = self
-
     @property
     def _name(self) -> str:
         return self.rule.name if type(self) is GossipOptimizer else type(self).__name__
@@ -180,18 +151,6 @@ class GossipOptimizer(AcrossRanks):
     def _num_here(self) -> int:
         """The number of agents in this process."""
         return self.topology.num_agents if self._exchange is None else self._exchange.agents_per_rank
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """The state of each parameter by the rule's names, see the class; one that has been cleared is zero."""
-        state: defaultdict[Tensor, Any] = self.__dict__["state"]
-        if not state and self._prepared:
-            self._follow_state()
-        return state
-
-    @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = state
 
     @property
     def num_steps(self) -> int:
@@ -363,23 +322,6 @@ class GossipOptimizer(AcrossRanks):
     _watched_step = Optimizer.profile_hook_step(_step)
     """`_step` with the hooks and the profiler's range of torch."""
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets all gradients to None, or to zero, those of agents' modules too."""
-        super().zero_grad(set_to_none)
-        if set_to_none:
-            for stacked in self._looked_up_stacks():
-                stacked.cut_gradients()
-
-    def _follow_agents(self) -> None:
-        """Moves gradients, and whatever else has been put into agents' modules, into the stack."""
-        for stacked in self._looked_up_stacks():
-            stacked.follow_agents()
-
-    def _looked_up_stacks(self) -> list[StackedModule]:
-        if self._stacks is None:
-            self._stacks = stacks_of(parameter for group in self.param_groups for parameter in group["params"])
-        return self._stacks
-
     def _gradients(self) -> list[list[Tensor | None]]:
         """Returns the gradients of each group; None stands for zero."""
         return [[parameter.grad for parameter in group["params"]] for group in self.param_groups]
@@ -444,100 +386,6 @@ class GossipOptimizer(AcrossRanks):
         self._follow_state()
         self._update_coefficients(index)
         return self._group_step(index, [parameter.grad for parameter in self.param_groups[index]["params"]], None)
-
-    def _follow_state(self) -> None:
-        """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
-        if self._exchange is None and not all(map(Prepared.is_of, self._prepared, self.param_groups)):
-            self._take_parameters()
-        if not self._views.are_in(self.__dict__["state"]):
-            self._adopt_state()
-
-    def _take_parameters(self) -> None:
-        """Follows parameters that were put into groups, or taken out, past `add_param_group`: their state is zero."""
-        for index, (prepared, group) in enumerate(zip(self._prepared, self.param_groups, strict=True)):
-            if not prepared.is_of(group):
-                for first in group["params"][:1]:
-                    self._mixing(prepared, first.device)  # raises if they have moved
-                ops.check_parameters(group["params"], self._num_here, f"{self._name}: ")
-                self._prepared[index] = self._prepare(group["params"])
-        self._stacks = None
-        self._adopt_state()
-
-    def _adopt_state(self) -> None:
-        """Puts views of the flat buffers into the state, with the values that are there, or zero."""
-        state = self.__dict__["state"]
-        for prepared, group in zip(self._prepared, self.param_groups, strict=True):
-            prepared.state.adopt(state)
-            for parameter in group["params"]:
-                state[parameter]  # makes an entry, if an empty one: without any a state looks as if not yet made
-        self._views.take(state, self.rule.states)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns the state as in `torch.optim`, with the rule's name and the number of steps taken beside it.
-
-        With a process_group it is the state of the agents here, and what rounding has left of messages.
-        """
-        self._follow_state()
-        residuals = {} if self._exchange is None else {"residuals": self._exchange.residuals()}
-        return {**super().state_dict(), "rule": self.rule.name, "step": self.num_steps, **residuals}
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned; a run that goes on from it equals the uninterrupted one bit for bit.
-
-        State saved in another dtype is converted.
-
-        Raises:
-            ValueError: it is of another rule, other parameters or agents; nothing has been changed.
-            RuntimeError: it has no step count and the topology varies with time, or messages have left already.
-        """
-        loaded: dict[str, Any] = {}
-
-        def check(_: Optimizer, final: dict[str, Any]) -> None:
-            self._check_state_dict(final)
-            loaded.update(final)
-
-        # Torch casts state to the parameters' dtype; `loaded` keeps what it was, after the user's own hooks.
-        handle = self.register_load_state_dict_pre_hook(check)
-        try:
-            super().load_state_dict(state_dict)
-        finally:
-            handle.remove()
-        for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True):
-            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
-                for name, view in self.state[parameter].items():
-                    view.copy_(loaded["state"][index][name])
-        self._eager_steps = loaded.get("step", 0)
-        self._traced_steps.zero_()
-        if self._exchange is not None:
-            self._exchange.load_residuals(loaded.get("residuals", []), self.param_groups)
-
-    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        checks.check_state_dict(state_dict, self.rule, self.topology, self.param_groups, self.defaults, self._name)
-        if self._exchange is not None:
-            self._exchange.check_idle()
-            self._exchange.checked_residuals(state_dict.get("residuals", []), self.param_groups)
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._exchange is not None:
-            raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_eager_steps", "_traced_steps", "_is_made"
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
-
-    @torch.no_grad()
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Called when unpickling and when loading; either way the state's tensors move into flat buffers."""
-        super().__setstate__(state)
-        for group in self.param_groups:  # what older states do not have
-            group.setdefault("drift_memory", self.defaults.get("drift_memory", DRIFT_MEMORY))
-            group.setdefault("drift_lr", 0.0)
-        # A shallow copy shares these with its original.
-        self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
-        self._traced_steps = self._traced_steps.clone()
-        self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
-        self._views = Views()
-        self._adopt_state()
-        self._register()
 
     def __repr__(self) -> str:
         head, _, groups = super().__repr__().partition("(")

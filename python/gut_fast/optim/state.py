@@ -1,0 +1,178 @@
+"""State in flat buffers, saved and loaded, and the agents' modules: all that an optimizer holds beside its parameters."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from gut_fast.agents import StackedModule, stacks_of
+from gut_fast.kernels import ops
+from gut_fast.optim import checks
+from gut_fast.optim.across import AcrossRanks
+from gut_fast.optim.compiled import register
+from gut_fast.optim.prepared import Prepared, Views
+from gut_fast.rules import UpdateRule
+from gut_fast.topology import CSR
+
+__all__ = ["DRIFT_MEMORY", "KeepsState"]
+
+DRIFT_MEMORY = 0.95
+"""How slowly the rate that the drift is divided by follows a falling learning rate, unless the user says."""
+
+
+class KeepsState(AcrossRanks):
+    """The part of `GossipOptimizer` that keeps the rule's state, whoever assigns, clears, saves or copies it.
+
+    Attributes:
+        rule: the update rule, which names the states.
+        state_dtype: dtype of the state; None is the parameters'.
+        capturable: whether steps can be captured in a CUDA graph.
+    """
+
+    rule: UpdateRule
+    backend: str
+    state_dtype: torch.dtype | None
+    capturable: bool
+    _prepared: list[Prepared]  # one per group
+    _views: Views
+    _number: int
+    _traced_steps: Tensor
+    _stacks: list[StackedModule] | None = None  # whose parameters these are; None is not looked up yet
+
+    @abstractmethod
+    def _prepare(self, parameters: Sequence[Tensor]) -> Prepared: ...
+
+    @abstractmethod
+    def _mixing(self, prepared: Prepared, device: torch.device) -> CSR: ...
+
+    @abstractmethod
+    def _up_to_date(self) -> list[Tensor]: ...
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The state of each parameter by the rule's names, see the class; one that has been cleared is zero."""
+        state: defaultdict[Tensor, Any] = self.__dict__["state"]
+        if not state and self._prepared:
+            self._follow_state()
+        return state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = state
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets all gradients to None, or to zero, those of agents' modules too."""
+        super().zero_grad(set_to_none)
+        if set_to_none:
+            for stacked in self._looked_up_stacks():
+                stacked.cut_gradients()
+
+    def _follow_agents(self) -> None:
+        """Moves gradients, and whatever else has been put into agents' modules, into the stack."""
+        for stacked in self._looked_up_stacks():
+            stacked.follow_agents()
+
+    def _looked_up_stacks(self) -> list[StackedModule]:
+        if self._stacks is None:
+            self._stacks = stacks_of(parameter for group in self.param_groups for parameter in group["params"])
+        return self._stacks
+
+    def _follow_state(self) -> None:
+        """Moves what has been assigned to, or deleted from, the state since the last step into the flat buffers."""
+        if self._exchange is None and not all(map(Prepared.is_of, self._prepared, self.param_groups)):
+            self._take_parameters()
+        if not self._views.are_in(self.__dict__["state"]):
+            self._adopt_state()
+
+    def _take_parameters(self) -> None:
+        """Follows parameters that were put into groups, or taken out, past `add_param_group`: their state is zero."""
+        for index, (prepared, group) in enumerate(zip(self._prepared, self.param_groups, strict=True)):
+            if not prepared.is_of(group):
+                for first in group["params"][:1]:
+                    self._mixing(prepared, first.device)  # raises if they have moved
+                ops.check_parameters(group["params"], self._num_here, f"{self._name}: ")
+                self._prepared[index] = self._prepare(group["params"])
+        self._stacks = None
+        self._adopt_state()
+
+    def _adopt_state(self) -> None:
+        """Puts views of the flat buffers into the state, with the values that are there, or zero."""
+        state = self.__dict__["state"]
+        for prepared, group in zip(self._prepared, self.param_groups, strict=True):
+            prepared.state.adopt(state)
+            for parameter in group["params"]:
+                state[parameter]  # makes an entry, if an empty one: without any a state looks as if not yet made
+        self._views.take(state, self.rule.states)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state as in `torch.optim`, with the rule's name and the number of steps taken beside it.
+
+        With a process_group it is the state of the agents here, and what rounding has left of messages.
+        """
+        self._follow_state()
+        residuals = {} if self._exchange is None else {"residuals": self._exchange.residuals()}
+        return {**super().state_dict(), "rule": self.rule.name, "step": self.num_steps, **residuals}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; a run that goes on from it equals the uninterrupted one bit for bit.
+
+        State saved in another dtype is converted.
+
+        Raises:
+            ValueError: it is of another rule, other parameters or agents; nothing has been changed.
+            RuntimeError: it has no step count and the topology varies with time, or messages have left already.
+        """
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, final: dict[str, Any]) -> None:
+            self._check_state_dict(final)
+            loaded.update(final)
+
+        # Torch casts state to the parameters' dtype; `loaded` keeps what it was, after the user's own hooks.
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True):
+            for index, parameter in zip(saved_group["params"], group["params"], strict=True):
+                for name, view in self.state[parameter].items():
+                    view.copy_(loaded["state"][index][name])
+        self._eager_steps = loaded.get("step", 0)
+        self._traced_steps.zero_()
+        if self._exchange is not None:
+            self._exchange.load_residuals(loaded.get("residuals", []), self.param_groups)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        checks.check_state_dict(state_dict, self.rule, self.topology, self.param_groups, self.defaults, self._name)
+        if self._exchange is not None:
+            self._exchange.check_idle()
+            self._exchange.checked_residuals(state_dict.get("residuals", []), self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._exchange is not None:
+            raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
+        names = "rule", "topology", "backend", "state_dtype", "capturable", "_eager_steps", "_traced_steps", "_is_made"
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
+
+    @torch.no_grad()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Called when unpickling and when loading; either way the state's tensors move into flat buffers."""
+        super().__setstate__(state)
+        for group in self.param_groups:  # what older states do not have
+            group.setdefault("drift_memory", self.defaults.get("drift_memory", DRIFT_MEMORY))
+            group.setdefault("drift_lr", 0.0)
+        # A shallow copy shares these with its original.
+        self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
+        self._traced_steps = self._traced_steps.clone()
+        self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
+        self._views = Views()
+        self._adopt_state()
+        self._number = register(self)
