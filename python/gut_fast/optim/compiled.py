@@ -1,4 +1,4 @@
-"""Compiled steps: an op reads learning rates and state and counts the steps at every run, which tracing would freeze."""
+"""Compiled steps: an op reads learning rates and state, and counts steps, at every run; tracing would freeze them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""State in flat buffers, saved and loaded, and the agents' modules: all that an optimizer holds beside its parameters."""
+"""State in flat buffers, saved and loaded, and the agents' modules: what an optimizer has beside its parameters."""
 
 from __future__ import annotations
 
