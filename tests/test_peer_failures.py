@@ -142,6 +142,30 @@ def test_all_hear_at_once_of_a_connection_that_was_broken_before_the_step():
     assert max(outcomes[:3] + outcomes[4:]) < 15
 
 
+def die_during_overlap(rank, size):
+    """Rank 2 dies at step 5; its neighbours are then a step behind the others. Returns who is left, and parameters."""
+    parameter, where = nn.Parameter(torch.zeros(1000)), {"topology": gf.topology.ring(size)}
+    where |= {"process_group": dist.group.WORLD, "timeout": 20.0, "on_peer_failure": "continue", "overlap": True}
+    optimizer = gf.DSGD([parameter], 0.1, **where)
+    while optimizer.num_steps < 150:
+        if (rank, optimizer.num_steps) == (2, 5):
+            os.kill(os.getpid(), signal.SIGKILL)
+        optimizer.zero_grad()
+        (0.5 * (parameter - rank) ** 2).sum().backward()
+        optimizer.step()
+    return list(optimizer.group.members), optimizer.overlap, parameter.detach()
+
+
+def test_with_overlap_messages_leave_only_after_the_ranks_that_are_left_have_met():
+    with ranks.Crew(SIZE, die_during_overlap) as crew:
+        outcomes = crew.outcomes([0, 1, 3, 4])
+    for outcome in outcomes:
+        members, overlap, _ = outcome
+        assert (members, overlap) == ([0, 1, 3, 4], "on")
+    mean = torch.stack([parameter for *_, parameter in outcomes]).mean(0)
+    torch.testing.assert_close(mean, torch.full((1000,), 2.0), atol=1e-3, rtol=0.0)
+
+
 def die_together(rank, size, when):
     """Rank 1 dies; rank 3, no neighbour of it, dies while all regroup. Returns the seconds, and who is left."""
     if rank == 3:

@@ -172,9 +172,16 @@ class Exchange:
         """Takes note during backward that a bucket is complete, and lets its messages of step `number` leave."""
         assert self.overlap is not None
         self.overlap.note(bucket, step)
-        # After others have left, a rank that is behind takes steps of its own.
-        if self.overlap.has_watched and number >= self._alone_until and self._failure is None:
+        if self.overlap.has_watched and self._can_mix(number):
             self.begin(bucket, step, number)
+
+    def _can_mix(self, number: int) -> bool:
+        """Returns whether the ranks have met, and mix step `number`.
+
+        After others have left, ranks that are behind take steps of their own, and all meet anew in their first step
+        together: what left before that would go into rows that the neighbours do not know.
+        """
+        return self._failure is None and number >= self._alone_until and self._traffic.is_ready
 
     def begin(self, bucket: Bucket, step: GossipStep, number: int) -> None:
         """Computes and sends a bucket's messages, and makes ready for the neighbours' messages."""
