@@ -11,6 +11,7 @@ import copy
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from itertools import zip_longest
 from typing import Any, TypeVar
 
@@ -257,11 +258,27 @@ class StackedModule(nn.Module):
         state = self.tensors()
         return {name: mean.to(state[name].dtype, copy=True) for name, mean in means(state).items()}
 
-    def unlinked_agent(self, i: int) -> nn.Module:
-        """A module of agent i's rows that nothing follows: what else is put into it, and its gradients, are its own."""
+    def unlinked_agent(self, i: int) -> tuple[nn.Module, Callable[[], None]]:
+        """A module of agent i's rows whose parameters and gradients nothing follows, for engines.
+
+        Returns:
+            The module, and a function that moves buffers which the module has replaced into agent i's rows.
+        """
         self._settle()
-        rows = {name: _like(tensor, own_storage(tensor.detach()[i])) for name, tensor in self.tensors().items()}
-        return self._template_with(rows)
+        rows, links = {}, {}
+        for name, tensor in self.tensors().items():
+            if isinstance(tensor, nn.Parameter):
+                rows[name] = nn.Parameter(own_storage(tensor.detach()[i]), requires_grad=tensor.requires_grad)
+                with requiring_grad(rows[name]):
+                    self._hooks.add_to_agent(name, rows[name])
+            else:
+                links[name] = Link(f"agent {i}'s {name}", tensor, i, self._lock, None)
+        return self._linked(rows, links), partial(follow, list(links.values()))
+
+    def spare_gradients(self) -> list[Tensor]:
+        """The segments of `gradients`, (N, *shape) for each parameter."""
+        self._settle()
+        return self._layout.spares()
 
     def skeleton(self) -> nn.Module:
         """A module that holds the stacked tensors themselves, with modes and hooks of its own, for `call`."""
@@ -325,10 +342,6 @@ class StackedModule(nn.Module):
             name: by_slot[name] for name, tensor in self.tensors().items() if not isinstance(tensor, nn.Parameter)
         }
 
-    def keep_buffers(self, i: int) -> None:
-        """Copies buffers that agent i's module has replaced, not changed in place, into agent i's rows of the stack."""
-        follow([link for link in self._agents[i][1] if not isinstance(link.row, nn.Parameter)])
-
     def extra_repr(self) -> str:
         """How many agents there are, of what, and where."""
         values, own = self.values, self.template.extra_repr()
@@ -372,13 +385,19 @@ class StackedModule(nn.Module):
             links[name] = Link(f"agent {i}'s {name}", tensor, i, self._lock, spare)
             with requiring_grad(links[name].row):
                 self._hooks.add_to_agent(name, links[name].row)
-        module = self._template_with({name: link.row for name, link in links.items()})
-        by_row = {id(link.row): link for link in links.values()}
-        for registry, key in places(module):
-            by_row[id(registry[key])].places.append((registry, key))
+        module = self._linked({}, links)
         for column, link in zip(self._columns, links.values(), strict=True):
             column.append(link)
         return module, list(links.values())
+
+    def _linked(self, rows: Mapping[str, Tensor], links: Mapping[str, Link]) -> nn.Module:
+        """A copy of the template with these rows, and with linked ones; the links learn where theirs are."""
+        module = self._template_with({**rows, **{name: link.row for name, link in links.items()}})
+        by_row = {id(link.row): link for link in links.values()}
+        for registry, key in places(module):
+            if (link := by_row.get(id(registry[key]))) is not None:
+                link.places.append((registry, key))
+        return module
 
     def _template_with(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """A copy of the template with these tensors in place of the stacked ones."""
@@ -424,8 +443,9 @@ def _settle_after_loading(stacked: StackedModule, incompatible_keys: Any) -> Non
 def _reset_each_agent(stacked: StackedModule, seed: int) -> None:
     with own_random_state(stacked.device):
         for i in range(stacked.num_agents):
+            module, keep_buffers = stacked.unlinked_agent(i)
             seed_generators(derive_seed("init", seed, i), stacked.device)
-            for submodule in reversed(list(stacked.agent(i).modules())):
+            for submodule in reversed(list(module.modules())):
                 if callable(reset := getattr(submodule, "reset_parameters", None)):
                     reset()
-            stacked.keep_buffers(i)
+            keep_buffers()

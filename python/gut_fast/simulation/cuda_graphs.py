@@ -49,7 +49,7 @@ class StreamsEngine(LoopEngine):
             stream.wait_stream(here)
         losses = []
         try:
-            for i in range(len(self._agents)):
+            for i in range(self._stacked.num_agents):
                 with torch.cuda.stream(self._streams[i % len(self._streams)]):
                     losses.append(self._gradient(i, batch))
         finally:  # after an error too, or its effects would be undone while streams still write

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -54,25 +54,33 @@ class LoopEngine:
             self.name = f"compiled-{self.name}"
         self._stacked = stacked
         self._objective = objective
-        self._agents = [stacked.agent(i) for i in range(stacked.num_agents)]
+        self._agents: list[nn.Module] = []
         self._compiled = None if compiler is None else compiler(applied(stacked, objective, training=True))
-        self._trained: list[bool] = []
+        self._layout: list[tuple[int, bool]] = []
 
     def __call__(self, batch: Any) -> Tensor:
         """Computes the gradients as an `Engine` does, in the flat gradient buffer."""
         self._prepare()
-        return torch.stack([self._gradient(i, batch) for i in range(len(self._agents))])
+        return torch.stack([self._gradient(i, batch) for i in range(self._stacked.num_agents)])
 
     def _prepare(self) -> None:
-        """Zeroes the gradients, and lets agents follow what has been frozen or put into evaluation mode since."""
-        self._stacked.zero_grad()
-        trained = [parameter.requires_grad for parameter in self._stacked.parameters()]
-        if trained != self._trained:
-            self._stacked.follow_agents()
-            self._trained = trained
-        for module in self._agents:
-            if not module.training:
-                module.train()
+        """Zeroes the gradients, which the stacked parameters that are trained share with the agents' modules."""
+        self._stacked.follow_agents()
+        parameters = self._stacked.parameters()
+        layout = [(parameter.data_ptr(), parameter.requires_grad) for parameter in parameters]
+        if layout != self._layout:
+            self._make_agents(parameters)
+            self._layout = layout
+        for parameter, gradient in zip(parameters, self._gradients, strict=True):
+            parameter.grad = gradient.zero_() if parameter.requires_grad else None
+
+    def _make_agents(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._gradients = self._stacked.spare_gradients()
+        made = [self._stacked.unlinked_agent(i) for i in range(self._stacked.num_agents)]
+        self._agents, self._keep_buffers = [module.train() for module, _ in made], [keep for _, keep in made]
+        for i, module in enumerate(self._agents):
+            for own, gradient in zip(module.parameters(), self._gradients, strict=True):
+                own.grad = gradient[i] if own.requires_grad else None
 
     def _gradient(self, i: int, batch: Any) -> Tensor:
         """Fills agent i's rows of the gradients and buffers, and returns its loss."""
@@ -96,11 +104,13 @@ class LoopEngine:
         """Fills agent i's rows of the gradients and buffers, and returns the loss without its graph."""
         self._add_gradient(loss)
         if self._stacked.flat_buffers:
-            self._stacked.keep_buffers(i)
+            self._keep_buffers[i]()
         return loss.detach()
 
     def _add_gradient(self, loss: Tensor) -> None:
-        if any(self._trained):  # else torch would complain that the loss needs no gradient
+        if any(
+            is_trained for _, is_trained in self._layout
+        ):  # else torch would complain that the loss needs no gradient
             loss.backward()
 
 

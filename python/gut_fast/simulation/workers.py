@@ -162,9 +162,9 @@ class WorkersEngine(LoopEngine):
         return torch.stack(self._workers.run(jobs))
 
     def _in_any_order(self, batch: Any) -> Iterator[Job[Tensor]]:
-        return (partial(self._gradient, i, batch) for i in range(len(self._agents)))
+        return (partial(self._gradient, i, batch) for i in range(self._stacked.num_agents))
 
     def _in_order(self, batch: Any) -> Iterator[Job[Tensor]]:
         """Jobs of the backward passes; the forward passes run while the jobs are made, one after the other."""
-        for i in range(len(self._agents)):
+        for i in range(self._stacked.num_agents):
             yield partial(self._backward, i, self._forward(i, batch))
