@@ -114,7 +114,7 @@ class Display:
 
     def _print(self, text: str, style: str | None = None) -> None:
         self._last_line = time.monotonic()
-        self._console.print(text, style=style)
+        self._console.print(text, style=style, soft_wrap=not self._console.is_terminal)
 
 
 def title(task: Task) -> str:
