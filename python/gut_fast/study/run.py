@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gut_fast import data, models
 from gut_fast.data import Dataset
-from gut_fast.optim import Gossip, GossipOptimizer, clip_grad_norm_per_agent_
+from gut_fast.optim import Gossip, GossipOptimizer
 from gut_fast.randomness import derive_seed, own_random_state, seed_generators
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.sharing import agents_here
@@ -65,6 +65,7 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
         data=dataset,
         parts=_divide(experiment, dataset, topology.num_agents),
         batch_size=experiment.batch_size,
+        max_grad_norm=experiment.max_grad_norm,
         engine=experiment.engine,
         seed=experiment.seed,
         augment=dataset.augmentation if experiment.augment else None,
@@ -92,12 +93,6 @@ def _make_optimizer(
         has_decay = "weight_decay" in inspect.signature(make_inner).parameters
         own = {**experiment.inner_options, **({"weight_decay": decay} if has_decay or decay else {})}
         optimizer = Gossip(make_inner(parameters, lr=lr, **own), experiment.rule, **options)
-    if (largest := experiment.max_grad_norm) is not None:
-
-        def clip(*_: Any) -> None:
-            clip_grad_norm_per_agent_(parameters, largest)
-
-        optimizer.register_step_pre_hook(clip)
     return optimizer
 
 
