@@ -184,6 +184,9 @@ class FakeGraph:
         self.stacked, self.warm_ups = stacked, warm_ups
         self.captures = self.replays = 0
 
+    def gradients(self):
+        return [parameter.grad for parameter in self.stacked.parameters() if parameter.grad is not None]
+
     def __call__(self, function):
         self.captures += 1
         for _ in range(self.warm_ups):
@@ -191,13 +194,13 @@ class FakeGraph:
         undo = cuda_graphs.remember(self.stacked)
         losses = function()
         undo()  # a capture records, and computes nothing
-        memory = [losses, *(parameter.grad for parameter in self.stacked.parameters())]
+        memory = [losses, *self.gradients()]
         for tensor in memory:
             tensor.fill_(torch.nan)
 
         def replay():
             self.replays += 1
-            fresh = [function(), *(parameter.grad for parameter in self.stacked.parameters())]
+            fresh = [function(), *self.gradients()]
             for tensor, value in zip(memory, fresh, strict=True):
                 tensor.copy_(value)
             for parameter in self.stacked.parameters():

@@ -219,7 +219,7 @@ def _tensor(leaf: Any, where: str) -> Any:
     if array.dtype.kind in "USO":
         example = array.flat[0] if array.size else leaf
         raise TypeError(
-            f"{where} holds {example!r}, which is no number; labels are class numbers 0 … C − 1, for example "
+            f"{where} holds {str(example)!r}, which is no number; labels are class numbers 0 … C − 1, for example "
             "torch.tensor([classes.index(label) for label in labels]), texts are numbers of tokens"
         )
     return torch.as_tensor(array)
