@@ -7,9 +7,11 @@ from gut_fast.data.augmentation import Augmentation, RandomCropFlip, RandomResiz
 from gut_fast.data.catalog import DATASETS, digits, load
 from gut_fast.data.datasets import Dataset, Inputs
 from gut_fast.data.image_files import ImageFiles
+from gut_fast.data.sampler import AgentBatchSampler
 
 __all__ = [
     "DATASETS",
+    "AgentBatchSampler",
     "Augmentation",
     "Dataset",
     "ImageFiles",
