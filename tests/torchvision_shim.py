@@ -10,14 +10,21 @@ import torch
 library = None
 
 
-def torchvision_or_skip():
-    """The package `torchvision`; skips the calling module's tests where it is not installed."""
+def mend_torchvision():
+    """Makes `torchvision` importable, for what imports it on its own; does nothing where it is not installed."""
     global library
-    pytest.importorskip("PIL")
     try:
-        return pytest.importorskip("torchvision")
+        import torchvision  # noqa: F401
+    except ImportError:
+        return
     except RuntimeError:
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        return pytest.importorskip("torchvision")
+
+
+def torchvision_or_skip():
+    """The package `torchvision`; skips the calling module's tests where it is not installed."""
+    pytest.importorskip("PIL")
+    mend_torchvision()
+    return pytest.importorskip("torchvision")

@@ -1,0 +1,142 @@
+"""The examples run, learn and go on where they were; each is short enough to be copied."""
+
+import contextlib
+import io
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import ranks
+from torchvision_shim import mend_torchvision
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+SHORT = ("plain_loop.py", "lightning_module.py", "accelerate_loop.py", "hf_trainer.py", "torchrun.py")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that they show
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+def run_example(name, *arguments):
+    """Runs an example in this process; returns what its module holds at the end, and what it has printed."""
+    printed, given = io.StringIO(), sys.argv
+    sys.argv = [name, *arguments]
+    try:
+        with contextlib.redirect_stdout(printed):
+            names = runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    finally:
+        sys.argv = given
+    return names, printed.getvalue()
+
+
+def accuracies(printed):
+    return [float(number) for number in re.findall(r"accuracy.* ([\d.]+)%", printed)]
+
+
+def right(agents, data):
+    predicted = agents.average().eval()(data.test_inputs).argmax(1)
+    return (predicted == data.test_labels).float().mean().item()
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_examples_are_short(name):
+    assert len((EXAMPLES / name).read_text().splitlines()) < 60
+
+
+def test_a_plain_loop(folder):
+    pytest.importorskip("tensorboard")
+    _, printed = run_example("plain_loop.py")
+    assert accuracies(printed)[-1] > 95
+    (events,) = (folder / "outputs/plain_loop").iterdir()
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curve = EventAccumulator(str(events)).Reload().Scalars("accuracy")
+    assert [100 * point.value for point in curve] == pytest.approx(accuracies(printed), abs=0.06)
+
+
+def test_lightning(folder):
+    mend_torchvision()
+    pytest.importorskip("lightning")
+    first, _ = run_example("lightning_module.py", "--epochs", "2")
+    saved = torch.load(folder / "outputs/lightning_module/last.ckpt", weights_only=False)
+    agents = first["trainer"].lightning_module.agents
+    assert saved["state_dict"].keys() == {f"agents.{name}" for name in agents.state_dict()}
+    assert all(torch.equal(saved["state_dict"][f"agents.{name}"], own) for name, own in agents.state_dict().items())
+    second, _ = run_example("lightning_module.py", "--epochs", "8")
+    assert second["trainer"].global_step == 8 * 11
+    assert second["trainer"].optimizers[0].num_steps == 8 * 11
+    assert right(second["trainer"].lightning_module.agents, second["data"]) > 0.9
+
+
+def test_accelerate(folder):
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("accelerate")
+    _, before = run_example("accelerate_loop.py", "--epochs", "2")
+    names, after = run_example("accelerate_loop.py", "--epochs", "8")
+    assert [len(accuracies(before)), len(accuracies(after))] == [2, 6]
+    assert names["optimizer"].optimizer.num_steps == 8 * 11
+    assert right(names["agents"], names["data"]) > 0.9
+
+
+def test_the_trainer_of_hugging_face(folder):
+    mend_torchvision()
+    pytest.importorskip("transformers")
+    run_example("hf_trainer.py", "--steps", "100")
+    names, _ = run_example("hf_trainer.py", "--steps", "200")
+    evaluations = [row["eval_accuracy"] for row in names["trainer"].state.log_history if "eval_accuracy" in row]
+    assert len(evaluations) == 2  # the first is the checkpoint's
+    assert evaluations[-1] > 0.8
+
+
+def run_rank(rank, size, folder, epochs):
+    """Runs the example of torchrun as a rank, in the environment that torchrun makes, with a store of its own."""
+    dist.destroy_process_group()
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        ranks.store.set("port", str(store.port))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks.store.get("port").decode(), "RANK": rank}
+    where |= {"WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in where.items():
+            patch.setenv(name, str(value))
+        _, printed = run_example("torchrun.py", "--epochs", str(epochs))
+    ranks.store.set(f"done {rank}", "")
+    ranks.store.wait([f"done {other}" for other in range(size)])  # rank 0 keeps the store for the others
+    return printed
+
+
+def test_torchrun_started_again_goes_on_to_the_same_end(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    whole.mkdir()
+    stopped.mkdir()
+    expected, nothing = ranks.run(2, run_rank, whole, 4)
+    assert nothing == ""
+    assert accuracies(expected)[-1] > 90
+    parts = [ranks.run(2, run_rank, stopped, epochs)[0] for epochs in (2, 4)]
+    assert "".join(parts) == expected
+
+
+def test_the_notebook(folder):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", 4)
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3").execute()
+    fresh = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert [output.output_type for output in fresh] == [output.output_type for output in shown]
+    bars = [output.data["text/html"] for output in fresh if output.output_type == "display_data"]
+    assert len(bars) == 2
+    assert all("<progress" in bar and "400/400" in bar for bar in bars)
+    assert float(re.findall(r" 400 +([\d.]+)%", fresh[-2].text)[0]) > 90
