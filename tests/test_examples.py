@@ -140,3 +140,14 @@ def test_the_notebook(folder):
     assert len(bars) == 2
     assert all("<progress" in bar and "400/400" in bar for bar in bars)
     assert float(re.findall(r" 400 +([\d.]+)%", fresh[-2].text)[0]) > 90
+
+
+def test_the_page_shows_lines_of_the_examples():
+    page = (EXAMPLES.parent / "docs/integrations.md").read_text()
+    sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
+    shown = [(section, re.findall(r"```python\n(.*?)```", section, re.DOTALL)) for section in sections]
+    shown = [(section, blocks) for section, blocks in shown if blocks]
+    assert len(shown) == len(SHORT)
+    for section, blocks in shown:
+        example = EXAMPLES.parent / "docs" / re.search(r"\]\((\S+\.py)\)", section)[1]
+        assert all(block in example.read_text() for block in blocks), example.name
