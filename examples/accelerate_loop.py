@@ -27,7 +27,7 @@ steps_per_epoch = len(loader) // 2  # two batches are accumulated
 
 accelerator = Accelerator(gradient_accumulation_steps=2, log_with="tensorboard", project_dir=folder)
 accelerator.init_trackers("digits")
-agents = gf.stack(gf.models.mlp(64, [32], 10), 8)
+agents = gf.stack(gf.models.mlp(64, [32], 10).to(accelerator.device), 8)  # there before the optimizer is made
 optimizer = gf.GUT(agents.parameters(), lr=0.4, mu=0.9, topology=gf.topology.ring(8))
 scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20 * steps_per_epoch)
 agents, optimizer, scheduler, loader = accelerator.prepare(agents, optimizer, scheduler, loader)

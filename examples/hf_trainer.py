@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, StackDataset
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
-from transformers.trainer_utils import get_last_checkpoint
 
 import gut_fast as gf
 
@@ -46,14 +45,15 @@ parts = gf.data.partition.dirichlet(data.train_labels, 8, alpha=0.1)
 size: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 config = ViTConfig(image_size=8, patch_size=2, num_channels=1, num_labels=10, attn_implementation="eager", **size)
 often: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 100, "save_steps": 100, "logging_steps": 100}
-agents = Agents(ViTForImageClassification(config), 8)
+options = TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=16, max_grad_norm=0, **often)
+agents = Agents(ViTForImageClassification(config).to(options.device), 8)  # before the optimizer is made
 local = torch.optim.AdamW(agents.parameters(), lr=0.01)
 trainer = AgentsTrainer(
     agents,
-    TrainingArguments(str(folder), max_steps=steps, per_device_train_batch_size=16, max_grad_norm=0, **often),
+    options,
     train_dataset=StackDataset(pixel_values=data.train_inputs, labels=data.train_labels),
     eval_dataset=StackDataset(pixel_values=data.test_inputs, labels=data.test_labels),
     compute_metrics=lambda seen: {"accuracy": float((seen.predictions.argmax(1) == seen.label_ids).mean())},
     optimizers=(gf.Gossip(local, rule="gut", mu=0.5, topology=gf.topology.ring(8)), None),
 )
-trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder)) if folder.exists() else None)
+trainer.train(resume_from_checkpoint=any(folder.glob("checkpoint-*")))

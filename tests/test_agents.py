@@ -360,6 +360,16 @@ def test_the_stack_converted_takes_agents_along():
     assert not torch.equal(agents.values, before)
 
 
+def test_the_stack_is_converted_before_any_agent_is_asked_for():
+    agents = gf.stack(make(), NUM_AGENTS).to(torch.float32)
+    optimizer = gf.DSGD(agents.parameters(), lr=0.1, topology=RING)
+    before = agents.values.clone()
+    agents(torch.ones(NUM_AGENTS, 2, 4)).sum().backward()
+    optimizer.step()
+    assert agents.values.dtype == torch.float32
+    assert not torch.equal(agents.values, before)
+
+
 def unpickled(value):
     return pickle.loads(pickle.dumps(value))
 

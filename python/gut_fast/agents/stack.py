@@ -130,7 +130,9 @@ class StackedModule(nn.Module):
 
     def _move_agents(self) -> None:
         """Lets agents' modules follow the stacked tensors into new memory."""
-        for links, spare in zip_longest(self._columns, self._layout.spares()):
+        spares = iter(self._layout.spares())  # of the parameters, which come first
+        for links in self._columns:
+            spare = next(spares, None)
             for link in links:
                 link.move(spare)
 
