@@ -212,6 +212,8 @@ module = model = torch.nn.Linear(3, 2)
 agents = gf.stack(model, 16)
 optimizer: torch.optim.Optimizer = gf.GUT(params, topology=topology)
 pg = dist.group.WORLD
+N, batch_size, parts = 16, 4, [torch.arange(8)] * 16
+accelerator: Any = None
 """
 
 LINES = """
@@ -247,16 +249,17 @@ MYPY = ("-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-i
 
 
 def scripts():
-    """Yields the Python code of README and docs by where it stands: blocks, and calls within sentences."""
+    """Yields the Python code of README and docs by where it stands: blocks, but for excerpts of examples, and calls."""
+    examples = [path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")]
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
-        blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-        for number, block in enumerate(blocks):
-            yield f"{page.name}, block {number}", block if "import gut_fast" in block else PRELUDE + block
+        for number, block in enumerate(re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)):
+            if not any(part.strip() in code for code in examples for part in block.split("\n\n")):
+                yield f"{page.name}, block {number}", block if "import gut_fast" in block else PRELUDE + block
         sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
-        for number, call in enumerate(re.findall(r"`(gf\.[\w.]+\([^`]*\))`", sentences)):
+        for number, call in enumerate(re.findall(r"`(gf\.[\w.]+\([^`\n]*\))`", sentences)):
             if "..." not in call and not ABSTRACT & set(re.findall(r"\w+", call)):
-                yield f"{page.stem} {number}", PRELUDE + call + "\n"
+                yield f"{page.name}, call {number}", PRELUDE + call + "\n"
 
 
 @pytest.mark.slow
