@@ -6,6 +6,7 @@ that are left can leave broken connections behind. Other backends (NCCL) serve t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import time
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
 
+from gut_fast.distributed.gloo_threads import settle
 from gut_fast.distributed.notes import Notes, has_ended, own_mark
 
 __all__ = ["DEFAULT_TIMEOUT", "Group", "MismatchError", "PeerError", "Transfer", "Welcome"]
@@ -27,6 +29,8 @@ __all__ = ["DEFAULT_TIMEOUT", "Group", "MismatchError", "PeerError", "Transfer",
 DEFAULT_TIMEOUT = 60.0
 """The limit of any wait, in seconds, unless the user gives one."""
 _numbers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # counts the Groups of each process group
+
+atexit.register(settle)  # as early as this: what others register later, such as destroy_process_group, runs before it
 
 
 class PeerError(RuntimeError):
