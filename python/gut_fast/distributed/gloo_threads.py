@@ -53,4 +53,3 @@ def _runs() -> dict[str, tuple[str, str, str]]:
                 state = facts["State"][:1]
                 runs[thread.name] = state, facts["voluntary_ctxt_switches"], facts["nonvoluntary_ctxt_switches"]
     return runs
-
