@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -53,7 +54,7 @@ class Route(NamedTuple):
 def make_route(W: CSR, rank: int, agents_per_rank: int) -> Route:
     """Makes the route of a rank, agents placed in order: agent a lives on rank ``a // agents_per_rank``."""
     k, first = agents_per_rank, rank * agents_per_rank
-    listener = torch.arange(len(W.row_start) - 1, device="cpu").repeat_interleave(W.row_start.diff())
+    listener = torch.from_numpy(np.repeat(np.arange(len(W.row_start) - 1), W.row_start.diff().numpy()))
     speaker_rank, listener_rank = W.neighbor // k, listener // k
 
     heard = W.neighbor[listener_rank == rank]

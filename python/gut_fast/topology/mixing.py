@@ -111,7 +111,7 @@ class MixingMatrix:
     @cached_property
     def rows(self) -> Tensor:
         """The row of every entry of the CSR arrays, int64 [nnz]."""
-        return torch.arange(self.num_agents, device="cpu").repeat_interleave(self.csr.row_start.diff())
+        return torch.from_numpy(np.repeat(np.arange(self.num_agents), self.csr.row_start.diff().numpy()))
 
     def dense(self) -> Tensor:
         """The matrix W as a new float64 [N, N] tensor."""

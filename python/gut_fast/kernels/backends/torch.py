@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -132,7 +133,7 @@ def _check_edges(step: GossipStep, num_rows: int) -> None:
     degree = step.row_start.diff()
     if step.row_start[0] != 0 or bool((degree < 0).any()):
         raise ValueError(f"row_start must begin at 0 and never decrease, got {step.row_start.tolist()}")
-    agents = torch.arange(step.num_agents, device="cpu").repeat_interleave(degree)
+    agents = torch.from_numpy(np.repeat(np.arange(step.num_agents), degree.numpy()))
     wrong = (step.neighbor < 0) | (step.neighbor >= num_rows) | (step.neighbor == agents)
     if bool(wrong.any()):
         edge = int(wrong.nonzero()[0])
