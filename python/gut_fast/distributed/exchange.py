@@ -24,6 +24,7 @@ from gut_fast.distributed.membership import (
     settings_of,
 )
 from gut_fast.distributed.overlap import Overlap
+from gut_fast.distributed.starts import Meeting, begin_alike
 from gut_fast.distributed.traffic import Bucket, Route, Traffic, make_route, plan_buckets
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import GossipStep, arithmetic
@@ -88,6 +89,7 @@ class Exchange:
         self.overlap: Overlap | None = None
         self._settings: dict[str, Any] = {}
         self._routes: dict[int, Route] = {}
+        self._num_compared = 0  # parameter groups
         self._alone_until = 0
         self._failure: PeerError | None = None
         self._unsent: PeerError | None = None
@@ -118,15 +120,14 @@ class Exchange:
             choice = " or ".join(map(str, allowed))
             raise TypeError(f"wire_dtype is {wire}; messages about parameters of {dtype} can be {choice}")
 
-    def meet(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None]) -> int | None:
+    def meet(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None]) -> Meeting:
         """Makes sure that all ranks have the same settings, and plans the buckets; again after a group is added.
+
+        New groups are overwritten by the first agent's with `sync_initial`, else compared.
 
         Args:
             groups: the optimizer's parameter groups.
             steps: a snapshot of each group's step.
-
-        Returns:
-            The number of the next step, if this rank joins others that are under way; it has taken over parameters.
 
         Raises:
             MismatchError, PeerError: the ranks differ, or not all came: see `check_agreement`.
@@ -141,11 +142,17 @@ class Exchange:
             check_welcome(self.group, welcome, settings)
         self._settings = settings
         self._plan_buckets(steps)
-        if welcome is not None:
+        if welcome is None:
+            new = [parameter for group in groups[self._num_compared :] for parameter in group["params"]]
+            said = begin_alike(self.group, new, self.agents_per_rank, is_synchronized=self.options.sync_initial)
+            meeting = Meeting(difference=said)
+        else:
             self._hand_over(steps, self.group.members.index(welcome.sponsor), is_send=False)
+            meeting = Meeting(step=welcome.step)
         self._share_memory(steps)
         self.overlap = Overlap(self.buckets, [group["params"] for group in groups]) if self.options.overlap else None
-        return None if welcome is None else welcome.step
+        self._num_compared = len(groups)
+        return meeting
 
     def _plan_buckets(self, steps: Sequence[GossipStep | None]) -> None:
         """Plans buckets of the size that the user set, or else as many as suit a model of this size."""

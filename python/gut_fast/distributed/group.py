@@ -242,6 +242,10 @@ class Group:
         """Sums the tensor over all ranks, in place, on rank `to`. Raises PeerError if not all came in time."""
         self._collective("reduce", self._channel.reduce(tensor, to))
 
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrites the tensor by that of the first rank. Raises PeerError if not all came in time."""
+        self._collective("broadcast", self._channel.broadcast(tensor))
+
     def _collective(self, what: str, work: Any) -> None:
         try:
             self.wait(work, time.monotonic() + self.timeout)
@@ -294,6 +298,9 @@ class _Gloo:
 
     def reduce(self, tensor: Tensor, to: int) -> Any:
         return self._group.reduce(tensor, to)
+
+    def broadcast(self, tensor: Tensor) -> Any:
+        return self._group.broadcast(tensor, 0)
 
     def close(self) -> None:
         self._group = None
@@ -351,6 +358,10 @@ class _Given:
     def reduce(self, tensor: Tensor, to: int) -> Any:
         place = dist.get_global_rank(self._group, to)
         return dist.reduce(tensor, place, group=self._group, async_op=True), tensor.device.type == "cpu"
+
+    def broadcast(self, tensor: Tensor) -> Any:
+        place = dist.get_global_rank(self._group, 0)
+        return dist.broadcast(tensor, place, group=self._group, async_op=True), tensor.device.type == "cpu"
 
     def close(self) -> None:
         torch.cuda.synchronize() if torch.cuda.is_available() else None

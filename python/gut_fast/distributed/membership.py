@@ -66,6 +66,7 @@ class RankOptions(NamedTuple):
     timeout: float = DEFAULT_TIMEOUT
     on_peer_failure: Literal["raise", "continue"] = "raise"
     shared_memory: bool = True
+    sync_initial: bool = False
 
     def check(self) -> None:
         """Raises TypeError or ValueError if an option has a value that it cannot have."""
@@ -77,6 +78,8 @@ class RankOptions(NamedTuple):
             raise ValueError(f"timeout must be a number of seconds {limit}, got {self.timeout!r}")
         if self.on_peer_failure not in ("raise", "continue"):
             raise ValueError(f"on_peer_failure must be 'raise' or 'continue', got {self.on_peer_failure!r}")
+        if not isinstance(self.sync_initial, bool):
+            raise TypeError(f"sync_initial must be True or False, got {self.sync_initial!r}")
         wire = self.wire_dtype
         if wire is not None and not (isinstance(wire, torch.dtype) and wire.is_floating_point):
             raise TypeError(f"wire_dtype must be a floating-point torch.dtype, got {wire!r}")
@@ -106,6 +109,7 @@ def settings_of(
         "wire_dtype": str(options.wire_dtype),
         "bucket_bytes": options.bucket_bytes or f"automatic with{'' if options.overlap else 'out'} overlap",
         "on_peer_failure": options.on_peer_failure,
+        "sync_initial": options.sync_initial,
         "topology": str(topology),
         "rows of W": _digests(topology),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from abc import abstractmethod
 from typing import Any
@@ -60,8 +61,11 @@ class AcrossRanks(Optimizer):
         """Compares the settings with the other ranks' once all groups are there, and listens to gradients."""
         if self._exchange is not None and self._is_made:
             steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
-            step = self._exchange.meet(self.param_groups, steps)
-            self._eager_steps = self._eager_steps if step is None else step
+            meeting = self._exchange.meet(self.param_groups, steps)
+            self._eager_steps = self._eager_steps if meeting.step is None else meeting.step
+            if meeting.difference and not self.num_steps and not self._exchange.group.rank:
+                said = f"{self._name}: {meeting.difference}"
+                warnings.warn(said, UserWarning, stacklevel=checks.frames_to_the_caller())
             self._listen(self._exchange)
 
     def _step_across(self, exchange: Exchange, grad_scale: Tensor | None) -> None:

@@ -72,6 +72,7 @@ class Gossip(GossipOptimizer):
         timeout: as for `GossipOptimizer`.
         on_peer_failure: as for `GossipOptimizer`.
         shared_memory: as for `GossipOptimizer`.
+        sync_initial: as for `GossipOptimizer`.
         **hyperparameters: those of the rule.
 
     Raises:
@@ -94,6 +95,7 @@ class Gossip(GossipOptimizer):
         timeout: float = DEFAULT_TIMEOUT,
         on_peer_failure: Literal["raise", "continue"] = "raise",
         shared_memory: bool = True,
+        sync_initial: bool = False,
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -121,6 +123,7 @@ class Gossip(GossipOptimizer):
             timeout=timeout,
             on_peer_failure=on_peer_failure,
             shared_memory=shared_memory,
+            sync_initial=sync_initial,
             **hyperparameters,
         )
 

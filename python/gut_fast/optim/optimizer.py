@@ -73,6 +73,9 @@ class GossipOptimizer(KeepsState):
             weigh it anew (`Topology.without`), zero the state of rules that track, and go on. Only with gloo.
         shared_memory: ranks of one machine read each other's messages where they are written, if their parameters are
             on the CPU and the group is one of gloo. False sends everything through the connections of the group.
+        sync_initial: True overwrites the parameters of all agents by those of rank 0's first agent, here and in a group
+            that is added later; the state stays zero. False leaves them, so that ranks keep what they have loaded, and
+            warns if agents start from different ones.
         **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start;
@@ -85,7 +88,8 @@ class GossipOptimizer(KeepsState):
 
     Warns:
         UserWarning: the hyper-parameters are unstable on the topology, the message gives the limit and what to do; or
-            the parameters look like those of one plain module whose widths happen to be N.
+            the parameters look like those of one plain module whose widths happen to be N; or agents on several ranks
+            start from different weights without `sync_initial`.
     """
 
     def __init__(
@@ -112,6 +116,7 @@ class GossipOptimizer(KeepsState):
         timeout: float = DEFAULT_TIMEOUT,
         on_peer_failure: Literal["raise", "continue"] = "raise",
         shared_memory: bool = True,
+        sync_initial: bool = False,
         **hyperparameters: Any,
     ) -> None:
         if not isinstance(topology, Topology):
@@ -132,7 +137,7 @@ class GossipOptimizer(KeepsState):
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "drift_memory": memory}
         hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
         options = RankOptions(
-            agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure, shared_memory
+            agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure, shared_memory, sync_initial
         )
         if process_group is None:
             options.check_alone(self._name)

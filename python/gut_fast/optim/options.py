@@ -49,6 +49,7 @@ class Options(TypedDict, total=False):
     timeout: float
     on_peer_failure: Literal["raise", "continue"]
     shared_memory: bool
+    sync_initial: bool
 
 
 def check_names(given: Iterable[str], allowed: Iterable[str], options: Iterable[str], name: str) -> None:
