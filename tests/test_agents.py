@@ -370,6 +370,21 @@ def test_the_stack_is_converted_before_any_agent_is_asked_for():
     assert not torch.equal(agents.values, before)
 
 
+def test_a_state_that_is_assigned_may_have_another_dtype():
+    agents, _ = new()
+    module = agents.agent(1)
+    state = {name: tensor.float() + 1 for name, tensor in agents.state_dict().items()}
+    agents.load_state_dict(state, assign=True)
+    assert agents.values.dtype == module[0].weight.dtype == torch.float32
+    assert torch.equal(module[0].weight, state["0.weight"][1])
+    before = agents.values.clone()
+    some = {name: tensor.half() for name, tensor in list(state.items())[1:]}
+    with pytest.raises(RuntimeError, match=r"0.bias of the stacked module is now torch.float16 on cpu, but 0.weight"):
+        agents.load_state_dict(some, strict=False, assign=True)
+    assert torch.equal(agents.values, before)
+    agents(torch.ones(NUM_AGENTS, 2, 4))
+
+
 def unpickled(value):
     return pickle.loads(pickle.dumps(value))
 

@@ -215,11 +215,14 @@ def test_state_dict_round_trip(name):
 def test_loading_another_state_changes_nothing(change, message):
     stacked = stack(make(), NUM_AGENTS)
     before = stacked.values.clone()
+    module = stacked.agent(2)
     state = {name: torch.full_like(tensor, 5.0) for name, tensor in stacked.state_dict().items()}
     change(state)
-    for assign in (False, True):
+    narrow = {name: tensor.float() for name, tensor in state.items()}
+    for other, assign in ((state, False), (state, True), (narrow, False), (narrow, True)):
         with pytest.raises(RuntimeError, match=message):
-            stacked.load_state_dict(state, assign=assign)
+            stacked.load_state_dict(other, assign=assign)
+        module(torch.ones(2, 4, dtype=torch.float64)).sum().backward()
         assert torch.equal(stacked.values, before)
         assert all(torch.equal(row, stacked.agent(1).state_dict()[name]) for name, row in rows(stacked, 1).items())
 
@@ -289,6 +292,7 @@ def with_parameter(parameter):
     [
         (lambda: stack(nn.ReLU(), 2), ValueError, "ReLU has no parameters"),
         (lambda: stack(torch.zeros(3), 2), TypeError, "expected a torch.nn.Module, got Tensor"),
+        (lambda: stack(nn.Linear(2, 2), 2).agent(1.0), TypeError, "i must be an integer, got 1.0"),
         (lambda: stack(nn.Linear(2, 2), 0), ValueError, "num_agents must be at least 1, got 0"),
         (lambda: stack(nn.Linear(2, 2), 2.0), TypeError, "num_agents must be an integer, got 2.0"),
         (lambda: stack(nn.Linear(2, 2), 2, init="random"), ValueError, "'same' or 'different', got 'random'"),
@@ -320,6 +324,12 @@ def with_parameter(parameter):
 def test_bad_modules_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.script.*deprecated:DeprecationWarning")
+def test_a_scripted_module_is_refused():
+    with pytest.raises(TypeError, match="a scripted or traced module cannot be stacked"):
+        stack(torch.jit.script(nn.Linear(2, 2)), 2)
 
 
 def one_by_one(stacked, inputs, targets, loss=cross_entropy):

@@ -11,8 +11,8 @@ from typing import Any
 __all__ = ["all_known", "as_integer", "as_number", "nearest"]
 
 
-def as_integer(value: Any, what: str, minimum: int) -> int:
-    """Returns `value` as an int of at least `minimum`; NumPy's integers are taken, bools are not.
+def as_integer(value: Any, what: str, minimum: int | None) -> int:
+    """Returns `value` as an int of at least `minimum` (None: any int); NumPy's integers are taken, bools are not.
 
     Raises:
         TypeError: the value is not an integer; the message opens with `what`.
@@ -24,7 +24,7 @@ def as_integer(value: Any, what: str, minimum: int) -> int:
         number = None
     if number is None or isinstance(value, bool):
         raise TypeError(f"{what} must be an integer, got {value!r}")
-    if number < minimum:
+    if minimum is not None and number < minimum:
         raise ValueError(f"{what} must be at least {minimum}, got {number}")
     return number
 

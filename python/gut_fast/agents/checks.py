@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -14,6 +15,8 @@ def check_stackable(module: nn.Module, num_agents: int) -> None:
     """Raises TypeError or ValueError unless N copies of the module can be stacked."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("a scripted or traced module cannot be stacked; stack the module that it was made from")
     as_integer(num_agents, "num_agents", minimum=1)
     tensors = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in tensors:

@@ -42,13 +42,15 @@ class GradientHooks:
 
     def add_to_agent(self, name: str, parameter: Tensor) -> None:
         """Gives an agent's parameter its hooks."""
-        for hook in self._hooks.get(name, []):
-            parameter.register_hook(hook)
+        with requiring_grad(parameter):
+            for hook in self._hooks.get(name, []):
+                parameter.register_hook(hook)
 
     def add_to_stack(self, name: str, parameter: Tensor) -> None:
         """Gives a stacked parameter its hooks, which see one agent's gradient after the other."""
-        for hook in self._hooks.get(name, []):
-            parameter.register_hook(_each_agent(hook))
+        with requiring_grad(parameter):
+            for hook in self._hooks.get(name, []):
+                parameter.register_hook(_each_agent(hook))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GradientHooks:
         return self

@@ -6,7 +6,8 @@ lie in the same way, in one flat buffer for each dtype and device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -30,9 +31,9 @@ class Entry(NamedTuple):
     places: list[Place]
 
 
-def places(module: nn.Module, recurse: bool = True) -> Iterator[Place]:
+def places(module: nn.Module) -> Iterator[Place]:
     """Every place of a module, and of its submodules, that holds a parameter or buffer."""
-    for submodule in module.modules() if recurse else [module]:
+    for submodule in module.modules():
         for registry in (submodule._parameters, submodule._buffers):
             yield from ((registry, key) for key, tensor in registry.items() if tensor is not None)
 
@@ -58,22 +59,17 @@ class Layout:
 
     Attributes:
         entries: the parameters, then the buffers.
-        slots: the name of the tensor in every place (slot) of the module; shared tensors have several.
         flats: the flat buffers: of the parameters, then of the buffers of each dtype and device.
         gradients: memory for the parameters' gradients, laid out as they are.
     """
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
+        self._module = module
         named = [*module.named_parameters(), *module.named_buffers()]
-        names = {id(tensor): name for name, tensor in named}
         self.entries = [Entry(name, tensor, []) for name, tensor in named]
-        self.slots: dict[str, str] = {}
-        by_name = {entry.name: entry for entry in self.entries}
-        for prefix, submodule in module.named_modules():
-            for registry, key in places(submodule, recurse=False):
-                name = names[id(registry[key])]
-                by_name[name].places.append((registry, key))
-                self.slots[f"{prefix}.{key}" if prefix else key] = name
+        by_tensor = {id(entry.tensor): entry for entry in self.entries}
+        for registry, key in places(module):
+            by_tensor[id(registry[key])].places.append((registry, key))
         self._num_agents = num_agents
         self._pointers: list[int] = []
         self.flats: list[Tensor] = []
@@ -102,18 +98,22 @@ class Layout:
             for registry, key in where:
                 registry[key] = tensor
 
+    def module_with(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """A copy of the module with these tensors in place of the stacked ones."""
+        memo: dict[int, Any] = {id(entry.tensor): tensors[entry.name] for entry in self.entries}
+        return copy.deepcopy(self._module, memo)
+
     def spares(self) -> list[Tensor]:
         """The segments of the memory for gradients, one for each parameter."""
         return segment_views(self.gradients, self._num_agents, [tensor.shape[1:] for tensor in self._groups()[0]])
 
     @torch.no_grad()
     def _lay(self, flats: list[Tensor] | None) -> bool:
-        for entry in self.entries:
+        for entry, current in zip(self.entries, self._checked(), strict=True):
+            if current is not entry.tensor:
+                entry.tensor.data = current.detach()
             for registry, key in entry.places:
-                if (other := registry.get(key)) is not entry.tensor:
-                    entry.tensor.data = self._checked(entry, other).detach()
-                    registry[key] = entry.tensor
-            self._checked(entry, entry.tensor)
+                registry[key] = entry.tensor
         groups = self._groups()
         if flats is None:
             known = zip_longest(groups, self.flats[: len(groups)])
@@ -137,19 +137,26 @@ class Layout:
         kinds = dict.fromkeys((buffer.dtype, buffer.device) for buffer in buffers)
         return [parameters, *([each for each in buffers if (each.dtype, each.device) == kind] for kind in kinds)]
 
-    def _checked(self, entry: Entry, tensor: Any) -> Tensor:
-        """Returns a tensor if it can be the stacked tensor of this entry."""
-        expected, first = entry.tensor, self.entries[0].tensor
-        if not isinstance(tensor, Tensor) or tensor.shape != expected.shape:
-            given = tuple(tensor.shape) if isinstance(tensor, Tensor) else repr(tensor)
-            raise RuntimeError(f"{entry.name} of the stacked module has become {given}, not {tuple(expected.shape)}")
-        if isinstance(tensor, nn.Parameter) and (tensor.dtype, tensor.device) != (first.dtype, first.device):
-            raise RuntimeError(
-                f"{entry.name} of the stacked module is now {tensor.dtype} on {tensor.device}, but "
-                f"{self.entries[0].name} is {first.dtype} on {first.device}; convert all together, with .to() of what "
-                "gut_fast.stack returned"
-            )
-        return tensor
+    def _checked(self) -> list[Tensor]:
+        """Returns what is in the module's places now, if it can be the stacked tensors; nothing has been changed."""
+        found: list[Tensor] = []
+        for name, tensor, where in self.entries:
+            others = [registry.get(key) for registry, key in where]
+            current = next((other for other in others if other is not tensor), tensor)
+            if not isinstance(current, Tensor) or current.shape != tensor.shape or current.is_meta:
+                given = f"{tuple(current.shape)} on {current.device}" if isinstance(current, Tensor) else repr(current)
+                raise RuntimeError(f"{name} of the stacked module has become {given}, expected {tuple(tensor.shape)}")
+            found.append(current)
+        first = found[0]
+        for (name, tensor, _), current in zip(self.entries, found, strict=True):
+            is_like_first = (current.dtype, current.device) == (first.dtype, first.device)
+            if isinstance(tensor, nn.Parameter) and not is_like_first:
+                raise RuntimeError(
+                    f"{name} of the stacked module is now {current.dtype} on {current.device}, but "
+                    f"{self.entries[0].name} is {first.dtype} on {first.device}; convert all together, with .to() of "
+                    "what gut_fast.stack returned"
+                )
+        return found
 
 
 def _fitting(tensors: Sequence[Tensor], flat: Tensor | None) -> Tensor:

@@ -1,31 +1,28 @@
 """One module for N agents, with all parameters in one flat buffer.
 
 The stack has the submodules, names and hooks of the module that it was made from, with stacked tensors (N, *shape) in
-place of the module's own. Where they lie is the matter of `gut_fast.agents.layout`, how agents' modules are linked to
-them that of `gut_fast.agents.links`.
+place of the module's own. Where they lie is the matter of `gut_fast.agents.layout`, agents' modules that of
+`gut_fast.agents.modules`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
-from itertools import zip_longest
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.weak import WeakIdKeyDictionary
 
 from gut_fast.agents.checks import check_can_reset, check_stackable
 from gut_fast.agents.forward import Forward
-from gut_fast.agents.hooks import GradientHooks, requiring_grad
+from gut_fast.agents.hooks import GradientHooks
 from gut_fast.agents.layout import Layout, own_storage, places
-from gut_fast.agents.links import Link, follow, following
-from gut_fast.agents.precision import at_least_float32, forward_precision
+from gut_fast.agents.modules import AgentModules
+from gut_fast.arguments import as_integer
 from gut_fast.randomness import derive_seed, own_random_state, seed_generators
 
 __all__ = ["StackedModule", "means", "stack", "stacks_of"]
@@ -91,9 +88,7 @@ class StackedModule(nn.Module):
     _layout: Layout
     _hooks: GradientHooks
     _forward: Forward
-    _agents: dict[int, tuple[nn.Module, list[Link]]]
-    _columns: list[list[Link]]
-    _lock: threading.Lock
+    _agents: AgentModules
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
         check_stackable(module, num_agents)
@@ -114,37 +109,23 @@ class StackedModule(nn.Module):
         """Takes a module that holds stacked tensors, and moves these into flat buffers."""
         # The dict is written to because a torch.nn.Module registers modules that are assigned to it.
         self.__dict__.update({name: template.__dict__[name] for name in REGISTRIES})
-        self.__dict__.update(template=template, _hooks=hooks, _forward=forward, _agents={}, _columns=[])
-        self.__dict__.update(_lock=threading.Lock())
+        layout = Layout(template, self.num_agents)
+        self.__dict__.update(template=template, _hooks=hooks, _forward=forward)
+        self.__dict__.update(_layout=layout, _agents=AgentModules(layout, hooks))
         self.training = template.training
         for name, parameter in template.named_parameters():
             _stacks[parameter] = weakref.ref(self)
-            with requiring_grad(parameter):
-                hooks.add_to_stack(name, parameter)
-        self._layout = Layout(template, self.num_agents)
-
-    def _settle(self) -> None:
-        """Moves tensors that have been given other memory, or been replaced, into the flat buffers."""
-        if self._layout.settle():
-            self._move_agents()
-
-    def _move_agents(self) -> None:
-        """Lets agents' modules follow the stacked tensors into new memory."""
-        spares = iter(self._layout.spares())  # of the parameters, which come first
-        for links in self._columns:
-            spare = next(spares, None)
-            for link in links:
-                link.move(spare)
+            hooks.add_to_stack(name, parameter)
 
     @property
     def device(self) -> torch.device:
         """The device of the parameters."""
-        return self.values.device
+        return self._layout.entries[0].tensor.device
 
     @property
     def values(self) -> Tensor:
         """The flat buffer of all parameters, [N · Σd_k]."""
-        self._settle()
+        self._agents.settle()
         return own_storage(self._layout.flats[0])
 
     @values.setter
@@ -154,7 +135,7 @@ class StackedModule(nn.Module):
     @property
     def gradients(self) -> Tensor:
         """The flat buffer in which backward passes of agents' modules add up their gradients, [N · Σd_k]."""
-        self._settle()
+        self._agents.settle()
         return own_storage(self._layout.gradients)
 
     @gradients.setter
@@ -164,7 +145,7 @@ class StackedModule(nn.Module):
     @property
     def flat_buffers(self) -> list[Tensor]:
         """The module's buffers, one flat tensor for each dtype and device, so that copies are quick."""
-        self._settle()
+        self._agents.settle()
         return [own_storage(flat) for flat in self._layout.flats[1:]]
 
     def parameters(self, recurse: bool = True) -> Parameters:
@@ -182,17 +163,13 @@ class StackedModule(nn.Module):
         to None or to zero. Another parameter, or other memory, that has been put into it is copied into agent i's row.
 
         Raises:
-            IndexError: there is no agent i.
+            TypeError, IndexError: there is no agent i.
             RuntimeError: a tensor of the agent has another shape, dtype or device than the other agents'.
         """
-        if not 0 <= i < self.num_agents:
+        if not 0 <= (i := as_integer(i, "i", None)) < self.num_agents:
             raise IndexError(f"there is no agent {i}; agents are 0 … {self.num_agents - 1}")
-        self._settle()
-        if i not in self._agents:
-            self._agents[i] = self._new_agent(i)
-        module, links = self._agents[i]
-        follow(links)
-        return module
+        self._agents.settle()
+        return self._agents.module(i)
 
     def follow_agents(self) -> None:
         """Moves what agents' modules hold, gradients among it, into the stack; the optimizers' steps call it.
@@ -200,10 +177,7 @@ class StackedModule(nn.Module):
         Raises:
             RuntimeError: a tensor of an agent has another shape, dtype or device than the other agents'.
         """
-        if self._agents:
-            self._settle()
-            for links in self._columns:
-                follow(links)
+        self._agents.follow()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the gradients of the stack, and so of all agents, to None or to zero."""
@@ -217,9 +191,7 @@ class StackedModule(nn.Module):
 
     def cut_gradients(self) -> None:
         """Sets the agents' gradients to None where the stack's are, as an optimizer's ``zero_grad`` leaves them."""
-        for links in self._columns:
-            for link in links:
-                link.cut()
+        self._agents.cut_gradients()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of all agents: every tensor of the arguments and of the outputs is (N, ...), one row an agent.
@@ -231,7 +203,7 @@ class StackedModule(nn.Module):
         Raises:
             ValueError: a tensor has no leading dimension N.
         """
-        self._settle()
+        self.follow_agents()
         return self._forward(self.template, self._layout.entries, self.num_agents, args, kwargs)
 
     def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
@@ -244,15 +216,14 @@ class StackedModule(nn.Module):
     def train(self: Self, mode: bool = True) -> Self:
         """Sets training mode, or evaluation mode, in the stack and in all agents' modules."""
         self.template.train(mode)
-        for module, _ in self._agents.values():
-            module.train(mode)
+        self._agents.train(mode)
         self.training = mode
         return self
 
     def average(self) -> nn.Module:
         """A plain module with the agents' mean parameters and floating-point buffers, and agent 0's other buffers."""
         mean = self.mean_state()
-        return self._template_with({name: _like(tensor, mean[name]) for name, tensor in self.tensors().items()})
+        return self._layout.module_with({name: _like(tensor, mean[name]) for name, tensor in self.tensors().items()})
 
     def mean_state(self) -> dict[str, Tensor]:
         """The parameters and buffers of `average` by name; means are accumulated in float64."""
@@ -266,35 +237,27 @@ class StackedModule(nn.Module):
         Returns:
             The module, and a function that moves buffers which the module has replaced into agent i's rows.
         """
-        self._settle()
-        rows, links = {}, {}
-        for name, tensor in self.tensors().items():
-            if isinstance(tensor, nn.Parameter):
-                rows[name] = nn.Parameter(own_storage(tensor.detach()[i]), requires_grad=tensor.requires_grad)
-                with requiring_grad(rows[name]):
-                    self._hooks.add_to_agent(name, rows[name])
-            else:
-                links[name] = Link(f"agent {i}'s {name}", tensor, i, self._lock, None)
-        return self._linked(rows, links), partial(follow, list(links.values()))
+        self._agents.settle()
+        return self._agents.unlinked(i)
 
     def spare_gradients(self) -> list[Tensor]:
         """The segments of `gradients`, (N, *shape) for each parameter."""
-        self._settle()
+        self._agents.settle()
         return self._layout.spares()
 
     def skeleton(self) -> nn.Module:
         """A module that holds the stacked tensors themselves, with modes and hooks of its own, for `call`."""
-        return self._template_with(self.tensors())
+        return self._layout.module_with(self.tensors())
 
     def part(self, agents: range) -> StackedModule:
         """A stack of these agents alone, with memory of its own; for all agents it is this stack itself."""
         if len(agents) == self.num_agents:
             return self
+        self.follow_agents()
         first = {name: _like(tensor, tensor.detach()[0].clone()) for name, tensor in self.tensors().items()}
         for name, tensor in first.items():
-            with requiring_grad(tensor):
-                self._hooks.add_to_agent(name, tensor)
-        part = StackedModule(self._template_with(first), len(agents))
+            self._hooks.add_to_agent(name, tensor)
+        part = StackedModule(self._layout.module_with(first), len(agents))
         with torch.no_grad():
             for name, tensor in part.tensors().items():
                 tensor.copy_(self.tensors()[name][agents.start : agents.stop])
@@ -308,41 +271,26 @@ class StackedModule(nn.Module):
         Raises:
             RuntimeError: names or shapes differ from the stack's own; nothing has been changed.
         """
-        self._settle()
-        values, memory = [flat.clone() for flat in self._layout.flats], [each.data for each in self.tensors().values()]
+        self.follow_agents()
+        memory = [tensor.data for tensor in self.tensors().values()]
+        before = [tensor.clone() for tensor in memory]
         try:
-            return super().load_state_dict(state_dict, strict, assign)
+            incompatible = super().load_state_dict(state_dict, strict, assign)
+            self._agents.settle()
         except BaseException:
             self._layout.put_back(memory)
-            for flat, before in zip(self._layout.flats, values, strict=True):
-                flat.copy_(before)
+            for tensor, values in zip(memory, before, strict=True):
+                tensor.copy_(values)
+            self._agents.settle()
             raise
+        return incompatible
 
     def share_memory(self: Self) -> Self:
         """Moves parameters and buffers into memory that other processes can map, as `torch.nn.Module` does."""
         self.follow_agents()
         self._layout.move_to([flat.clone().share_memory_() for flat in self._layout.flats])
-        self._move_agents()
+        self._agents.move()
         return self
-
-    def call(
-        self,
-        module: nn.Module,
-        tensors: Mapping[str, Tensor],
-        inputs: Tensor,
-        autocast: torch.dtype | None = None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """The output of `module`, a `skeleton`, for these parameters and buffers, and its buffers afterwards.
-
-        The call runs under `torch.autocast` if `autocast` is a dtype; an output of half precision comes in float32.
-        """
-        # Tensors by slot need no search for ties in functional_call, which costs as much as a small forward pass.
-        by_slot = {slot: tensors[name] for slot, name in self._layout.slots.items()}
-        with forward_precision(autocast, inputs.device):
-            output = functional_call(module, by_slot, (inputs,), tie_weights=False)
-        return at_least_float32(output), {
-            name: by_slot[name] for name, tensor in self.tensors().items() if not isinstance(tensor, nn.Parameter)
-        }
 
     def extra_repr(self) -> str:
         """How many agents there are, of what, and where."""
@@ -352,8 +300,9 @@ class StackedModule(nn.Module):
         return f"{kind}, {size:,} parameters each, {values.dtype} on {values.device}"
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.follow_agents()
         super()._apply(fn, recurse)
-        self._settle()
+        self._agents.settle()
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -364,47 +313,11 @@ class StackedModule(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.follow_agents()
-        return {
-            name: value
-            for name, value in self.__dict__.items()
-            if name not in ("_layout", "_agents", "_columns", "_lock")
-        }
+        return {name: value for name, value in self.__dict__.items() if name not in ("_layout", "_agents")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._take(self.template, self._hooks, self._forward)
-
-    def _new_agent(self, i: int) -> tuple[nn.Module, list[Link]]:
-        """Makes the module of agent i and its links."""
-        if not self._columns:
-            self._columns = [[] for _ in self._layout.entries]
-            for (_, tensor, _), column in zip(self._layout.entries, self._columns, strict=True):
-                if isinstance(tensor, nn.Parameter):
-                    with requiring_grad(tensor):
-                        tensor.register_hook(following(column))
-        links: dict[str, Link] = {}
-        for (name, tensor, _), spare in zip_longest(self._layout.entries, self._layout.spares()):
-            links[name] = Link(f"agent {i}'s {name}", tensor, i, self._lock, spare)
-            with requiring_grad(links[name].row):
-                self._hooks.add_to_agent(name, links[name].row)
-        module = self._linked({}, links)
-        for column, link in zip(self._columns, links.values(), strict=True):
-            column.append(link)
-        return module, list(links.values())
-
-    def _linked(self, rows: Mapping[str, Tensor], links: Mapping[str, Link]) -> nn.Module:
-        """A copy of the template with these rows, and with linked ones; the links learn where theirs are."""
-        module = self._template_with({**rows, **{name: link.row for name, link in links.items()}})
-        by_row = {id(link.row): link for link in links.values()}
-        for registry, key in places(module):
-            if (link := by_row.get(id(registry[key]))) is not None:
-                link.places.append((registry, key))
-        return module
-
-    def _template_with(self, tensors: Mapping[str, Tensor]) -> nn.Module:
-        """A copy of the template with these tensors in place of the stacked ones."""
-        memo: dict[int, Any] = {id(stacked): tensors[name] for name, stacked, _ in self._layout.entries}
-        return copy.deepcopy(self.template, memo)
 
 
 class Parameters(list[nn.Parameter], Iterator[nn.Parameter]):
@@ -439,7 +352,8 @@ def _follow_before_saving(stacked: StackedModule, prefix: str, keep_vars: bool) 
 
 def _settle_after_loading(stacked: StackedModule, incompatible_keys: Any) -> None:
     """Moves tensors that ``load_state_dict(assign=True)`` has put into the stack into its memory."""
-    stacked._settle()
+    with contextlib.suppress(RuntimeError):  # what cannot be stacked is an error of this loading, or of the next use
+        stacked._agents.settle()
 
 
 def _reset_each_agent(stacked: StackedModule, seed: int) -> None:
