@@ -24,34 +24,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from gut_fast.coefficients import ANY_NUMBER, Coefficients, Interval, is_number, plain_gossip
+
 __all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "next_drift_lr", "update_rule"]
-
-Matrix = Sequence[Sequence[float]]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """The values a hyper-parameter may take: ``low <= value <= high`` (``value < high`` where `open_above`)."""
-
-    low: float
-    high: float
-    open_above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        below = value < self.high if self.open_above else value <= self.high
-        return _is_finite(value) and self.low <= value and below
-
-    def __str__(self) -> str:
-        return f"[{self.low:g}, {self.high:g}" + (")" if self.open_above else "]")
-
-
-ANY_NUMBER = Interval(-math.inf, math.inf, open_above=True)
 
 DOMAINS: Mapping[str, Interval] = {
     "lr": Interval(0.0, math.inf, open_above=True),
@@ -80,20 +60,6 @@ def next_drift_lr(lr: float, previous: float, memory: float) -> float:
         memory: γ in [0, 1); at 0 it is the learning rate, which is the published form of every method.
     """
     return max(lr, memory * previous)
-
-
-@dataclass(frozen=True)
-class Coefficients:
-    """The four matrices of one step: A [M, K], B [K − 1, K], C [K − 1, M], E [K − 1, M], nested sequences of floats."""
-
-    A: Matrix
-    B: Matrix
-    C: Matrix
-    E: Matrix
-
-    def flat(self) -> list[float]:
-        """A, B, C, E one after the other, each row by row: the layout every kernel reads."""
-        return [float(value) for matrix in (self.A, self.B, self.C, self.E) for row in matrix for value in row]
 
 
 @dataclass(frozen=True)
@@ -197,7 +163,7 @@ class UpdateRule:
         if is_flag:
             if not isinstance(value, bool):
                 raise TypeError(f"rule {self.name!r}: {name} must be True or False, got {value!r}")
-        elif not _is_number(value):
+        elif not is_number(value):
             raise TypeError(f"rule {self.name!r}: {name} must be a number, got {type(value).__name__} {value!r}")
         elif value not in self.domain(name):
             raise ValueError(f"rule {self.name!r}: {name}={value} is outside {self.domain(name)}")
@@ -227,12 +193,12 @@ class UpdateRule:
         if drift_lr is not None:
             self._check_value("drift_lr", drift_lr)
         if lr == 0:
-            return self._gossip_only()
+            return plain_gossip(len(self.inputs), self.num_messages)
         coefficients = self._evaluate(lr, checked)
         if drift_lr is not None and drift_lr > lr:
             E = [coefficients.E[0], *self._evaluate(drift_lr, checked).E[1:]]
             coefficients = replace(coefficients, E=E)
-        return _fold_gradient(coefficients, weight_decay, maximize)
+        return coefficients.with_gradient(weight_decay, maximize)
 
     @cached_property
     def divides_drift(self) -> bool:
@@ -242,81 +208,11 @@ class UpdateRule:
 
     def _evaluate(self, lr: float, hyperparameters: Mapping[str, Any]) -> Coefficients:
         coefficients = self.formula(lr, **hyperparameters)
+        where = f"rule {self.name!r}: "
         if not isinstance(coefficients, Coefficients):
-            raise TypeError(
-                f"rule {self.name!r}: the formula must return Coefficients, got {type(coefficients).__name__}"
-            )
-        for letter in "ABCE":
-            if not _is_matrix(getattr(coefficients, letter)):
-                raise TypeError(
-                    f"rule {self.name!r}: {letter} must be a list of rows, got {getattr(coefficients, letter)!r}"
-                )
-        messages = [f"S{m + 1}" for m in range(len(coefficients.A))]
-        if not messages:
-            raise ValueError(f"rule {self.name!r}: A has no row; a rule sends at least one message")
-        if len(messages) != getattr(self, "num_messages", len(messages)):
-            raise ValueError(f"rule {self.name!r}: A has {len(messages)} rows, but {self.num_messages} at the defaults")
-        drifts = [f"D{m + 1}" for m in range(len(messages))]
-        for letter, rows, columns in (
-            ("A", messages, self.inputs),
-            ("B", self.outputs, self.inputs),
-            ("C", self.outputs, messages),
-            ("E", self.outputs, drifts),
-        ):
-            self._check_matrix(letter, getattr(coefficients, letter), rows, columns)
+            raise TypeError(f"{where}the formula must return Coefficients, got {type(coefficients).__name__}")
+        coefficients.check(where, self.inputs, self.outputs, getattr(self, "num_messages", None))
         return coefficients
-
-    def _check_matrix(self, letter: str, matrix: Matrix, rows: Sequence[str], columns: Sequence[str]) -> None:
-        shape = f"({len(rows)}, {len(columns)}): rows {', '.join(rows)}; columns {', '.join(columns)}"
-        if len(matrix) != len(rows):
-            raise ValueError(f"rule {self.name!r}: {letter} has {len(matrix)} rows, expected shape {shape}")
-        for row_name, row in zip(rows, matrix, strict=True):
-            if len(row) != len(columns):
-                raise ValueError(
-                    f"rule {self.name!r}: row {row_name} of {letter} has {len(row)} entries, expected shape {shape}"
-                )
-            for column_name, value in zip(columns, row, strict=True):
-                if not _is_number(value) or not _is_finite(value):
-                    entry = f"{letter}[{row_name}, {column_name}] = {value!r}"
-                    raise ValueError(f"rule {self.name!r}: {entry} is not a finite number")
-
-    def _gossip_only(self) -> Coefficients:
-        num_inputs, num_outputs = len(self.inputs), len(self.outputs)
-
-        def single_ones(rows: int, columns: int, ones: set[tuple[int, int]]) -> list[list[float]]:
-            return [[float((row, column) in ones) for column in range(columns)] for row in range(rows)]
-
-        return Coefficients(
-            A=single_ones(self.num_messages, num_inputs, {(0, 0)}),
-            B=single_ones(num_outputs, num_inputs, {(row, row) for row in range(1, num_outputs)}),
-            C=single_ones(num_outputs, self.num_messages, {(0, 0)}),
-            E=single_ones(num_outputs, self.num_messages, {(0, 0)}),
-        )
-
-
-def _is_matrix(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(row, (list, tuple)) for row in value)
-
-
-def _is_finite(value: float) -> bool:
-    """Equals math.isfinite, which torch.compile cannot trace."""
-    return -math.inf < value < math.inf
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _fold_gradient(coefficients: Coefficients, weight_decay: float, maximize: bool) -> Coefficients:
-    """Replaces g by ±g + weight_decay z in the columns of A and B."""
-    if not weight_decay and not maximize:
-        return coefficients
-    sign = -1.0 if maximize else 1.0
-
-    def fold(matrix: Matrix) -> list[list[float]]:
-        return [[row[0] + weight_decay * row[-1], *row[1:-1], sign * row[-1]] for row in matrix]
-
-    return Coefficients(fold(coefficients.A), fold(coefficients.B), coefficients.C, coefficients.E)
 
 
 RULES: dict[str, UpdateRule] = {}

@@ -101,7 +101,7 @@ def _first_samples(samples: Samples, count: int = 2) -> Any:
 
 
 @torch.no_grad()
-def check_labels(stacked: StackedModule, objective: Objective, samples: Samples, what: str) -> None:
+def check_labels(stacked: StackedModule, objective: Objective, samples: Samples | None, what: str) -> None:
     """Raises ValueError if samples have labels that the models have no output for.
 
     The number of classes is that of agent 0's outputs for two samples, in evaluation mode. Nothing is found out about
@@ -110,10 +110,10 @@ def check_labels(stacked: StackedModule, objective: Objective, samples: Samples,
     Args:
         stacked: the agents' models.
         objective: their loss.
-        samples: training or test samples.
+        samples: training or test samples, or None.
         what: names the samples in messages.
     """
-    if not (isinstance(objective, Supervised) and objective.is_classification):
+    if samples is None or not (isinstance(objective, Supervised) and objective.is_classification):
         return
     labels = samples.labels if isinstance(samples, FileSamples) else None
     if isinstance(samples, TensorSamples):

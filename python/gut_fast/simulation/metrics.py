@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from gut_fast.simulation.objective import Objective, applied
 from gut_fast.simulation.samples import Samples
 from gut_fast.simulation.sharing import Everyone
 
-__all__ = ["BytesSent", "consensus_error", "evaluate", "metric_entries", "read"]
+__all__ = ["Tally", "consensus_error", "evaluate", "metric_entries", "read"]
 
 EVALUATION_BATCH = 256
 
@@ -152,6 +153,49 @@ def _spread(name: str, values: Tensor) -> dict[str, Tensor]:
     """The quartiles of the agents' metrics, from the smallest to the largest."""
     quartiles = torch.quantile(values, torch.linspace(0, 1, 5, dtype=values.dtype, device=values.device))
     return {f"{place}_agent_{name}": quartile for place, quartile in zip(_places(name), quartiles, strict=True)}
+
+
+class Tally:
+    """The numbers that steps leave behind: losses since the last row of the history, bytes sent since the start.
+
+    Attributes:
+        lr: the learning rate of the last step, of the first group.
+        loss_sum: the sum of each agent's losses since the last row, float64 [agents here].
+        loss_steps: how many losses these are.
+        bytes_sent: the bytes that each agent has sent.
+    """
+
+    def __init__(self, optimizer: Optimizer, num_agents: int, agents_here: int, device: torch.device) -> None:
+        self.lr = float(optimizer.param_groups[0]["lr"])
+        self.loss_sum = torch.zeros(agents_here, dtype=torch.float64, device=device)
+        self.loss_steps = 0
+        self.bytes_sent = BytesSent(optimizer, num_agents, agents_here)
+
+    def add_step(self, step: int, losses: Tensor) -> None:
+        """Adds the losses and messages of a step."""
+        self.bytes_sent.add_step(step)
+        self.loss_sum += losses
+        self.loss_steps += 1
+
+    def start_row(self) -> None:
+        """Starts the sum of losses anew."""
+        self.loss_sum.zero_()
+        self.loss_steps = 0
+
+    def mean_loss(self, loss_sum: float) -> float:
+        """A sum of losses as their mean over the steps; NaN before a step."""
+        return loss_sum / self.loss_steps if self.loss_steps else math.nan
+
+    def state_dict(self) -> dict[str, Any]:
+        """The entries of a checkpoint."""
+        total = self.bytes_sent.total
+        return {"bytes_sent": total, "last_lr": self.lr, "loss_sum": self.loss_sum, "loss_steps": self.loss_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over the entries of a checkpoint."""
+        self.bytes_sent.total.copy_(state["bytes_sent"])
+        self.lr, self.loss_steps = state["last_lr"], state["loss_steps"]
+        self.loss_sum.copy_(state["loss_sum"])
 
 
 class BytesSent:

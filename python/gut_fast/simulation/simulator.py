@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,14 +20,14 @@ from gut_fast.data import Augmentation, Dataset
 from gut_fast.distributed import Group
 from gut_fast.optim.gossip import clip_grad_norm_per_agent_
 from gut_fast.simulation.batches import Batches
-from gut_fast.simulation.callbacks import Callback, Progress, ShowProgress, around, checked
+from gut_fast.simulation.callbacks import AfterCheckpoint, Callback, Progress, ShowProgress, around, checked
 from gut_fast.simulation.configuration import check_labels, checked_optimizer, configuration_of, make_objective
 from gut_fast.simulation.engines import AutoEngine, make_engine, undo_on_error
 from gut_fast.simulation.files import check_configuration, check_target, read_checkpoint, write_checkpoint
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
-from gut_fast.simulation.metrics import BytesSent, evaluate, metric_entries, read
+from gut_fast.simulation.metrics import Tally, evaluate, metric_entries, read
 from gut_fast.simulation.objective import Loss, Metric, ModelLoss
-from gut_fast.simulation.samples import joined, training_and_test
+from gut_fast.simulation.samples import joined, number_of_parts, training_and_test
 from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
 from gut_fast.simulation.timetable import Timetable
@@ -129,7 +128,7 @@ class Simulator:
     ) -> None:
         num_agents = topology.num_agents
         num_models = module.num_agents if isinstance(module, StackedModule) else num_agents
-        num_parts = _number_of_parts(data, parts)
+        num_parts = number_of_parts(data, parts)
         if num_models != num_agents or num_parts != num_agents:
             raise ValueError(
                 f"{topology} has {num_agents} agents, the model {num_models} and the data {num_parts} parts; "
@@ -140,9 +139,7 @@ class Simulator:
         agents = agents_here(num_agents, process_group)
         stacked = module.part(agents) if isinstance(module, StackedModule) else stack(module, len(agents))
         check_autocast(autocast, stacked.values.dtype)
-        self.stacked = stacked
-        self.topology = topology
-        self.data = data
+        self.stacked, self.topology, self.data = stacked, topology, data
         workers = as_integer(num_workers, "num_workers", minimum=0)
         self._samples_of = partial(joined, like=stacked.values[:0], channels_last=channels_last, workers=workers)
         training, test = training_and_test(data, test_data)
@@ -152,9 +149,8 @@ class Simulator:
         self._objective = make_objective(
             loss, model_loss, metrics, autocast, samples, has_classes=isinstance(data, Dataset)
         )
-        for checked_samples, what in ((samples, "data"), (self._test, "test_data")):
-            if checked_samples is not None:
-                check_labels(stacked, self._objective, checked_samples, what)
+        check_labels(stacked, self._objective, samples, "data")
+        check_labels(stacked, self._objective, self._test, "test_data")
         self.optimizer = checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
         self._everyone = Everyone(agents, num_agents, stacked.device, self.optimizer)
         check_ranks(self._everyone.group, process_group)
@@ -165,11 +161,8 @@ class Simulator:
         self._autocast, self._channels_last = autocast, channels_last
         self._engine_name = engine
         self._engine = make_engine(engine, stacked, self._objective)
-        self._bytes_sent = BytesSent(self.optimizer, num_agents, len(agents))
+        self._tally = Tally(self.optimizer, num_agents, len(agents), stacked.device)
         self._initial_options = options_of(self.optimizer)
-        self._last_lr = float(self._initial_options[0]["lr"])
-        self._loss_sum = torch.zeros(len(agents), dtype=torch.float64, device=stacked.device)
-        self._loss_steps = 0
         own_seed = randomness.derive_seed("random", seed, *([agents.start] if agents.start else []))
         self._random_state = randomness.initial_state(own_seed, stacked.device)
         self._schedule = Schedule()
@@ -184,12 +177,12 @@ class Simulator:
     @property
     def lr(self) -> float:
         """The learning rate of the last step, of the first group."""
-        return self._last_lr
+        return self._tally.lr
 
     @property
     def train_loss(self) -> float:
         """The mean loss of the agents in this process in the steps since the last evaluation; NaN before a step."""
-        return self._mean_loss(float(self._loss_sum.mean())) if self._loss_steps else math.nan
+        return self._tally.mean_loss(float(self._tally.loss_sum.mean()))
 
     @property
     def entries(self) -> list[str]:
@@ -205,7 +198,7 @@ class Simulator:
     @property
     def bytes_sent(self) -> Tensor:
         """The bytes that each agent has sent so far, int64 [N]."""
-        return self._bytes_sent.total.clone()
+        return self._tally.bytes_sent.total.clone()
 
     def run(
         self,
@@ -259,7 +252,7 @@ class Simulator:
         file = None if checkpoint is None else Path(checkpoint)
         timetable = Timetable(steps, tuple(milestones), decay, eval_every, file, checkpoint_every)
         shown = ShowProgress(progress if self.is_first else False)
-        told = [*checked(callbacks), *([] if on_checkpoint is None else [_Calls(on_checkpoint)]), shown]
+        told = [*checked(callbacks), *([] if on_checkpoint is None else [AfterCheckpoint(on_checkpoint)]), shown]
         if file is not None:
             check_target(file, is_folder=self._everyone.group is not None)
         self._start_schedule(timetable, schedule, schedule_metric)
@@ -305,24 +298,21 @@ class Simulator:
         """
         test = self._test if data is None else self._samples_of(training_and_test(None, data)[1], "data")[0]
         vectorized = self.engine.endswith("vmap")
-        loss_sums = self._everyone.rows(self._loss_sum)
+        loss_sums = self._everyone.rows(self._tally.loss_sum)
         with randomness.own_random_state(self.stacked.device):
             of_test, agent_metrics = evaluate(
                 self.stacked, self._objective, test, vectorized=vectorized, everyone=self._everyone
             )
         self.agent_metrics = {name: values.cpu() for name, values in agent_metrics.items()}
-        metrics = {
-            "loss_sum": loss_sums.mean(),
-            "diverged_agents": (~loss_sums.isfinite()).sum(dtype=torch.float64),
-            **of_test,
-        }
-        numbers, bytes_sent = read(metrics), self._bytes_sent.total.tolist()
-        loss_sum, diverged_agents = numbers.pop("loss_sum"), numbers.pop("diverged_agents")
+        diverged = (~loss_sums.isfinite()).sum(dtype=torch.float64)
+        numbers = read({"loss_sum": loss_sums.mean(), "diverged_agents": diverged, **of_test})
+        loss_sum, diverged_agents = numbers.pop("loss_sum"), int(numbers.pop("diverged_agents"))
+        bytes_sent = self._tally.bytes_sent.total.tolist()
         return {
             "step": self.step,
-            "lr": self._last_lr,
-            "train_loss": self._mean_loss(loss_sum),
-            "diverged_agents": int(diverged_agents),
+            "lr": self._tally.lr,
+            "train_loss": self._tally.mean_loss(loss_sum),
+            "diverged_agents": diverged_agents,
             **numbers,
             "mean_bytes_sent": sum(bytes_sent) / len(bytes_sent),
             "max_bytes_sent": max(bytes_sent),
@@ -342,10 +332,7 @@ class Simulator:
             "scheduler": self._scheduler_state,
             "engine": self._engine.state_dict() if isinstance(self._engine, AutoEngine) else None,
             "random_state": self._random_state,
-            "bytes_sent": self._bytes_sent.total,
-            "last_lr": self._last_lr,
-            "loss_sum": self._loss_sum,
-            "loss_steps": self._loss_steps,
+            **self._tally.state_dict(),
         }
         write_checkpoint(content, path, self._everyone.group)
 
@@ -369,9 +356,7 @@ class Simulator:
         self.step, self.history = content["step"], content["history"]
         self._schedule, self._scheduler_state = Schedule(), content["scheduler"]
         self._random_state = content["random_state"]
-        self._bytes_sent.total.copy_(content["bytes_sent"])
-        self._last_lr, self._loss_steps = content["last_lr"], content["loss_steps"]
-        self._loss_sum.copy_(content["loss_sum"])
+        self._tally.load_state_dict(content)
 
     def _run(self, timetable: Timetable, interrupt: Interrupt, callbacks: Sequence[Callback]) -> None:
         self._is_stopping = False
@@ -397,8 +382,7 @@ class Simulator:
     def _add_to_history(self, row: dict[str, Any], timetable: Timetable) -> None:
         """Adds the row and starts new sums; an interrupt in between counts no loss twice and saves no checkpoint."""
         self._is_between_steps = False
-        self._loss_sum.zero_()
-        self._loss_steps = 0
+        self._tally.start_row()
         self.history.append(row)
         if timetable.evaluates_regularly_after(self.step):
             self._schedule.after_evaluation(row)
@@ -412,11 +396,9 @@ class Simulator:
         if self._max_grad_norm is not None:
             clip_grad_norm_per_agent_(self.stacked.parameters(), self._max_grad_norm)
         self._schedule.before_step(self.step)
-        self._last_lr = float(self.optimizer.param_groups[0]["lr"])
+        self._tally.lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
-        self._bytes_sent.add_step(self.step)
-        self._loss_sum += losses
-        self._loss_steps += 1
+        self._tally.add_step(self.step, losses)
         self.step += 1
         self._schedule.after_step()
         self._is_between_steps = True
@@ -438,9 +420,6 @@ class Simulator:
     def _save(self, path: Path) -> None:
         self._suspend()
         self.save_checkpoint(path)
-
-    def _mean_loss(self, loss_sum: float) -> float:
-        return loss_sum / self._loss_steps if self._loss_steps else math.nan
 
     @cached_property
     def _configuration(self) -> dict[str, Any]:
@@ -468,28 +447,3 @@ class Simulator:
         self._engine = make_engine(self._engine_name, self.stacked, self._objective)
         if isinstance(self._engine, AutoEngine) and chosen is not None:
             self._engine.load_state_dict(chosen)
-
-
-class _Calls(Callback):
-    """A callback that calls a function after each checkpoint."""
-
-    def __init__(self, function: Callable[[], object]) -> None:
-        self._function = function
-
-    def on_checkpoint(self, simulator: Simulator, path: Path) -> None:
-        """Calls the function."""
-        self._function()
-
-
-def _number_of_parts(data: Any, parts: Sequence[Tensor] | None) -> int:
-    """How many agents the data are for. Raises ValueError unless either data or parts say it."""
-    if isinstance(data, list) and parts is not None:
-        raise ValueError(
-            "data is a list with a data set for each agent, and parts= would divide it again; leave it out"
-        )
-    if parts is None and not isinstance(data, list):
-        raise ValueError(
-            "data is one data set for all agents; divide it by parts=, for example "
-            "gut_fast.data.partition.iid(labels, N), or give a list with a data set for each agent"
-        )
-    return len(data) if parts is None else len(parts)

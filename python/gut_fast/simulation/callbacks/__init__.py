@@ -7,13 +7,14 @@ A callback is an object with methods for the events of `Callback`; `gut_fast.Sim
 
 from __future__ import annotations
 
-from gut_fast.simulation.callbacks.events import Callback, around, checked
+from gut_fast.simulation.callbacks.events import AfterCheckpoint, Callback, around, checked
 from gut_fast.simulation.callbacks.progress import Progress, ShowProgress
 from gut_fast.simulation.callbacks.stopping import EarlyStopping
 from gut_fast.simulation.callbacks.trackers import CSV, MLflow, TensorBoard, Tracker, WandB
 
 __all__ = [
     "CSV",
+    "AfterCheckpoint",
     "Callback",
     "EarlyStopping",
     "MLflow",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from gut_fast.simulation.timetable import Timetable
 if TYPE_CHECKING:
     from gut_fast.simulation.simulator import Simulator
 
-__all__ = ["Callback", "around", "checked"]
+__all__ = ["AfterCheckpoint", "Callback", "around", "checked"]
 
 
 class Callback:
@@ -84,3 +84,14 @@ class _End:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._callback.on_end(self._simulator, error)
+
+
+class AfterCheckpoint(Callback):
+    """A callback that calls a function after each checkpoint."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self._function = function
+
+    def on_checkpoint(self, simulator: Simulator, path: Path) -> None:
+        """Calls the function."""
+        self._function()
