@@ -33,6 +33,26 @@ def load_libraries():
     forkserver.ensure_running()
 
 
+@contextlib.contextmanager
+def as_torchrun(rank, size):
+    """A context in which a rank has the environment that torchrun makes, with a store of its own and no group yet."""
+    dist.destroy_process_group()
+    if rank == 0:
+        own = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        store.set("port", str(own.port))
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.get("port").decode(), "RANK": str(rank)}
+    where |= {"WORLD_SIZE": str(size), "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    before = dict(os.environ)
+    os.environ.update(where)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(size)])  # rank 0 keeps its store for the others
+
+
 class Crew:
     """`size` processes that run ``function(rank, size, *arguments)`` in a gloo group; the store lives here.
 

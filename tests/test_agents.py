@@ -15,6 +15,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.checkpoint import checkpoint
 
+import copies
 import gut_fast as gf
 
 NUM_AGENTS = 3
@@ -385,18 +386,7 @@ def test_a_state_that_is_assigned_may_have_another_dtype():
     agents(torch.ones(NUM_AGENTS, 2, 4))
 
 
-def unpickled(value):
-    return pickle.loads(pickle.dumps(value))
-
-
-def loaded(value):
-    file = io.BytesIO()
-    torch.save(value, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, unpickled, loaded])
+@pytest.mark.parametrize("duplicate", copies.WAYS)
 @pytest.mark.parametrize("optimizer_first", [True, False])
 def test_copies_of_agents_with_their_optimizer_train(duplicate, optimizer_first):
     agents, optimizer = new()

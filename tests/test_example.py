@@ -30,20 +30,10 @@ def run_example(folder, steps):
 
 
 def run_rank(rank, size, folder, steps):
-    """Runs the example as a rank, in the environment that torchrun makes, with a store of its own."""
-    dist.destroy_process_group()
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        ranks.store.set("port", str(store.port))
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks.store.get("port").decode(), "RANK": rank}
-    where |= {"WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in where.items():
-            patch.setenv(name, str(value))
+    """Runs the example as a rank."""
+    with ranks.as_torchrun(rank, size):
         lines = run_example(folder, steps)
-    assert not dist.is_initialized()
-    ranks.store.set(f"done {rank}", "")
-    ranks.store.wait([f"done {other}" for other in range(size)])  # rank 0 keeps the store for the others
+        assert not dist.is_initialized()
     return lines
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 import ranks
 from torchvision_shim import mend_torchvision
@@ -100,20 +99,10 @@ def test_the_trainer_of_hugging_face(folder):
 
 
 def run_rank(rank, size, folder, epochs):
-    """Runs the example of torchrun as a rank, in the environment that torchrun makes, with a store of its own."""
-    dist.destroy_process_group()
-    if rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
-        ranks.store.set("port", str(store.port))
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ranks.store.get("port").decode(), "RANK": rank}
-    where |= {"WORLD_SIZE": size, "TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    with pytest.MonkeyPatch.context() as patch:
+    """Runs the example of torchrun as a rank."""
+    with ranks.as_torchrun(rank, size), pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        for name, value in where.items():
-            patch.setenv(name, str(value))
         _, printed = run_example("torchrun.py", "--epochs", str(epochs))
-    ranks.store.set(f"done {rank}", "")
-    ranks.store.wait([f"done {other}" for other in range(size)])  # rank 0 keeps the store for the others
     return printed
 
 

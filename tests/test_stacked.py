@@ -1,14 +1,13 @@
 """Stacked modules, and the engines that compute their gradients, against plain autograd."""
 
 import copy
-import io
-import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import copies
 from gut_fast.simulation import StackedModule, consensus_error, stack
 from gut_fast.simulation.engines import AutoEngine, LoopEngine, VmapEngine, make_engine
 from gut_fast.simulation.objective import Supervised
@@ -227,19 +226,8 @@ def test_loading_another_state_changes_nothing(change, message):
         assert all(torch.equal(row, stacked.agent(1).state_dict()[name]) for name, row in rows(stacked, 1).items())
 
 
-def pickled(stacked):
-    return pickle.loads(pickle.dumps(stacked))
-
-
-def saved(stacked):
-    file = io.BytesIO()
-    torch.save(stacked, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
 @pytest.mark.parametrize("name", ["batch_norm", "tied"])
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("duplicate", copies.WAYS)
 def test_copies_have_buffers_and_views_of_their_own(duplicate, name):
     stacked = spread(stack(make(name), NUM_AGENTS))
     VmapEngine(stacked, OBJECTIVE)(batch())
