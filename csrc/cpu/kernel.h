@@ -1,15 +1,13 @@
-// The CPU kernel: validates the mixing matrix, plans tiles, runs them on the pool, in the best instruction tier.
+// The CPU kernel: validates the mixing matrix, plans blocks of columns, runs them on the pool, in the best instruction tier.
 #pragma once
 
 #include <string>
 #include <vector>
 
+#include "cpu/block.h"  // kMaxStates, kMaxMessages
 #include "gossip_step.h"
 
 namespace gut_fast::cpu {
-
-constexpr int kMaxStates = 3;  // rules with more states or messages have no compiled instance
-constexpr int kMaxMessages = 2;
 
 // Instruction tiers this processor can run, best first; the last is always "baseline".
 std::vector<std::string> available_tiers();
@@ -18,8 +16,8 @@ std::vector<std::string> available_tiers();
 std::string tier();
 void set_tier(const std::string& name);
 
-// One step in place on up to num_threads threads. Results do not depend on threads, tiles or tier, bit for bit.
-// Throws std::invalid_argument for a malformed mixing matrix or a rule without compiled instance, std::bad_alloc for
+// One step in place on up to num_threads threads. Results do not depend on threads, plan or tier, bit for bit.
+// Throws std::invalid_argument for a malformed mixing matrix or a rule with more states or messages than are compiled, std::bad_alloc for
 // want of scratch; in both cases nothing has been changed.
 void gossip_step(const StepArgs& args, int num_threads);
 

@@ -1,21 +1,21 @@
-// The shape of an update rule, and its equations on a few columns of one agent.
+// The shape of an update rule, and sums over its coefficients.
 #pragma once
 
 #include <cstdint>
 
-#include "cpu/storage.h"
+#include "cpu/block.h"
 #include "cpu/tiers.h"
 
 namespace gut_fast::cpu {
 
 // q states, M messages, and which of the coefficients are zero or one whatever the hyper-parameters are (bit i is entry
-// i of the flat coefficients). Every rule of the table has its own pattern; any other rule runs a dense one.
+// i of the flat coefficients). Every rule of the table has its own pattern.
 template <int q, int M_, std::uint64_t zeros, std::uint64_t ones>
 struct Pattern {
+  static constexpr bool serves_any = false;
   static constexpr int Q = q, M = M_, K = q + 2, L = q + 1;
   static constexpr int A = 0, B = A + M * K, C = B + L * K, E = C + L * M, size = E + L * M;
   static constexpr std::uint64_t zero_bits = zeros, one_bits = ones;
-  static constexpr bool dense = zeros == 0 && ones == 0;
   static constexpr bool zero(int i) { return zeros >> i & 1; }
   static constexpr bool one(int i) { return ones >> i & 1; }
 
@@ -37,33 +37,43 @@ struct Pattern {
   }
 };
 
-// The coefficients a pattern has, each in all lanes; the others are never read.
-template <typename P, typename T, typename V>
+// Any rule: its coefficients are padded to the largest shape, and which of them are zero is seen at run time. States
+// and messages that the rule does not have are neither read nor written.
+struct AnyRule : Pattern<kMaxStates, kMaxMessages, 0, 0> {
+  static constexpr bool serves_any = true;
+};
+
+// The coefficients a rule has, each in all lanes; those that are zero are never read, whatever they would multiply.
+template <typename P, typename V>
 struct Coefficients {
   V value[P::size];
+  std::uint64_t zero_bits;
 
-  template <typename Lane>
-  static GUT_FAST_INLINE Coefficients of(const T* coefficient, Lane) {
+  template <typename Lane, typename T>
+  static GUT_FAST_INLINE Coefficients of(const T* coefficient, std::uint64_t zero_bits, Lane) {
     Coefficients all;
+    all.zero_bits = zero_bits;
     for (int i = 0; i < P::size; ++i) {
       if (!P::zero(i) && !P::one(i)) all.value[i] = Lane::broadcast(coefficient[i]);
     }
     return all;
   }
+
+  GUT_FAST_INLINE bool is_zero(int i) const { return P::serves_any ? zero_bits >> i & 1 : P::zero(i); }
 };
 
-// A sum over the coefficients the pattern has, in order; a coefficient of one costs no product.
+// A sum over the coefficients the rule has, in order; a coefficient of one costs no product.
 template <typename P, typename V>
 struct Sum {
-  V value;
+  V value{};
   bool empty = true;
 
-  template <typename T, int Count>
-  GUT_FAST_INLINE void add(const Coefficients<P, T, V>& coefficients, int first, const V (&x)[Count]) {
+  template <int Count>
+  GUT_FAST_INLINE void add(const Coefficients<P, V>& coefficients, int first, const V (&x)[Count]) {
     for (int k = 0; k < Count; ++k) {
-      if (P::zero(first + k)) continue;
+      if (coefficients.is_zero(first + k)) continue;
       const V term = P::one(first + k) ? x[k] : coefficients.value[first + k] * x[k];
-      value = empty ? term : value + term;
+      value = empty ? term : value + term;  // not 0 + term, which would make -0 into 0
       empty = false;
     }
   }

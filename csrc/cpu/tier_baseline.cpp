@@ -1,8 +1,8 @@
-#include "cpu/loops.h"
+#include "cpu/loop.h"
 
 namespace gut_fast::cpu {
 
-extern const TierEntry kBaseline;
-const TierEntry kBaseline = tier_entry<Baseline>();
+extern const Tier kBaseline;
+const Tier kBaseline = make_tier<Baseline>();
 
 }  // namespace gut_fast::cpu

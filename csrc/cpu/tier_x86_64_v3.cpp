@@ -1,10 +1,10 @@
 #if defined(__x86_64__)
-#include "cpu/loops.h"
+#include "cpu/loop.h"
 
 namespace gut_fast::cpu {
 
-extern const TierEntry kX86V3;
-const TierEntry kX86V3 = tier_entry<X86V3>();
+extern const Tier kX86V3;
+const Tier kX86V3 = make_tier<X86V3>();
 
 }  // namespace gut_fast::cpu
 #endif

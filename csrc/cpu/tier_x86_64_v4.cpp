@@ -1,10 +1,10 @@
 #if defined(__x86_64__)
-#include "cpu/loops.h"
+#include "cpu/loop.h"
 
 namespace gut_fast::cpu {
 
-extern const TierEntry kX86V4;
-const TierEntry kX86V4 = tier_entry<X86V4>();
+extern const Tier kX86V4;
+const Tier kX86V4 = make_tier<X86V4>();
 
 }  // namespace gut_fast::cpu
 #endif

@@ -1,0 +1,275 @@
+// The one loop: a block of columns of all agents, turn by turn. In a turn the message of one agent is computed and
+// another agent, whose neighbours' messages are there, is mixed, a few vectors of columns at a time; the lines that
+// later turns need are fetched on the way. A block is so small that everything in it stays in the nearest cache.
+//
+// Explicit vectors, one fixed order of summation and no fused multiply-add: every tier and every plan gives the same
+// bits.
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+
+#include "cpu/block.h"
+#include "cpu/pattern.h"
+#include "cpu/storage.h"
+#include "cpu/tiers.h"
+
+namespace gut_fast::cpu {
+
+template <typename P, typename T, int kLanes>
+class BlockLoop {
+ public:
+  static GUT_FAST_INLINE void run(const Block& block) {
+    auto place = block.begins_at;
+    for (const Turn* turn = block.turns; turn != block.end; ++turn, ++place) take(block, *turn, place);
+  }
+
+ private:
+  using Lane = Lanes<T, kLanes>;
+  using V = typename Lane::V;
+  using With = Coefficients<P, V>;
+  static constexpr int n = kVectors, M = P::M, K = P::K;
+  static constexpr std::int64_t kStep = n * kLanes, kLineNumbers = kLine / sizeof(T);
+
+  // The rows of one agent.
+  struct Rows {
+    T* input[K];
+    With with;
+
+    GUT_FAST_INLINE Rows(const Block& block, std::int64_t agent)
+        : with(With::of(static_cast<const T*>(block.coefficients) + agent * block.per_agent, block.zero_bits, Lane())) {
+      for (int k = 0; k < K; ++k) input[k] = static_cast<T*>(block.input[k]) + agent * block.pitch[k];
+      if (block.gradient_scale != nullptr && block.gradient_scale[agent] == 0.0) {
+        input[K - 1] = static_cast<T*>(const_cast<void*>(block.zeros));
+      }
+    }
+  };
+
+  static GUT_FAST_INLINE bool has_state(const Block& block, int k) { return !P::serves_any || k < block.num_states; }
+  static GUT_FAST_INLINE int messages(const Block& block) { return P::serves_any ? block.num_messages : M; }
+
+  static GUT_FAST_INLINE void take(const Block& block, const Turn& turn, std::int64_t place) {
+    const bool sends = turn.message >= 0, mixes = turn.mix >= 0;
+    const std::int64_t sender = sends ? turn.message : 0, mixed = mixes ? turn.mix : 0;
+    const Rows of_sender(block, sender), of_mixed(block, mixed);
+    // Lines are fetched where a row is mixed: each row of the next turns, and of the next block, once.
+    const auto turns = block.ahead / block.columns, split = block.columns - block.ahead % block.columns;
+    const auto walk = [&](std::int64_t begin, std::int64_t end, std::int64_t later, std::int64_t shift)
+                          GUT_FAST_LAMBDA {
+                            T* fetched[K] = {};
+                            if (mixes && block.fetch != Fetch::none) find(block, place + later, shift, fetched);
+                            for (auto c = begin; c < end; c += kStep) {
+                              if (mixes) fetch(block.fetch, fetched, c);
+                              if (sends) message(block, of_sender, sender, c);
+                              if (mixes) mix(block, of_mixed, mixed, c);
+                            }
+                          };
+    walk(0, split, turns, block.columns - split);
+    walk(split, block.columns, turns + 1, -split);
+  }
+
+  // The rows of the agent whose message comes at this place, counted on through the blocks that follow.
+  static GUT_FAST_INLINE void find(const Block& block, std::int64_t place, std::int64_t shift, T* (&rows)[K]) {
+    for (; place >= block.num_agents; place -= block.num_agents) shift += block.columns;
+    const std::int64_t agent = block.message_order[place];
+    for (int k = 0; k < K; ++k) rows[k] = static_cast<T*>(block.input[k]) + agent * block.pitch[k] + shift;
+  }
+
+  static GUT_FAST_INLINE void fetch(Fetch how, T* const (&rows)[K], std::int64_t c) {
+    if (how == Fetch::none) return;
+    for (std::int64_t at = c; at < c + kStep; at += kLineNumbers) {
+      for (int k = 0; k < K; ++k) {
+        if (how == Fetch::near || (how == Fetch::write && k == K - 1)) __builtin_prefetch(rows[k] + at);
+        if (how == Fetch::outer) __builtin_prefetch(rows[k] + at, 0, 2);
+        if (how == Fetch::write && k < K - 1) prefetch_to_write(rows[k] + at);
+      }
+    }
+  }
+
+  static GUT_FAST_INLINE void load(const Block& block, const Rows& rows, std::int64_t c, V (&u)[K]) {
+    u[0] = Lane::load(rows.input[0] + c);
+    for (int k = 1; k < K - 1; ++k) u[k] = has_state(block, k - 1) ? Lane::load(rows.input[k] + c) : V{};
+    u[K - 1] = Lane::load(rows.input[K - 1] + c);
+  }
+
+  // S_m = sum_k A[m][k] u_k; and the outputs that need no mixing.
+  static GUT_FAST_INLINE void message(const Block& block, const Rows& rows, std::int64_t agent, std::int64_t c) {
+    for (int v = 0; v < n; ++v, c += kLanes) {
+      V u[K], nothing[M] = {};
+      load(block, rows, c, u);
+      for (int m = 0; m < messages(block); ++m) {
+        Sum<P, V> sum;
+        sum.add(rows.with, P::A + m * K, u);
+        Lane::store(static_cast<T*>(block.sent[agent * messages(block) + m]) + c, sum.value);
+      }
+      if (block.finishes) outputs<true>(block, rows, c, u, nothing, nothing);
+    }
+  }
+
+  // D_m = sum_j W[i][j] (S_m(j) - S_m(i)), and the other outputs.
+  static GUT_FAST_INLINE void mix(const Block& block, const Rows& rows, std::int64_t agent, std::int64_t c) {
+    V drift[M][n];
+    for (int m = 0; m < messages(block); ++m) {
+      if (block.total != nullptr) {
+        drift_of_all(block, agent, m, c, drift[m]);
+      } else {
+        drift_of_neighbors(block, agent, m, c, drift[m]);
+      }
+    }
+    for (int v = 0; v < n; ++v, c += kLanes) {
+      V u[K], own[M] = {}, own_drift[M] = {};
+      for (int m = 0; m < messages(block); ++m) {
+        own[m] = Lane::load(static_cast<const T*>(block.sent[agent * messages(block) + m]) + c);
+        own_drift[m] = drift[m][v];
+      }
+      load(block, rows, c, u);
+      outputs<false>(block, rows, c, u, own, own_drift);
+    }
+  }
+
+  static GUT_FAST_INLINE void drift_of_neighbors(const Block& block, std::int64_t agent, int m, std::int64_t c,
+                                                 V (&drift)[n]) {
+    const auto* own = static_cast<const T*>(block.mixed[agent * messages(block) + m]) + c;
+    V message[n];
+    for (int v = 0; v < n; ++v) {
+      message[v] = Lane::load(own + v * kLanes);
+      drift[v] = V{};
+    }
+    const auto begin = block.row_start[agent], end = block.row_start[agent + 1];
+    for (auto e = begin; e < end; ++e) {
+      const auto* of_neighbor = static_cast<const T*>(block.mixed[block.neighbor[e] * messages(block) + m]) + c;
+      const V weight = Lane::broadcast(static_cast<const T*>(block.weight)[e]);
+      for (int v = 0; v < n; ++v) {
+        const V term = weight * (Lane::load(of_neighbor + v * kLanes) - message[v]);
+        drift[v] = e == begin ? term : drift[v] + term;  // not 0 + term, which would make -0 into 0
+      }
+    }
+  }
+
+  // Differences from the first message, not from zero: near consensus they keep their digits.
+  static GUT_FAST_INLINE void drift_of_all(const Block& block, std::int64_t agent, int m, std::int64_t c,
+                                           V (&drift)[n]) {
+    const V weight = Lane::broadcast(static_cast<const T*>(block.weight)[0]);
+    const V all = Lane::broadcast(static_cast<T>(block.num_agents));
+    const auto* own = static_cast<const T*>(block.sent[agent * messages(block) + m]) + c;
+    const auto* first = static_cast<const T*>(block.sent[m]) + c;
+    const auto* sum = static_cast<const T*>(block.total->sum[m]) + c;
+    const auto* lost = static_cast<const T*>(block.total->lost[m]) + c;
+    for (int v = 0; v < n; ++v) {
+      const auto at = v * kLanes;
+      const V rest = Lane::load(sum + at) - all * (Lane::load(own + at) - Lane::load(first + at));
+      drift[v] = weight * (rest + Lane::load(lost + at));
+    }
+  }
+
+  // o_l = sum_k B[l][k] u_k + sum_m C[l][m] S_m + sum_m E[l][m] D_m
+  template <bool early>
+  static GUT_FAST_INLINE void outputs(const Block& block, const Rows& rows, std::int64_t c, const V (&u)[K],
+                                      const V (&message)[M], const V (&drift)[M]) {
+    V output[P::L];
+    for (int l = 0; l < P::L; ++l) {
+      if (P::early(l) != early) continue;
+      Sum<P, V> sum;
+      sum.add(rows.with, P::B + l * K, u);
+      sum.add(rows.with, P::C + l * M, message);
+      sum.add(rows.with, P::E + l * M, drift);
+      output[l] = sum.value;
+    }
+    for (int l = 0; l < P::L; ++l) {
+      if (P::early(l) == early && (l == 0 || has_state(block, l - 1))) Lane::store(rows.input[l] + c, output[l]);
+    }
+  }
+};
+
+// The sums of a complete graph: see Total.
+template <typename T, int kLanes>
+struct SumLoop {
+  static GUT_FAST_INLINE void run(const SumArgs& args) {
+    using Lane = Lanes<T, kLanes>;
+    using V = typename Lane::V;
+    for (int m = 0; m < args.num_messages; ++m) {
+      for (std::int64_t c = 0; c < args.columns; c += kLanes) {
+        const V first = Lane::load(static_cast<const T*>(args.sent[m]) + c);
+        V total{}, lost{};
+        for (std::int64_t agent = 0; agent < args.num_agents; ++agent) {
+          const V value = Lane::load(static_cast<const T*>(args.sent[agent * args.num_messages + m]) + c) - first;
+          const V sum = total + value, part = sum - total;
+          lost = lost + ((total - (sum - part)) + (value - part));
+          total = sum;
+        }
+        Lane::store(static_cast<T*>(args.total->sum[m]) + c, total);
+        Lane::store(static_cast<T*>(args.total->lost[m]) + c, lost);
+      }
+    }
+  }
+};
+
+// Calls columns(lanes, c) for all columns of a row, the last ones one by one.
+template <int kLanes, typename Columns>
+GUT_FAST_INLINE void each(std::int64_t count, Columns columns) {
+  std::int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) columns(Lanes<float, kLanes>(), c);
+  for (; c < count; ++c) columns(Lanes<float, 1>(), c);
+}
+
+template <int kLanes>
+struct WidenLoop {
+  static GUT_FAST_INLINE void run(const CopyArgs& args) {
+    const auto* from = static_cast<const BFloat16*>(args.from);
+    auto* to = static_cast<float*>(args.to);
+    each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
+  }
+};
+
+template <int kLanes>
+struct NarrowLoop {
+  static GUT_FAST_INLINE void run(const CopyArgs& args) {
+    const auto* from = static_cast<const float*>(args.from);
+    auto* to = static_cast<BFloat16*>(args.to);
+    auto* residual = static_cast<float*>(args.residual);
+    if (residual == nullptr) {
+      each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
+    } else {
+      each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA {
+        const auto exact = lane.load(from + c) + lane.load(residual + c);
+        lane.store(to + c, exact);
+        lane.store(residual + c, exact - lane.load(to + c));
+      });
+    }
+  }
+};
+
+// The rules of the table (generated from rules.py when building), and the shape that serves any rule.
+template <typename Instructions, typename P>
+constexpr Instance instance() {
+  constexpr int bytes = Instructions::vector_bytes;
+  return {P::Q,
+          P::M,
+          P::zero_bits,
+          P::one_bits,
+          {Instructions::template run<BlockLoop<P, float, bytes / 4>, const Block&>,
+           Instructions::template run<BlockLoop<P, double, bytes / 8>, const Block&>}};
+}
+
+template <typename Instructions>
+constexpr Instance instances[] = {
+#define GUT_FAST_PATTERN(q, M, zeros, ones) instance<Instructions, Pattern<q, M, zeros, ones>>(),
+#include "patterns.inc"
+#undef GUT_FAST_PATTERN
+    instance<Instructions, AnyRule>()};
+
+template <typename I>
+constexpr Tier make_tier() {
+  constexpr int floats = I::vector_bytes / 4, doubles = I::vector_bytes / 8;
+  return {I::name,
+          I::available,
+          std::begin(instances<I>),
+          std::end(instances<I>),
+          {floats, doubles},
+          {I::template run<SumLoop<float, floats>, const SumArgs&>,
+           I::template run<SumLoop<double, doubles>, const SumArgs&>},
+          I::template run<WidenLoop<floats>, const CopyArgs&>,
+          I::template run<NarrowLoop<floats>, const CopyArgs&>};
+}
+
+}  // namespace gut_fast::cpu
