@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/storage.h"
 #include "gossip_step.h"
 
 namespace gut_fast::cpu {
@@ -60,7 +61,7 @@ struct Instance {
   Loop loop[2];
 };
 
-// Sums up the messages of all agents, `columns` of each: see Total. Rows are first + slot[i] * pitch numbers.
+// Sums up the messages of all agents, `columns` of each: see Total.
 struct SumArgs {
   void* const* sent;
   std::int64_t num_agents, columns;
@@ -76,14 +77,25 @@ struct CopyArgs {
   std::int64_t columns;
 };
 
+// The ceiling of a step, on numbers begin to end of a segment: see stream.h.
+struct StreamArgs {
+  const StepArgs* step;
+  const Segment* segment;
+  std::int64_t begin, end;
+};
+
+struct Streams {
+  void (*run[kNumStorages][kMaxStates + 1])(const StreamArgs&);
+};
+
+// What is compiled for one instruction tier.
 struct Tier {
-  const char* name;
-  bool (*available)();
   const Instance *begin, *end;  // the last one serves any rule
   int lanes[2];                 // of float, of double
   void (*sum[2])(const SumArgs&);
   void (*widen)(const CopyArgs&);   // bfloat16 to float
   void (*narrow)(const CopyArgs&);  // and back
+  Streams streams;
 };
 
 constexpr int kVectors = 4;  // a loop takes so many vectors of columns at a time

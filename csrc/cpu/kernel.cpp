@@ -23,16 +23,33 @@ extern const Tier kX86V3, kX86V4;
 
 namespace {
 
-constexpr const Tier* kTiers[] = {
-#if defined(__x86_64__)
-    &kX86V4, &kX86V3,
-#endif
-    &kBaseline};
+struct Choice {
+  const char* name;
+  const Tier* tier;
+};
 
-std::atomic<const Tier*>& current_tier() {
-  static std::atomic<const Tier*> current{
-      *std::find_if(std::begin(kTiers), std::end(kTiers), [](const Tier* tier) { return tier->available(); })};
-  return current;
+// The best first.
+const std::vector<Choice>& choices() {
+  static const std::vector<Choice> all = [] {
+    std::vector<Choice> found;
+#if defined(__x86_64__)
+    const bool v3 =
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                    __builtin_cpu_supports("avx512vl");
+    if (v4) found.push_back({"x86-64-v4", &kX86V4});
+    if (v3) found.push_back({"x86-64-v3", &kX86V3});
+#endif
+    found.push_back({"baseline", &kBaseline});
+    return found;
+  }();
+  return all;
+}
+
+std::atomic<const Choice*>& current() {
+  static std::atomic<const Choice*> choice{&choices().front()};
+  return choice;
 }
 
 void check_dtypes(const StepArgs& args) {
@@ -79,7 +96,7 @@ void run_chunks(Step<T>& step, int num_threads, Work<T> work) {
 
 template <typename T>
 void run(const StepArgs& args, const Schedule* schedule, const Rows* rows, int num_threads, Work<T> work) {
-  Step<T> step(args, *current_tier().load(), schedule, rows);
+  Step<T> step(args, current_tier(), schedule, rows);
   run_chunks(step, useful_threads(args, num_threads), work);
 }
 
@@ -135,17 +152,17 @@ bool CompiledRule::reads_gradient() const {
 
 std::vector<std::string> available_tiers() {
   std::vector<std::string> names;
-  for (const Tier* each : kTiers) {
-    if (each->available()) names.emplace_back(each->name);
-  }
+  for (const Choice& each : choices()) names.emplace_back(each.name);
   return names;
 }
 
-std::string tier() { return current_tier().load()->name; }
+const Tier& current_tier() { return *current().load()->tier; }
+
+std::string tier() { return current().load()->name; }
 
 void set_tier(const std::string& name) {
-  for (const Tier* each : kTiers) {
-    if (name == each->name && each->available()) return current_tier().store(each);
+  for (const Choice& each : choices()) {
+    if (name == each.name) return current().store(&each);
   }
   std::string message = "instruction tier '" + name + "' is not available here; there are:";
   for (const auto& available : available_tiers()) message += " " + available;

@@ -14,6 +14,7 @@ std::vector<std::string> available_tiers();
 
 // The tier in use, and its choice. Throws std::invalid_argument for one that is not available.
 std::string tier();
+const Tier& current_tier();
 void set_tier(const std::string& name);
 
 // One step in place on up to num_threads threads. Results do not depend on threads, plan or tier, bit for bit.

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "cpu/block.h"
-#include "cpu/tiers.h"
+#include "cpu/lanes.h"
 
 namespace gut_fast::cpu {
 

@@ -1,25 +1,46 @@
-// The one loop: a block of columns of all agents, turn by turn. In a turn the message of one agent is computed and
+// What is compiled once for each instruction tier: the one loop of a step, and the little ones beside it. CMake compiles
+// this file for each tier, with that tier's instructions; all of it but the tier itself is the file's own, so no linker
+// can swap one tier's code for another's.
+//
+// The loop takes a block of columns of all agents, turn by turn. In a turn the message of one agent is computed and
 // another agent, whose neighbours' messages are there, is mixed, a few vectors of columns at a time; the lines that
 // later turns need are fetched on the way. A block is so small that everything in it stays in the nearest cache.
 //
 // Explicit vectors, one fixed order of summation and no fused multiply-add: every tier and every plan gives the same
 // bits.
-#pragma once
-
 #include <cstdint>
 #include <iterator>
 
 #include "cpu/block.h"
+#include "cpu/lanes.h"
 #include "cpu/pattern.h"
 #include "cpu/storage.h"
-#include "cpu/tiers.h"
 
 namespace gut_fast::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+// Brings a line into the nearest cache as its only owner, where the processor can.
+GUT_FAST_INLINE void prefetch_to_write(const void* place) {
+#if defined(__x86_64__)
+  asm volatile("prefetchw %0" : : "m"(*static_cast<const char*>(place)));
+#else
+  __builtin_prefetch(place, 1);
+#endif
+}
 
 template <typename P, typename T, int kLanes>
 class BlockLoop {
  public:
-  static GUT_FAST_INLINE void run(const Block& block) {
+  static GUT_FAST_INLINE void run(const Block& given) {
+    const Block block = given;  // one of our own, which the compiler knows that stores to rows do not change
     auto place = block.begins_at;
     for (const Turn* turn = block.turns; turn != block.end; ++turn, ++place) take(block, *turn, place);
   }
@@ -239,37 +260,73 @@ struct NarrowLoop {
   }
 };
 
-// The rules of the table (generated from rules.py when building), and the shape that serves any rule.
-template <typename Instructions, typename P>
+// The ceiling of a step: see stream.h.
+template <typename Stored, int Q>
+struct StreamLoop {
+  using T = typename Stored::Compute;
+  using Lane = Lanes<T, 1>;
+
+  static GUT_FAST_INLINE void run(const StreamArgs& args) {
+    auto* z = static_cast<typename Stored::Parameter*>(args.segment->parameters);
+    const auto* g = static_cast<const typename Stored::Parameter*>(args.segment->gradients);
+    typename Stored::State* state[Q + 1];
+    for (int k = 0; k < Q; ++k) {
+      state[k] = static_cast<typename Stored::State*>(args.step->state[k]) + args.segment->state_offset;
+    }
+    const auto end = args.end;
+    GUT_FAST_VECTORIZE
+    for (auto i = args.begin; i < end; ++i) {
+      const T gradient = Lane::load(g + i);
+      T move = gradient;
+      for (int k = 0; k < Q; ++k) {
+        const T value = Lane::load(state[k] + i);
+        move += value;
+        Lane::store(state[k] + i, T(0.5) * value + gradient);
+      }
+      Lane::store(z + i, Lane::load(z + i) - T(0.01) * move);
+    }
+  }
+};
+
+// Entries of the tier's table.
+template <typename Loop, typename Args>
+void run(const Args& args) {
+  Loop::run(args);
+}
+
+constexpr int kFloats = kVectorBytes / sizeof(float), kDoubles = kVectorBytes / sizeof(double);
+
+template <typename P>
 constexpr Instance instance() {
-  constexpr int bytes = Instructions::vector_bytes;
   return {P::Q,
           P::M,
           P::zero_bits,
           P::one_bits,
-          {Instructions::template run<BlockLoop<P, float, bytes / 4>, const Block&>,
-           Instructions::template run<BlockLoop<P, double, bytes / 8>, const Block&>}};
+          {run<BlockLoop<P, float, kFloats>, Block>, run<BlockLoop<P, double, kDoubles>, Block>}};
 }
 
-template <typename Instructions>
-constexpr Instance instances[] = {
-#define GUT_FAST_PATTERN(q, M, zeros, ones) instance<Instructions, Pattern<q, M, zeros, ones>>(),
+// The rules of the table (generated from rules.py when building), and the shape that serves any rule.
+constexpr Instance kInstances[] = {
+#define GUT_FAST_PATTERN(q, M, zeros, ones) instance<Pattern<q, M, zeros, ones>>(),
 #include "patterns.inc"
 #undef GUT_FAST_PATTERN
-    instance<Instructions, AnyRule>()};
+    instance<AnyRule>()};
 
-template <typename I>
-constexpr Tier make_tier() {
-  constexpr int floats = I::vector_bytes / 4, doubles = I::vector_bytes / 8;
-  return {I::name,
-          I::available,
-          std::begin(instances<I>),
-          std::end(instances<I>),
-          {floats, doubles},
-          {I::template run<SumLoop<float, floats>, const SumArgs&>,
-           I::template run<SumLoop<double, doubles>, const SumArgs&>},
-          I::template run<WidenLoop<floats>, const CopyArgs&>,
-          I::template run<NarrowLoop<floats>, const CopyArgs&>};
+template <typename... Stored>
+constexpr Streams streams(List<Stored...>) {
+  return {{{run<StreamLoop<Stored, 0>, StreamArgs>, run<StreamLoop<Stored, 1>, StreamArgs>,
+            run<StreamLoop<Stored, 2>, StreamArgs>, run<StreamLoop<Stored, 3>, StreamArgs>}...}};
 }
+
+}  // namespace
+
+extern const Tier GUT_FAST_TIER;
+const Tier GUT_FAST_TIER = {std::begin(kInstances),
+                            std::end(kInstances),
+                            {kFloats, kDoubles},
+                            {run<SumLoop<float, kFloats>, SumArgs>, run<SumLoop<double, kDoubles>, SumArgs>},
+                            run<WidenLoop<kFloats>, CopyArgs>,
+                            run<NarrowLoop<kFloats>, CopyArgs>,
+                            streams(Storages{})};
 
 }  // namespace gut_fast::cpu
