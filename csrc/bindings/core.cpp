@@ -10,6 +10,7 @@
 
 #include "bindings/tensor_step.h"
 #include "cpu/kernel.h"
+#include "cpu/plan.h"
 #include "cpu/stream.h"
 
 namespace py = pybind11;
@@ -148,6 +149,11 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.attr("CUDA_OPTION") = GUT_FAST_CUDA;
   module.def("available_tiers", &gut_fast::cpu::available_tiers);
   module.def("tier", &gut_fast::cpu::tier);
+  module.def("force_plan", [](std::int64_t block, std::int64_t ahead, const std::string& fetch) {
+    using gut_fast::cpu::Fetch;
+    if (block == 0) return gut_fast::cpu::force_plan(std::nullopt);
+    gut_fast::cpu::force_plan(gut_fast::cpu::Plan{block, ahead, fetch == "none" ? Fetch::none : fetch == "near" ? Fetch::near : fetch == "outer" ? Fetch::outer : Fetch::write});
+  });
   module.def("set_tier", &gut_fast::cpu::set_tier, py::arg("name"));
   py::enum_<DType>(module, "DType")
       .value("float32", DType::float32)

@@ -27,7 +27,7 @@ struct Total {
   void* lost[kMaxMessages];
 };
 
-// Rows lie in the type that is computed with. Row k of agent i begins at input[k] + i * pitch[k].
+// Row k of agent i begins i * pitch[k] numbers after input[k].
 struct Block {
   std::int64_t columns;  // a multiple of what the loop takes at a time
   std::int64_t num_agents;
@@ -52,13 +52,13 @@ struct Block {
   Fetch fetch;
 };
 
-// What is compiled for a pattern, in float and in double, for one instruction tier.
+// What is compiled for a pattern and one instruction tier.
 using Loop = void (*)(const Block&);
 
 struct Instance {
   int num_states, num_messages;
   std::uint64_t zero_bits, one_bits;  // of the pattern: see pattern.h
-  Loop loop[2];
+  Loop loop[kNumStorages];
 };
 
 // Sums up the messages of all agents, `columns` of each: see Total.

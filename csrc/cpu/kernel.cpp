@@ -53,8 +53,7 @@ std::atomic<const Choice*>& current() {
 }
 
 void check_dtypes(const StepArgs& args) {
-  const bool is_double = args.dtype == DType::float64, is_state_double = args.state_dtype == DType::float64;
-  if (is_double != is_state_double) {
+  if (storage_index(args.dtype, args.state_dtype, Storages{}) < 0) {
     throw std::invalid_argument("no compiled instance for state of this type beside such parameters");
   }
 }

@@ -36,32 +36,49 @@ GUT_FAST_INLINE void prefetch_to_write(const void* place) {
 #endif
 }
 
-template <typename P, typename T, int kLanes>
+template <typename P, typename Stored>
 class BlockLoop {
  public:
   static GUT_FAST_INLINE void run(const Block& given) {
     const Block block = given;  // one of our own, which the compiler knows that stores to rows do not change
-    auto place = block.begins_at;
-    for (const Turn* turn = block.turns; turn != block.end; ++turn, ++place) take(block, *turn, place);
+    const auto split = block.columns - block.ahead % block.columns;
+    auto place = block.begins_at + block.ahead / block.columns;
+    for (const Turn* turn = block.turns; turn != block.end; ++turn, ++place) take(block, *turn, place, split);
   }
 
  private:
+  using T = typename Stored::Compute;
+  using Parameter = typename Stored::Parameter;
+  using State = typename Stored::State;
+  static constexpr int kLanes = kVectorBytes / sizeof(T);
   using Lane = Lanes<T, kLanes>;
   using V = typename Lane::V;
   using With = Coefficients<P, V>;
   static constexpr int n = kVectors, M = P::M, K = P::K;
-  static constexpr std::int64_t kStep = n * kLanes, kLineNumbers = kLine / sizeof(T);
+  static constexpr std::int64_t kStep = n * kLanes;
+
+  static constexpr std::int64_t item(int k) { return k == 0 || k == K - 1 ? sizeof(Parameter) : sizeof(State); }
 
   // The rows of one agent.
   struct Rows {
-    T* input[K];
+    char* input[K];
+    T* sent[M] = {};  // its messages,
+    const T* mixed[M] = {};  // and what neighbours see of them
     With with;
+
+    GUT_FAST_INLINE Parameter* z() const { return reinterpret_cast<Parameter*>(input[0]); }
+    GUT_FAST_INLINE State* state(int k) const { return reinterpret_cast<State*>(input[k + 1]); }
+    GUT_FAST_INLINE const Parameter* gradient() const { return reinterpret_cast<const Parameter*>(input[K - 1]); }
 
     GUT_FAST_INLINE Rows(const Block& block, std::int64_t agent)
         : with(With::of(static_cast<const T*>(block.coefficients) + agent * block.per_agent, block.zero_bits, Lane())) {
-      for (int k = 0; k < K; ++k) input[k] = static_cast<T*>(block.input[k]) + agent * block.pitch[k];
+      for (int k = 0; k < K; ++k) input[k] = static_cast<char*>(block.input[k]) + agent * block.pitch[k] * item(k);
       if (block.gradient_scale != nullptr && block.gradient_scale[agent] == 0.0) {
-        input[K - 1] = static_cast<T*>(const_cast<void*>(block.zeros));
+        input[K - 1] = static_cast<char*>(const_cast<void*>(block.zeros));
+      }
+      for (int m = 0; m < messages(block); ++m) {
+        sent[m] = static_cast<T*>(block.sent[agent * messages(block) + m]);
+        if (block.mixed != nullptr) mixed[m] = static_cast<const T*>(block.mixed[agent * messages(block) + m]);
       }
     }
   };
@@ -69,37 +86,36 @@ class BlockLoop {
   static GUT_FAST_INLINE bool has_state(const Block& block, int k) { return !P::serves_any || k < block.num_states; }
   static GUT_FAST_INLINE int messages(const Block& block) { return P::serves_any ? block.num_messages : M; }
 
-  static GUT_FAST_INLINE void take(const Block& block, const Turn& turn, std::int64_t place) {
+  // Lines are fetched where a message is computed: `turns` turns and a part of a row ahead, which ends at `split`.
+  static GUT_FAST_INLINE void take(const Block& block, const Turn& turn, std::int64_t place, std::int64_t split) {
     const bool sends = turn.message >= 0, mixes = turn.mix >= 0;
-    const std::int64_t sender = sends ? turn.message : 0, mixed = mixes ? turn.mix : 0;
+    const std::int64_t sender = sends ? turn.message : turn.mix, mixed = mixes ? turn.mix : turn.message;
     const Rows of_sender(block, sender), of_mixed(block, mixed);
-    // Lines are fetched where a row is mixed: each row of the next turns, and of the next block, once.
-    const auto turns = block.ahead / block.columns, split = block.columns - block.ahead % block.columns;
-    const auto walk = [&](std::int64_t begin, std::int64_t end, std::int64_t later, std::int64_t shift)
-                          GUT_FAST_LAMBDA {
-                            T* fetched[K] = {};
-                            if (mixes && block.fetch != Fetch::none) find(block, place + later, shift, fetched);
-                            for (auto c = begin; c < end; c += kStep) {
-                              if (mixes) fetch(block.fetch, fetched, c);
-                              if (sends) message(block, of_sender, sender, c);
-                              if (mixes) mix(block, of_mixed, mixed, c);
-                            }
-                          };
-    walk(0, split, turns, block.columns - split);
-    walk(split, block.columns, turns + 1, -split);
+    const char* fetched[K] = {};
+    if (sends) find(block, place, block.columns - split, fetched);
+    for (std::int64_t c = 0; c < block.columns; c += kStep) {
+      if (sends) {
+        if (c == split) find(block, place + 1, -split, fetched);
+        fetch(block.fetch, fetched, c);
+        message(block, of_sender, c);
+      }
+      if (mixes) mix(block, of_mixed, mixed, c);
+    }
   }
 
   // The rows of the agent whose message comes at this place, counted on through the blocks that follow.
-  static GUT_FAST_INLINE void find(const Block& block, std::int64_t place, std::int64_t shift, T* (&rows)[K]) {
+  static GUT_FAST_INLINE void find(const Block& block, std::int64_t place, std::int64_t shift, const char* (&rows)[K]) {
     for (; place >= block.num_agents; place -= block.num_agents) shift += block.columns;
     const std::int64_t agent = block.message_order[place];
-    for (int k = 0; k < K; ++k) rows[k] = static_cast<T*>(block.input[k]) + agent * block.pitch[k] + shift;
+    for (int k = 0; k < K; ++k) {
+      rows[k] = static_cast<const char*>(block.input[k]) + (agent * block.pitch[k] + shift) * item(k);
+    }
   }
 
-  static GUT_FAST_INLINE void fetch(Fetch how, T* const (&rows)[K], std::int64_t c) {
+  static GUT_FAST_INLINE void fetch(Fetch how, const char* const (&rows)[K], std::int64_t c) {
     if (how == Fetch::none) return;
-    for (std::int64_t at = c; at < c + kStep; at += kLineNumbers) {
-      for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < K; ++k) {
+      for (std::int64_t at = c * item(k); at < (c + kStep) * item(k); at += kLine) {
         if (how == Fetch::near || (how == Fetch::write && k == K - 1)) __builtin_prefetch(rows[k] + at);
         if (how == Fetch::outer) __builtin_prefetch(rows[k] + at, 0, 2);
         if (how == Fetch::write && k < K - 1) prefetch_to_write(rows[k] + at);
@@ -108,20 +124,20 @@ class BlockLoop {
   }
 
   static GUT_FAST_INLINE void load(const Block& block, const Rows& rows, std::int64_t c, V (&u)[K]) {
-    u[0] = Lane::load(rows.input[0] + c);
-    for (int k = 1; k < K - 1; ++k) u[k] = has_state(block, k - 1) ? Lane::load(rows.input[k] + c) : V{};
-    u[K - 1] = Lane::load(rows.input[K - 1] + c);
+    u[0] = Lane::load(rows.z() + c);
+    for (int k = 0; k < P::Q; ++k) u[k + 1] = has_state(block, k) ? Lane::load(rows.state(k) + c) : V{};
+    u[K - 1] = Lane::load(rows.gradient() + c);
   }
 
   // S_m = sum_k A[m][k] u_k; and the outputs that need no mixing.
-  static GUT_FAST_INLINE void message(const Block& block, const Rows& rows, std::int64_t agent, std::int64_t c) {
+  static GUT_FAST_INLINE void message(const Block& block, const Rows& rows, std::int64_t c) {
     for (int v = 0; v < n; ++v, c += kLanes) {
       V u[K], nothing[M] = {};
       load(block, rows, c, u);
       for (int m = 0; m < messages(block); ++m) {
         Sum<P, V> sum;
         sum.add(rows.with, P::A + m * K, u);
-        Lane::store(static_cast<T*>(block.sent[agent * messages(block) + m]) + c, sum.value);
+        Lane::store(rows.sent[m] + c, sum.value);
       }
       if (block.finishes) outputs<true>(block, rows, c, u, nothing, nothing);
     }
@@ -132,15 +148,15 @@ class BlockLoop {
     V drift[M][n];
     for (int m = 0; m < messages(block); ++m) {
       if (block.total != nullptr) {
-        drift_of_all(block, agent, m, c, drift[m]);
+        drift_of_all(block, rows, m, c, drift[m]);
       } else {
-        drift_of_neighbors(block, agent, m, c, drift[m]);
+        drift_of_neighbors(block, rows, agent, m, c, drift[m]);
       }
     }
     for (int v = 0; v < n; ++v, c += kLanes) {
       V u[K], own[M] = {}, own_drift[M] = {};
       for (int m = 0; m < messages(block); ++m) {
-        own[m] = Lane::load(static_cast<const T*>(block.sent[agent * messages(block) + m]) + c);
+        own[m] = Lane::load(rows.sent[m] + c);
         own_drift[m] = drift[m][v];
       }
       load(block, rows, c, u);
@@ -148,9 +164,9 @@ class BlockLoop {
     }
   }
 
-  static GUT_FAST_INLINE void drift_of_neighbors(const Block& block, std::int64_t agent, int m, std::int64_t c,
-                                                 V (&drift)[n]) {
-    const auto* own = static_cast<const T*>(block.mixed[agent * messages(block) + m]) + c;
+  static GUT_FAST_INLINE void drift_of_neighbors(const Block& block, const Rows& rows, std::int64_t agent, int m,
+                                                 std::int64_t c, V (&drift)[n]) {
+    const T* own = rows.mixed[m] + c;
     V message[n];
     for (int v = 0; v < n; ++v) {
       message[v] = Lane::load(own + v * kLanes);
@@ -168,11 +184,11 @@ class BlockLoop {
   }
 
   // Differences from the first message, not from zero: near consensus they keep their digits.
-  static GUT_FAST_INLINE void drift_of_all(const Block& block, std::int64_t agent, int m, std::int64_t c,
+  static GUT_FAST_INLINE void drift_of_all(const Block& block, const Rows& rows, int m, std::int64_t c,
                                            V (&drift)[n]) {
     const V weight = Lane::broadcast(static_cast<const T*>(block.weight)[0]);
     const V all = Lane::broadcast(static_cast<T>(block.num_agents));
-    const auto* own = static_cast<const T*>(block.sent[agent * messages(block) + m]) + c;
+    const T* own = rows.sent[m] + c;
     const auto* first = static_cast<const T*>(block.sent[m]) + c;
     const auto* sum = static_cast<const T*>(block.total->sum[m]) + c;
     const auto* lost = static_cast<const T*>(block.total->lost[m]) + c;
@@ -196,8 +212,9 @@ class BlockLoop {
       sum.add(rows.with, P::E + l * M, drift);
       output[l] = sum.value;
     }
-    for (int l = 0; l < P::L; ++l) {
-      if (P::early(l) == early && (l == 0 || has_state(block, l - 1))) Lane::store(rows.input[l] + c, output[l]);
+    if (P::early(0) == early) Lane::store(rows.z() + c, output[0]);
+    for (int k = 0; k < P::Q; ++k) {
+      if (P::early(k + 1) == early && has_state(block, k)) Lane::store(rows.state(k) + c, output[k + 1]);
     }
   }
 };
@@ -296,21 +313,17 @@ void run(const Args& args) {
 
 constexpr int kFloats = kVectorBytes / sizeof(float), kDoubles = kVectorBytes / sizeof(double);
 
-template <typename P>
-constexpr Instance instance() {
-  return {P::Q,
-          P::M,
-          P::zero_bits,
-          P::one_bits,
-          {run<BlockLoop<P, float, kFloats>, Block>, run<BlockLoop<P, double, kDoubles>, Block>}};
+template <typename P, typename... Stored>
+constexpr Instance instance(List<Stored...>) {
+  return {P::Q, P::M, P::zero_bits, P::one_bits, {run<BlockLoop<P, Stored>, Block>...}};
 }
 
 // The rules of the table (generated from rules.py when building), and the shape that serves any rule.
 constexpr Instance kInstances[] = {
-#define GUT_FAST_PATTERN(q, M, zeros, ones) instance<Pattern<q, M, zeros, ones>>(),
+#define GUT_FAST_PATTERN(q, M, zeros, ones) instance<Pattern<q, M, zeros, ones>>(Storages{}),
 #include "patterns.inc"
 #undef GUT_FAST_PATTERN
-    instance<AnyRule>()};
+    instance<AnyRule>(Storages{})};
 
 template <typename... Stored>
 constexpr Streams streams(List<Stored...>) {

@@ -18,18 +18,18 @@ def load_rules(path):
     return importlib.import_module("gut_fast.rules").RULES.values()
 
 
-def samples(rule):
+def samples(rule, weight_decay):
     """The rule's coefficients at values of the hyper-parameters that share no accidental zero or one."""
-    for lr, fraction, weight_decay, maximize in ((0.137, 0.618, 0.011, False), (0.029, 0.271, 0.0, True)):
+    for lr, fraction, maximize in ((0.137, 0.618, False), (0.029, 0.271, True)):
         hyperparameters = {
             name: maximize if isinstance(default, bool) else fraction for name, default in rule.hyperparameters.items()
         }
         yield rule.coefficients(lr, weight_decay=weight_decay, maximize=maximize, **hyperparameters).flat()
 
 
-def pattern(rule):
+def pattern(rule, weight_decay):
     """States, messages, and a bit for each coefficient that is always zero, and always one."""
-    entries = list(zip(*samples(rule), strict=True))
+    entries = list(zip(*samples(rule, weight_decay), strict=True))
 
     def bits(value):
         return sum(1 << i for i, values in enumerate(entries) if set(values) == {value})
@@ -37,12 +37,23 @@ def pattern(rule):
     return len(rule.states), rule.num_messages, bits(0.0), bits(1.0)
 
 
+def patterns(rules):
+    """The different patterns and the rules that have them. Of patterns with the same zeros the one with fewest ones
+    serves all: a product with one changes nothing."""
+    found = {}
+    for rule in rules:
+        for weight_decay in (0.0, 0.011):
+            states, messages, zeros, ones = pattern(rule, weight_decay)
+            common, names = found.get((states, messages, zeros), (ones, {}))
+            found[states, messages, zeros] = common & ones, names | {rule.name: None}
+    return [(*key, ones, ", ".join(names)) for key, (ones, names) in found.items()]
+
+
 def main(rules_path, output_path):
-    """One line for each pattern; rules that share one share the instance."""
-    names = {pattern(rule): rule.name for rule in load_rules(rules_path)}
+    """One line for each pattern."""
     lines = [
-        f"GUT_FAST_PATTERN({states}, {messages}, {zeros:#x}, {ones:#x})  // {name}\n"
-        for (states, messages, zeros, ones), name in names.items()
+        f"GUT_FAST_PATTERN({states}, {messages}, {zeros:#x}, {ones:#x})  // {names}\n"
+        for states, messages, zeros, ones, names in patterns(load_rules(rules_path))
     ]
     content, output = "".join(lines), pathlib.Path(output_path)
     if not output.exists() or output.read_text() != content:  # an untouched file leaves what includes it compiled

@@ -38,15 +38,16 @@ Plan decided(Plan plan, std::int64_t step) {
 }  // namespace
 
 Plan choose_plan(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t step) {
-  constexpr std::int64_t kFew = 64, kShort = 512, kLong = 4096;  // agents; bytes of a row in a block
+  constexpr std::int64_t kFew = 64, kShort = 1 << 10, kLong = 4 << 10;  // agents; bytes of a row in a block
   const auto n = args.mixing.num_agents;
-  const bool is_read_often = args.mixing.row_start[n] > 8 * n && !schedule.uniform;
-  // A block of a few agents stays in L1. Of many it cannot, and rows of a page suit the memory and its tables of pages;
-  // but messages that many others read should stay in L2.
   const auto bytes_of_column = schedule.live_rows(args.num_messages, args.num_states + 1) * itemsize;
-  const auto most = n <= kFew ? kShort / itemsize : kLong / itemsize;
-  const auto fitting = (n <= kFew ? caches().first : is_read_often ? caches().second / 2 : INT64_MAX) / bytes_of_column;
-  return decided({std::min(most, fitting), 4 * kShort / itemsize, Fetch::near}, step);
+  auto block = (n <= kFew ? kShort : kLong) / itemsize;
+  if (args.mixing.row_start[n] > 8 * n) {
+    // Messages that many others read should stay near.
+    const auto room = n <= kFew ? caches().first : caches().second / 2;
+    block = std::min(block, room / bytes_of_column);
+  }
+  return decided({block, 2 * kShort / itemsize, Fetch::near}, step);
 }
 
 Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, std::int64_t itemsize, std::int64_t step) {

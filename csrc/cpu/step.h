@@ -1,8 +1,8 @@
 // One step on the columns of a chunk, block by block: of all agents together, or one of the halves of a step whose
 // agents are on several ranks.
 //
-// Rows lie where the tensors are. Only what the loop cannot read there is copied, for one block, into rows of scratch:
-// bfloat16 numbers, which are computed with as floats, and the last columns of a tensor, which do not fill the vectors.
+// Rows lie where the tensors are. Only the last columns of a tensor, which do not fill the loop's vectors, are copied into
+// rows of scratch, and messages that are bfloat16 on their way to other ranks.
 #pragma once
 
 #include <algorithm>
@@ -73,6 +73,7 @@ class Step {
         step_(kVectors * tier.lanes[is_double]),
         plan_(schedule ? choose_plan(args, *schedule, sizeof(T), step_)
                        : choose_split_plan(args, rows->count, sizeof(T), step_)),
+        loop_(rule_.instance->loop[storage_index(args.dtype, args.state_dtype, Storages{})]),
         weight_(args.mixing.row_start[n()] * sizeof(T)),
         coefficients_((args.gradient_scale ? n() : 1) * rule_.coefficients.size() * sizeof(T)),
         zeros_((plan_.block + kPad) * sizeof(T)) {
@@ -181,11 +182,10 @@ class Step {
 
   // How a thread's scratch is divided, in rows of numbers and then pointers.
   struct Layout {
-    std::int64_t stride, staged_stride, num_messages, num_mixed, bytes;
+    std::int64_t stride, staged_stride, num_messages, num_mixed, bytes;  // a staged number takes no more than a T
 
     explicit Layout(const Step& step) : stride(step.plan_.block + kPad) {
-      const bool converts = step.args_.dtype != exact || step.args_.state_dtype != exact;
-      staged_stride = converts ? stride : step.step_ + kPad;
+      staged_stride = step.step_ + kPad;
       num_mixed = step.rows_ ? step.rows_->count * step.M() : 0;
       num_messages = step.rows_ ? num_mixed : step.schedule_->num_slots * step.M();
       const auto numbers = (num_messages + 3 * step.M()) * stride + step.num_inputs() * step.n() * staged_stride;
@@ -242,7 +242,7 @@ class Step {
     block.turns = begin;
     block.end = end;
     block.begins_at = place;
-    rule_.instance->loop[is_double](block);
+    loop_(block);
   }
 
   // Calls body(column, count) for blocks of whole vectors, and for what is left of the columns.
@@ -281,44 +281,37 @@ class Step {
     return static_cast<char*>(const_cast<void*>(segment.gradients)) + column * item_size(args_.dtype);
   }
 
-  bool is_staged(const Block& block, int k, std::int64_t count) const {
-    return block.columns != count || dtype_of(k) != exact;
+  // The rows of scratch for input k of a block that does not fill the vectors.
+  char* staged(const Room& room, int k, std::int64_t agent) const {
+    return reinterpret_cast<char*>(room.staged + (k * n() + agent) * room.layout.staged_stride);
   }
 
-  // Shows the block where its rows are, and brings those that the loop cannot read where they are.
+  // Shows the block where its rows are, and brings those that do not fill the vectors into the scratch.
   void enter(Block& block, const Room& room, const Segment& segment, std::int64_t column, std::int64_t count) const {
     block.columns = round_up(count, step_);
     block.fetch = block.columns == count ? plan_.fetch : Fetch::none;
     for (int k = 0; k < num_inputs(); ++k) {
       const int at = rule_.serves_any && k == num_inputs() - 1 ? kMaxInputs - 1 : k;
+      const auto item = item_size(dtype_of(k));
       char* const from = input_at(segment, k, column);
       block.input[at] = from ? static_cast<void*>(from) : const_cast<void*>(block.zeros);
       block.pitch[at] = from ? segment.columns : 0;
-      if (from == nullptr || !is_staged(block, k, count)) continue;
-      T* const to = room.staged + k * n() * room.layout.staged_stride;
-      const auto item = item_size(dtype_of(k));
+      if (from == nullptr || block.columns == count) continue;
       for (std::int64_t i = 0; i < n(); ++i) {
-        const char* const row = from + i * segment.columns * item;
-        for (std::int64_t ahead = 0; ahead < count * item; ahead += kLine) {
-          __builtin_prefetch(row + count * item + ahead);  // the next block's
-        }
-        load(row, dtype_of(k), to + i * room.layout.staged_stride, count);
+        std::memcpy(staged(room, k, i), from + i * segment.columns * item, count * item);
       }
-      block.input[at] = to;
-      block.pitch[at] = room.layout.staged_stride;
+      block.input[at] = staged(room, k, 0);
+      block.pitch[at] = room.layout.staged_stride * sizeof(T) / item;
     }
   }
 
   // Brings back what has been computed in the scratch.
   void leave(const Block& block, const Room& room, const Segment& segment, std::int64_t column,
              std::int64_t count) const {
-    for (int k = 0; k <= args_.num_states; ++k) {
-      if (!is_staged(block, k, count)) continue;
-      char* const to = input_at(segment, k, column);
-      const T* const from = room.staged + k * n() * room.layout.staged_stride;
+    for (int k = 0; k <= args_.num_states && block.columns != count; ++k) {
+      const auto item = item_size(dtype_of(k));
       for (std::int64_t i = 0; i < n(); ++i) {
-        store(from + i * room.layout.staged_stride, dtype_of(k), to + i * segment.columns * item_size(dtype_of(k)), count,
-              nullptr);
+        std::memcpy(input_at(segment, k, column) + i * segment.columns * item, staged(room, k, i), count * item);
       }
     }
   }
@@ -355,6 +348,7 @@ class Step {
   const CompiledRule rule_;
   const std::int64_t step_;  // columns that the loop takes at a time
   const Plan plan_;
+  const Loop loop_;
   const Memory weight_, coefficients_, zeros_;
   std::optional<Memory> scratch_;
 };
