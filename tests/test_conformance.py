@@ -418,3 +418,19 @@ def test_the_sum_of_rounded_messages_stays_right_over_many_steps(place):
         total += torch.stack(rows).double()
     torch.testing.assert_close(total + torch.stack(residuals), 20 * torch.stack(exact).double(), rtol=1e-5, atol=1e-5)
     assert (torch.stack(residuals).abs() <= 2.0**-8 * (torch.stack(exact).abs() + torch.stack(residuals).abs())).all()
+
+
+@everywhere
+@pytest.mark.parametrize("rule", ["gut", "own"])
+def test_zero_times_nan_is_nothing(place, rule):
+    """A coefficient that is zero reads nothing, whether it always is or happens to be in these hyper-parameters."""
+    if rule == "gut":
+        step = a_step("gut", topology.ring(4), (70,), device=place.device, mu=0.0)  # r leaves z and itself alone
+    else:
+        step = a_step(own_rule(2, 2), topology.ring(4), (70,), device=place.device)
+        K, L, M = 4, 3, 2
+        cells = [*range(1, M * K, K), *range(M * K + 1, (M + L) * K, K)]  # the second input in A and in B
+        step.coefficients[cells] = 0.0
+    clean = step._replace(state=[torch.zeros_like(step.state[0]), *step.state[1:]])
+    step.state[0].fill_(math.nan)
+    assert same_bits(outputs(stepped(step, place.backend)), outputs(stepped(clean, place.backend)))

@@ -11,8 +11,9 @@ import torch
 
 from gut_fast import _core, topology
 from gut_fast.kernels import ops
-from gut_fast.kernels.backends import cpu
+from gut_fast.kernels.backends import arithmetic, cpu
 from gut_fast.rules import RULES
+from gut_fast.topology.names import parse_topology
 from gut_fast.verify.lockstep import same_bits, seeded
 from steps import a_step, copied, outputs, own_rule, stepped
 
@@ -131,7 +132,7 @@ def test_a_forked_child_can_step():
 TIER = """
 import torch
 from gut_fast.kernels import ops
-from gut_fast.kernels.backends import cpu
+from gut_fast.kernels.backends import arithmetic, cpu
 print(cpu.tier(), "|", cpu.unavailable("cpu", torch.float32, 1, 1))
 print(ops.select_backend("auto", "cpu", torch.float32, 1, 1).__name__)
 """
@@ -147,6 +148,50 @@ def test_the_environment_forces_a_tier(tier):
         assert "steps are slow without the compiled kernel: backend 'cpu' is not available: env" in result.stderr
         assert "None | environment variable GUT_FAST_TIER: instruction tier 'no-such-tier'" in result.stdout
         assert result.stdout.split("\n")[1] == "gut_fast.kernels.backends.torch"
+
+
+def test_the_environment_forces_a_plan():
+    text = TIER.replace("print(cpu.tier()", "print(cpu.last_plan()")
+    step = "from steps import a_step\nops.gossip_step_(*a_step('gut', columns=(5000,)))\nprint(cpu.last_plan())"
+    result = script(f"{text}{step}", GUT_FAST_PLAN="block=512,ahead=1024,fetch=write")
+    assert result.stdout.split("\n")[2] == "block=512,ahead=1024,fetch=write", result.stderr
+    result = script(text, GUT_FAST_PLAN="block=512")
+    assert "environment variable GUT_FAST_PLAN: expected block=COLUMNS,ahead=" in result.stdout
+
+
+@pytest.fixture
+def plan():
+    """Forces a plan, and puts the processor's own back."""
+    yield cpu.force_plan
+    cpu.force_plan(None)
+
+
+PLANS = [
+    f"block={block},ahead={ahead},fetch={fetch}"
+    for block, ahead, fetch in ((1, 0, "none"), (64, 10**6, "near"), (192, 128, "outer"), (4096, 300, "write"))
+]
+
+
+@pytest.mark.parametrize("graph", ["ring:16", "torus:4x5", "complete:9", "star:7", "random-regular:70:4:0"])
+def test_bits_do_not_depend_on_the_plan(plan, threads, graph):
+    """Nor do those of the halves."""
+    for dtype, state_dtype in cpu.PAIRS:
+        step = a_step("gutm", parse_topology(graph), (3, 64, 4999), dtype=dtype, state_dtype=state_dtype)
+        results = []
+        for count, forced in enumerate([None, *PLANS], start=1):
+            threads(count)
+            plan(forced)
+            part, rows = copied(step), step.new_rows(arithmetic(dtype))
+            ops.message(part, rows, "cpu")
+            ops.combine_(part, rows, "cpu")
+            results.append([*outputs(stepped(step, "cpu")), *rows, *outputs(part)])
+        assert all(same_bits(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("wrong", ["", "block=0,ahead=0,fetch=near", "block=64,ahead=-1,fetch=near", "block=x", "near"])
+def test_plans_that_are_refused(plan, wrong):
+    with pytest.raises(ValueError, match="block"):
+        plan(wrong)
 
 
 def test_tier_names(tier):

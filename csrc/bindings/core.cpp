@@ -21,6 +21,8 @@ using gut_fast::bindings::RowTensors;
 using gut_fast::bindings::SegmentTensors;
 using gut_fast::bindings::TensorReader;
 using gut_fast::bindings::TensorStep;
+using gut_fast::cpu::Fetch;
+using gut_fast::cpu::Plan;
 using Address = std::uintptr_t;
 
 namespace {
@@ -149,12 +151,26 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.attr("CUDA_OPTION") = GUT_FAST_CUDA;
   module.def("available_tiers", &gut_fast::cpu::available_tiers);
   module.def("tier", &gut_fast::cpu::tier);
-  module.def("force_plan", [](std::int64_t block, std::int64_t ahead, const std::string& fetch) {
-    using gut_fast::cpu::Fetch;
-    if (block == 0) return gut_fast::cpu::force_plan(std::nullopt);
-    gut_fast::cpu::force_plan(gut_fast::cpu::Plan{block, ahead, fetch == "none" ? Fetch::none : fetch == "near" ? Fetch::near : fetch == "outer" ? Fetch::outer : Fetch::write});
-  });
   module.def("set_tier", &gut_fast::cpu::set_tier, py::arg("name"));
+  py::enum_<Fetch>(module, "Fetch")
+      .value("none", Fetch::none)
+      .value("near", Fetch::near)
+      .value("outer", Fetch::outer)
+      .value("write", Fetch::write);
+  py::class_<Plan>(module, "Plan")
+      .def(py::init([](std::int64_t block, std::int64_t ahead, Fetch fetch) {
+             constexpr std::int64_t kMost = 1 << 20;
+             if (block < 1 || block > kMost || ahead < 0 || ahead > kMost) {
+               throw std::invalid_argument("a plan needs 1 <= block <= 2**20 and 0 <= ahead <= 2**20 columns");
+             }
+             return Plan{block, ahead, fetch};
+           }),
+           py::arg("block"), py::arg("ahead"), py::arg("fetch"))
+      .def_readonly("block", &Plan::block)
+      .def_readonly("ahead", &Plan::ahead)
+      .def_readonly("fetch", &Plan::fetch);
+  module.def("force_plan", &gut_fast::cpu::force_plan, py::arg("plan"));
+  module.def("last_plan", &gut_fast::cpu::last_plan);
   py::enum_<DType>(module, "DType")
       .value("float32", DType::float32)
       .value("float64", DType::float64)

@@ -46,7 +46,7 @@ struct Block {
   const void* weight;
   const Total* total;  // of a complete graph, instead of the neighbours one by one; or null
   const Turn *turns, *end;
-  const std::int32_t* message_order;  // [num_agents]
+  const std::int32_t* message_order;  // [num_agents]; null where nothing is fetched
   std::int64_t ahead;                 // columns in the order of turns, how far ahead lines are fetched
   std::int64_t begins_at;             // the place of the first turn in that order
   Fetch fetch;

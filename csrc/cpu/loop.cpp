@@ -105,6 +105,7 @@ class BlockLoop {
 
   // The rows of the agent whose message comes at this place, counted on through the blocks that follow.
   static GUT_FAST_INLINE void find(const Block& block, std::int64_t place, std::int64_t shift, const char* (&rows)[K]) {
+    if (block.fetch == Fetch::none) return;
     for (; place >= block.num_agents; place -= block.num_agents) shift += block.columns;
     const std::int64_t agent = block.message_order[place];
     for (int k = 0; k < K; ++k) {

@@ -289,7 +289,7 @@ class Step {
   // Shows the block where its rows are, and brings those that do not fill the vectors into the scratch.
   void enter(Block& block, const Room& room, const Segment& segment, std::int64_t column, std::int64_t count) const {
     block.columns = round_up(count, step_);
-    block.fetch = block.columns == count ? plan_.fetch : Fetch::none;
+    block.fetch = schedule_ && block.columns == count ? plan_.fetch : Fetch::none;
     for (int k = 0; k < num_inputs(); ++k) {
       const int at = rule_.serves_any && k == num_inputs() - 1 ? kMaxInputs - 1 : k;
       const auto item = item_size(dtype_of(k));

@@ -9,6 +9,19 @@ class DType:
     float64: DType
     bfloat16: DType
 
+class Fetch:
+    name: str
+    none: Fetch
+    near: Fetch
+    outer: Fetch
+    write: Fetch
+
+class Plan:
+    block: int
+    ahead: int
+    fetch: Fetch
+    def __init__(self, block: int, ahead: int, fetch: Fetch) -> None: ...
+
 class TensorReader: ...
 
 class TensorStep:
@@ -42,6 +55,8 @@ def tensor_step(
 ) -> TensorStep | None: ...
 def available_tiers() -> list[str]: ...
 def tier() -> str: ...
+def force_plan(plan: Plan | None) -> None: ...
+def last_plan() -> Plan: ...
 def set_tier(name: str) -> None: ...
 def gossip_step(
     dtype: DType,

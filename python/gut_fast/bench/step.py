@@ -295,6 +295,7 @@ def measure(
             "tensors": len(case.shapes),
             "dtypes": [str(dtype).removeprefix("torch.") for dtype in case.dtypes],
             "backend": workload.backend,
+            **({"plan": cpu.last_plan()} if workload.backend == "cpu" else {}),
             "bytes": case.bytes_per_step(workload.num_agents),
         }
         measurements = {name: replace(each, error=errors[name]) for name, each in measured.items()}

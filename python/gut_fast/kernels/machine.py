@@ -97,9 +97,9 @@ def gpu_line() -> str:
 
 
 def wrong_tier() -> str | None:
-    """The error in environment variable GUT_FAST_TIER, because of which the kernel is there but not in use; or None."""
+    """The error in an environment variable, because of which the kernel is there but not in use; or None."""
     reason = backend_status()["cpu"] or ""
-    return reason if reason.startswith("environment variable GUT_FAST_TIER") else None
+    return reason if reason.startswith("environment variable ") else None
 
 
 def machine_line() -> str:

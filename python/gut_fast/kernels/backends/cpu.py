@@ -16,7 +16,9 @@ __all__ = [
     "direct_combine",
     "direct_message",
     "direct_step",
+    "force_plan",
     "gossip_step",
+    "last_plan",
     "message",
     "set_tier",
     "tier",
@@ -34,6 +36,9 @@ PAIRS = (
 )
 """The pairs of dtypes, of parameters and of state, that are compiled in."""
 
+FETCHES = ("none", "near", "outer", "write")
+"""Where lines that will be needed are brought: nowhere, into L1, into L2, or into L1 to be written."""
+
 try:
     from gut_fast import _core
 except ImportError as error:  # a source tree without its extension still has the torch backend
@@ -41,10 +46,42 @@ except ImportError as error:  # a source tree without its extension still has th
     why_missing: str | None = f"the compiled extension gut_fast._core did not import ({error}); reinstall gut_fast"
 else:
     why_missing = None
-    try:
-        _core.set_tier(os.environ.get("GUT_FAST_TIER", "") or _core.tier())
-    except ValueError as error:
-        why_missing = f"environment variable GUT_FAST_TIER: {error}"
+
+
+
+def force_plan(plan: str | None) -> None:
+    """Makes all later steps use a plan, such as ``"block=256,ahead=512,fetch=near"``; None: the processor's best again.
+
+    A step takes `block` columns of all agents at a time, and fetches from memory what it needs `ahead` columns later,
+    counted in the order in which rows are read, into a cache (one of `FETCHES`). Bits do not depend on it.
+
+    Raises:
+        ValueError: the plan is not of this form, or a number is out of range.
+    """
+    if plan is None:
+        _core.force_plan(None)
+        return
+    parts = dict(part.partition("=")[::2] for part in plan.split(","))
+    if parts.keys() != {"block", "ahead", "fetch"} or parts["fetch"] not in FETCHES:
+        raise ValueError(f"expected block=COLUMNS,ahead=COLUMNS,fetch={'|'.join(FETCHES)}, got {plan!r}")
+    block, ahead = int(parts["block"]), int(parts["ahead"])
+    _core.force_plan(_core.Plan(block, ahead, getattr(_core.Fetch, parts["fetch"])))
+
+
+def last_plan() -> str | None:
+    """The plan of this thread's last step on the compiled kernel, or None before the first."""
+    if why_missing is not None or not (plan := _core.last_plan()).block:
+        return None
+    return f"block={plan.block},ahead={plan.ahead},fetch={plan.fetch.name}"
+
+
+if why_missing is None:
+    for _name, _use in (("GUT_FAST_TIER", _core.set_tier), ("GUT_FAST_PLAN", force_plan)):
+        try:
+            if _value := os.environ.get(_name):
+                _use(_value)
+        except ValueError as error:
+            why_missing = f"environment variable {_name}: {error}"
 
 _exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10 and later
 _reader = (
