@@ -36,12 +36,12 @@ struct Block {
   const void* zeros;             // a row of them, the gradient of agents whose
   const double* gradient_scale;  // factor is zero; or null
   const void* coefficients;
-  std::int64_t per_agent;    // from one agent's coefficients to the next one's; 0 if all share them
-  std::uint64_t zero_bits;   // of the coefficients, and
+  std::int64_t per_agent;        // from one agent's coefficients to the next one's; 0 if all share them
+  std::uint64_t zero_bits;       // of the coefficients, and
   int num_states, num_messages;  // sizes of the rule, for the loop that serves any
-  void* const* sent;         // where message m of agent i is put: [i * M + m]
-  const void* const* mixed;  // where message m of row j is read for the drift
-  bool finishes;             // outputs that need no mixing are stored with the message
+  void* const* sent;             // where message m of agent i is put: [i * M + m]
+  const void* const* mixed;      // where message m of row j is read for the drift
+  bool finishes;                 // outputs that need no mixing are stored with the message
   const std::int64_t *row_start, *neighbor;
   const void* weight;
   const Total* total;  // of a complete graph, instead of the neighbours one by one; or null

@@ -1,4 +1,5 @@
-// The CPU kernel: validates the mixing matrix, plans blocks of columns, runs them on the pool, in the best instruction tier.
+// The CPU kernel: validates the mixing matrix, plans blocks of columns, runs them on the pool, in the best instruction
+// tier.
 #pragma once
 
 #include <string>
@@ -18,8 +19,8 @@ const Tier& current_tier();
 void set_tier(const std::string& name);
 
 // One step in place on up to num_threads threads. Results do not depend on threads, plan or tier, bit for bit.
-// Throws std::invalid_argument for a malformed mixing matrix or a rule with more states or messages than are compiled, std::bad_alloc for
-// want of scratch; in both cases nothing has been changed.
+// Throws std::invalid_argument for a malformed mixing matrix or a rule with more states or messages than are compiled,
+// std::bad_alloc for want of scratch; in both cases nothing has been changed.
 void gossip_step(const StepArgs& args, int num_threads);
 
 // The two halves of a step whose agents are on several ranks: what each agent sends, then the mixing of what was sent.

@@ -1,6 +1,6 @@
-// What is compiled once for each instruction tier: the one loop of a step, and the little ones beside it. CMake compiles
-// this file for each tier, with that tier's instructions; all of it but the tier itself is the file's own, so no linker
-// can swap one tier's code for another's.
+// What is compiled once for each instruction tier: the one loop of a step, and the little ones beside it. CMake
+// compiles this file for each tier, with that tier's instructions; all of it but the tier itself is the file's own, so
+// no linker can swap one tier's code for another's.
 //
 // The loop takes a block of columns of all agents, turn by turn. In a turn the message of one agent is computed and
 // another agent, whose neighbours' messages are there, is mixed, a few vectors of columns at a time; the lines that
@@ -62,7 +62,7 @@ class BlockLoop {
   // The rows of one agent.
   struct Rows {
     char* input[K];
-    T* sent[M] = {};  // its messages,
+    T* sent[M] = {};         // its messages,
     const T* mixed[M] = {};  // and what neighbours see of them
     With with;
 
@@ -185,8 +185,7 @@ class BlockLoop {
   }
 
   // Differences from the first message, not from zero: near consensus they keep their digits.
-  static GUT_FAST_INLINE void drift_of_all(const Block& block, const Rows& rows, int m, std::int64_t c,
-                                           V (&drift)[n]) {
+  static GUT_FAST_INLINE void drift_of_all(const Block& block, const Rows& rows, int m, std::int64_t c, V (&drift)[n]) {
     const V weight = Lane::broadcast(static_cast<const T*>(block.weight)[0]);
     const V all = Lane::broadcast(static_cast<T>(block.num_agents));
     const T* own = rows.sent[m] + c;
@@ -256,7 +255,8 @@ struct WidenLoop {
   static GUT_FAST_INLINE void run(const CopyArgs& args) {
     const auto* from = static_cast<const BFloat16*>(args.from);
     auto* to = static_cast<float*>(args.to);
-    each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
+    each<kLanes>(args.columns,
+                 [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
   }
 };
 
@@ -267,7 +267,8 @@ struct NarrowLoop {
     auto* to = static_cast<BFloat16*>(args.to);
     auto* residual = static_cast<float*>(args.residual);
     if (residual == nullptr) {
-      each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
+      each<kLanes>(args.columns,
+                   [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
     } else {
       each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA {
         const auto exact = lane.load(from + c) + lane.load(residual + c);

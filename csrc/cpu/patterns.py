@@ -39,7 +39,8 @@ def pattern(rule, weight_decay):
 
 def patterns(rules):
     """The different patterns and the rules that have them. Of patterns with the same zeros the one with fewest ones
-    serves all: a product with one changes nothing."""
+    serves all: a product with one changes nothing.
+    """
     found = {}
     for rule in rules:
         for weight_decay in (0.0, 0.011):

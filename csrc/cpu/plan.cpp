@@ -53,7 +53,7 @@ Plan choose_plan(const StepArgs& args, const Schedule& schedule, std::int64_t it
 Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, std::int64_t itemsize, std::int64_t step) {
   const auto rows = num_rows * args.num_messages + (args.num_states + 2) * args.mixing.num_agents;
   const auto fitting = caches().first / (rows * itemsize);
-  return decided({std::clamp(fitting, step, std::int64_t{4096}), 0, Fetch::none}, step);
+  return decided({std::clamp(fitting, step, std::int64_t{1024}), 0, Fetch::none}, step);
 }
 
 void force_plan(const std::optional<Plan>& plan) {

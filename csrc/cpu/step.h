@@ -1,8 +1,8 @@
 // One step on the columns of a chunk, block by block: of all agents together, or one of the halves of a step whose
 // agents are on several ranks.
 //
-// Rows lie where the tensors are. Only the last columns of a tensor, which do not fill the loop's vectors, are copied into
-// rows of scratch, and messages that are bfloat16 on their way to other ranks.
+// Rows lie where the tensors are. Only the last columns of a tensor, which do not fill the loop's vectors, are copied
+// into rows of scratch, and messages that are bfloat16 on their way to other ranks.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,8 @@
 
 namespace gut_fast::cpu {
 
-// A rule as a loop takes it: A, B, C, E one after the other, padded to the largest shape where the loop serves any rule.
+// A rule as a loop takes it: A, B, C, E one after the other, padded to the largest shape where the loop serves any
+// rule.
 struct CompiledRule {
   const Instance* instance;
   bool serves_any;

@@ -48,7 +48,6 @@ else:
     why_missing = None
 
 
-
 def force_plan(plan: str | None) -> None:
     """Makes all later steps use a plan, such as ``"block=256,ahead=512,fetch=near"``; None: the processor's best again.
 
