@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import os
 os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-import torch, torch.distributed as dist
+import time, torch, torch.distributed as dist
 import gut_fast
 from gut_fast.distributed import gloo_threads
 
@@ -14,6 +14,10 @@ assert gloo_threads.settle()  # there is nothing to wait for
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 works = [dist.all_reduce(torch.ones(1000), async_op=True) for _ in range(20)]
 del works
+for _ in range(1000):  # a thread takes its name when it first runs
+    if gloo_threads._runs():
+        break
+    time.sleep(0.01)
 assert gloo_threads._runs(), "no thread of gloo was found"
 assert gloo_threads.settle()
 print("settled")
