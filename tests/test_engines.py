@@ -25,6 +25,8 @@ from gut_fast.simulation.engines import (
 )
 from gut_fast.simulation.objective import Supervised
 
+trains_alone = pytest.mark.filterwarnings("ignore:.*mixes nothing over .* each agent trains alone:UserWarning")
+
 OBJECTIVE = Supervised(cross_entropy)
 compiles = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32 tensor cores:UserWarning")
 """torch.compile sets off warnings of torch's own."""
@@ -423,6 +425,7 @@ class NothingIsRead(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])
+@trains_alone
 def test_a_step_reads_no_value(engine):
     """The optimizer is one of torch's, since the library's own reads its mixing weights on the CPU."""
 

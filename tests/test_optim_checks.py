@@ -55,6 +55,7 @@ BAD_PARAMETERS = {
     "twice": (lambda: parameters()[:1] * 2, ValueError, "stands more than once"),
 }
 BAD_GROUPS = {
+    "a module": (lambda: torch.nn.Linear(5, 8), TypeError, r"give the parameters of the module, Linear\.parameters"),
     "no tensor": (lambda: [{"params": [1.0]}], TypeError, "parameters must be tensors, got"),
     "nothing": (list, ValueError, "empty parameter list"),
     "a set": (lambda: [{"params": {torch.zeros(6)}}], TypeError, "must have an order, got a set"),

@@ -30,6 +30,8 @@ from gut_fast.simulation.metrics import evaluate, read
 from gut_fast.simulation.samples import TensorSamples
 from products import covering
 
+trains_alone = pytest.mark.filterwarnings("ignore:.*mixes nothing over .* each agent trains alone:UserWarning")
+
 NUM_AGENTS = 4
 RING = topology.ring(NUM_AGENTS)
 FOREVER = 10**7
@@ -197,6 +199,7 @@ def test_groups_keep_the_ratio_of_their_learning_rates():
 
 
 @pytest.mark.parametrize("schedule", [lambda o: CosineAnnealingLR(o, 10), lambda o: OneCycleLR(o, 0.3, total_steps=20)])
+@trains_alone
 def test_any_torch_scheduler_instead_of_milestones(schedule):
     expected = []
     plain = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
@@ -225,7 +228,9 @@ def test_engines_train_alike(engine):
 
 def test_without_mixing_every_agent_trains_alone():
     """A plain torch optimizer mixes nothing and sends nothing: agent i is a model trained on part i by hand."""
-    sim = simulator(plain_model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    with pytest.warns(UserWarning, match=r"SGD mixes nothing over ring\(4\), each agent trains alone") as caught:
+        sim = simulator(plain_model, optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9))
+    assert caught[0].filename == __file__
     run(sim, 6, milestones=())
     for agent in range(NUM_AGENTS):
         module = plain_model()
@@ -289,6 +294,7 @@ def test_run_counts_steps_in_all():
     assert len(twice.history) == 2
 
 
+@trains_alone
 def test_a_loss_of_nan_is_carried_and_reported():
     data = blobs()
     data.train_inputs[0] = math.nan
@@ -482,6 +488,7 @@ RUNS = {
 @pytest.mark.parametrize(
     ("name", "options"), covering(list(RUNS), [{}, {"schedule": lambda optimizer: CosineAnnealingLR(optimizer, 40)}])
 )
+@trains_alone
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(tmp_path, name, options):
     """The run stops at step 20 of 40, between two evaluations, and a new simulator continues it."""
     path = tmp_path / "run.checkpoint"
@@ -854,6 +861,7 @@ def test_bad_arguments_of_run_change_nothing(options, error, message):
         ),
         ({"model": lambda: stack(plain_model(), 3)}, ValueError, "the model 3 and the data 4 parts"),
         ({"optimizer": lambda p: "sgd"}, TypeError, "must return a torch.optim.Optimizer, got str"),
+        ({"optimizer": "sgd"}, TypeError, "must be a function that makes one of the stacked parameters, .* got str"),
         (
             {"optimizer": lambda p: torch.optim.SGD(plain_model().parameters(), lr=0.1)},
             ValueError,

@@ -221,7 +221,10 @@ class StackedModule(nn.Module):
         return self
 
     def average(self) -> nn.Module:
-        """A plain module with the agents' mean parameters and floating-point buffers, and agent 0's other buffers."""
+        """A plain module with the agents' mean parameters and floating-point buffers, and agent 0's other buffers.
+
+        It is a copy, and as the agents are: in training or in evaluation mode.
+        """
         mean = self.mean_state()
         return self._layout.module_with({name: _like(tensor, mean[name]) for name, tensor in self.tensors().items()})
 

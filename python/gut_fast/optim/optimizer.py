@@ -121,6 +121,8 @@ class GossipOptimizer(KeepsState):
     ) -> None:
         if not isinstance(topology, Topology):
             raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
+        if isinstance(params, torch.nn.Module):  # whose iteration, if it has one, is of something else
+            raise TypeError(f"{self._name}: give the parameters of the module, {type(params).__name__}.parameters()")
         self.rule, self.topology, self.backend = get_rule(rule), topology, backend
         check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
         check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)

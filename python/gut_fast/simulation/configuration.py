@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 
 from gut_fast import randomness
 from gut_fast.agents import StackedModule
+from gut_fast.optim.checks import frames_to_the_caller
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.files import digest, mixing_digest
 from gut_fast.simulation.metrics import metric_entries
@@ -19,7 +21,7 @@ from gut_fast.simulation.objective import Loss, Metric, ModelLoss, Objective, Su
 from gut_fast.simulation.samples import FileSamples, Samples, TensorSamples
 from gut_fast.topology import Topology
 
-__all__ = ["check_labels", "checked_optimizer", "configuration_of", "make_objective"]
+__all__ = ["check_labels", "configuration_of", "make_objective", "make_optimizer"]
 
 
 def make_objective(
@@ -144,16 +146,36 @@ def _outputs(stacked: StackedModule, objective: Supervised, batch: Any) -> Any:
             return None
 
 
-def checked_optimizer(optimizer: Any, stacked: StackedModule, topology: Topology) -> Optimizer:
-    """Returns `optimizer`; raises TypeError or ValueError unless it trains these models over this topology."""
+def make_optimizer(make: Any, stacked: StackedModule, topology: Topology) -> Optimizer:
+    """Returns the optimizer that `make` makes of the stacked parameters.
+
+    Raises:
+        TypeError, ValueError: it is not one that trains these models over this topology.
+
+    Warns:
+        UserWarning: it mixes nothing.
+    """
+    if not callable(make):
+        raise TypeError(
+            "optimizer must be a function that makes one of the stacked parameters, such as "
+            f"lambda parameters: gut_fast.GUT(parameters, lr=0.1, topology=topology), got {type(make).__name__}"
+        )
+    optimizer = make(stacked.parameters())
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(optimizer).__name__}")
     own = {id(parameter) for parameter in stacked.parameters()}
     if any(id(parameter) not in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("the optimizer has other parameters than the stacked ones that it was given")
-    mixes_with = getattr(optimizer, "topology", topology)
-    if mixes_with != topology:
+    mixes_with = getattr(optimizer, "topology", None)
+    if mixes_with not in (None, topology):
         raise ValueError(f"the optimizer mixes over {mixes_with}, but the simulator's topology is {topology}")
+    if mixes_with is None and topology.num_agents > 1:
+        warnings.warn(
+            f"{type(optimizer).__name__} mixes nothing over {topology}, each agent trains alone; use an optimizer of "
+            "gut_fast, or put yours into gut_fast.Gossip",
+            UserWarning,
+            stacklevel=frames_to_the_caller(),
+        )
     return optimizer
 
 

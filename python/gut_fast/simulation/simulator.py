@@ -21,7 +21,7 @@ from gut_fast.distributed import Group
 from gut_fast.optim.gossip import clip_grad_norm_per_agent_
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.callbacks import AfterCheckpoint, Callback, Progress, ShowProgress, around, checked
-from gut_fast.simulation.configuration import check_labels, checked_optimizer, configuration_of, make_objective
+from gut_fast.simulation.configuration import check_labels, configuration_of, make_objective, make_optimizer
 from gut_fast.simulation.engines import AutoEngine, make_engine, undo_on_error
 from gut_fast.simulation.files import check_configuration, check_target, read_checkpoint, write_checkpoint
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
@@ -151,7 +151,7 @@ class Simulator:
         )
         check_labels(stacked, self._objective, samples, "data")
         check_labels(stacked, self._objective, self._test, "test_data")
-        self.optimizer = checked_optimizer(optimizer(stacked.parameters()), stacked, topology)
+        self.optimizer = make_optimizer(optimizer, stacked, topology)
         self._everyone = Everyone(agents, num_agents, stacked.device, self.optimizer)
         check_ranks(self._everyone.group, process_group)
         self.step = 0
