@@ -89,6 +89,10 @@ class Step {
       }
     }
     std::memset(zeros_.template as<T>(), 0, (plan_.block + kPad) * sizeof(T));
+    for (std::int32_t i = 0; rows != nullptr && i < n(); ++i) {
+      (rows->row[i] != nullptr ? with_row_ : without_row_).push_back({i, -1});
+      everybody_.push_back({i, i});
+    }
   }
 
   const StepArgs& args() const { return args_; }
@@ -125,16 +129,15 @@ class Step {
     Room room(*this, participant);
     Block block = block_of(room);
     block.finishes = false;
-    const auto turns = sending([this](std::int64_t i) { return rows_->row[i] != nullptr; });
     each_block(chunk, [&](std::int64_t column, std::int64_t count) {
       enter(block, room, *chunk.segment, column, count);
       const bool is_direct = rows_->dtype == exact && block.columns == count;
-      each_row(turns, [&](std::int64_t at, std::int64_t i, int m) {
+      each_row(with_row_, [&](std::int64_t at, std::int64_t i, int m) {
         room.sent[at] = is_direct ? row(*chunk.segment, i, m, column) : room.message(at);
       });
-      take(block, turns.data(), turns.data() + turns.size(), 0);
+      take(block, with_row_.data(), with_row_.data() + with_row_.size(), 0);
       if (is_direct) return;
-      each_row(turns, [&](std::int64_t at, std::int64_t i, int m) {
+      each_row(with_row_, [&](std::int64_t at, std::int64_t i, int m) {
         void* residual = rows_->residual ? place(*chunk.segment, rows_->residual[i], m, column, sizeof(T)) : nullptr;
         store(room.message(at), rows_->dtype, row(*chunk.segment, i, m, column), count, residual);
       });
@@ -147,9 +150,6 @@ class Step {
     Room room(*this, participant);
     Block block = block_of(room);
     block.mixed = room.mixed;
-    const auto missing = sending([this](std::int64_t i) { return rows_->row[i] == nullptr; });
-    std::vector<Turn> turns;
-    for (std::int32_t i = 0; i < n(); ++i) turns.push_back({i, i});
     each_block(chunk, [&](std::int64_t column, std::int64_t count) {
       enter(block, room, *chunk.segment, column, count);
       const bool is_direct = rows_->dtype == exact && block.columns == count;
@@ -161,12 +161,12 @@ class Step {
           if (sent && !is_direct) load(sent, rows_->dtype, room.message(at), count);
         }
       }
-      each_row(missing, [&](std::int64_t at, std::int64_t, int) { room.sent[at] = room.message(at); });
+      each_row(without_row_, [&](std::int64_t at, std::int64_t, int) { room.sent[at] = room.message(at); });
       block.finishes = false;
-      take(block, missing.data(), missing.data() + missing.size(), 0);
-      each_row(turns, [&](std::int64_t at, std::int64_t, int m) { room.sent[at] = room.own(m); });
+      take(block, without_row_.data(), without_row_.data() + without_row_.size(), 0);
+      each_row(everybody_, [&](std::int64_t at, std::int64_t, int m) { room.sent[at] = room.own(m); });
       block.finishes = true;
-      take(block, turns.data(), turns.data() + turns.size(), 0);
+      take(block, everybody_.data(), everybody_.data() + everybody_.size(), 0);
       leave(block, room, *chunk.segment, column, count);
     });
   }
@@ -256,15 +256,6 @@ class Step {
     }
   }
 
-  template <typename Wanted>
-  std::vector<Turn> sending(const Wanted& wanted) const {
-    std::vector<Turn> turns;
-    for (std::int32_t i = 0; i < n(); ++i) {
-      if (wanted(i)) turns.push_back({i, -1});
-    }
-    return turns;
-  }
-
   template <typename Body>
   void each_row(const std::vector<Turn>& turns, const Body& body) const {
     for (const Turn& turn : turns) {
@@ -351,6 +342,7 @@ class Step {
   const Plan plan_;
   const Loop loop_;
   const Memory weight_, coefficients_, zeros_;
+  std::vector<Turn> with_row_, without_row_, everybody_;  // of the halves
   std::optional<Memory> scratch_;
 };
 
