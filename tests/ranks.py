@@ -5,6 +5,7 @@ Tests in which processes are killed, stopped or must end have a `Crew` of their 
 """
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import multiprocessing
@@ -100,14 +101,17 @@ class Crew:
 
     def outcomes(self, ranks=None):
         """Returns what the function returned on each rank (all unless told), the error it raised, or None if killed."""
-        return [self._outcome(rank) for rank in (range(len(self._ranks)) if ranks is None else ranks)]
+        ranks = list(range(len(self._ranks)) if ranks is None else ranks)
+        finished = {rank: self._ranks[rank].pipe.poll(max(self.deadline - time.monotonic(), 0.1)) for rank in ranks}
+        if all(finished.values()):
+            return [self._outcome(rank) for rank in ranks]
+        says = {rank: repr(self._outcome(rank)) if finished[rank] else self._ranks[rank].stacks() for rank in ranks}
+        late = [rank for rank in ranks if not finished[rank]]
+        raise AssertionError(f"ranks {late} have not finished; " + "; ".join(f"rank {r}: {s}" for r, s in says.items()))
 
     def _outcome(self, rank):
-        pipe = self._ranks[rank].pipe
-        if not pipe.poll(max(self.deadline - time.monotonic(), 0.1)):
-            raise AssertionError(f"rank {rank} has not finished")
         try:
-            outcome, text = pickle.loads(pipe.recv_bytes())
+            outcome, text = pickle.loads(self._ranks[rank].pipe.recv_bytes())
         except EOFError:
             return None
         if isinstance(outcome, Exception):
@@ -164,9 +168,18 @@ class _Rank:
     def tell(self, order):
         self.pipe.send_bytes(pickle.dumps(order))
 
+    def stacks(self):
+        """Returns where the threads of this process are; after this it cannot be told anything."""
+        os.kill(self.process.pid, signal.SIGUSR1)
+        said = b""
+        while self.pipe.poll(2) and (more := os.read(self.pipe.fileno(), 1 << 16)):
+            said += more
+        return said.decode(errors="replace") or "says nothing"
+
 
 def _serve(pipe):
     """Runs functions until one is the last, or the process that asks has ended."""
+    faulthandler.register(signal.SIGUSR1, pipe.fileno())
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     gc.freeze()
@@ -187,6 +200,7 @@ def _outcome_of(number, port, rank, size, function, arguments):
     limit = timedelta(seconds=LIMIT)
     store = dist.PrefixStore(f"function {number}", dist.TCPStore("127.0.0.1", port, None, False, timeout=limit))
     dist.init_process_group("gloo", store=dist.PrefixStore("world", store), rank=rank, world_size=size, timeout=limit)
+    dist.barrier()  # a group that one rank leaves while another still connects keeps that one waiting
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nobody reads what ranks print
