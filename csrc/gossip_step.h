@@ -1,17 +1,20 @@
-// The contract between the checking code and the kernels: one step of one update rule, for all agents, in place.
+// The contract between the bindings, which read and check tensors, and the kernels of the CPU and of CUDA, which only
+// compute: one step of one update rule, for all agents, in place.
 //
 //   message   S_m(i) = sum_k A[m][k] u_k(i)                         u = (z, state_1 ... state_q, scale(i) * g)
 //   drift     D_m(i) = sum_j W[i][j] (S_m(j) - S_m(i))
 //   outputs   o_l(i) = sum_k B[l][k] u_k(i) + sum_m C[l][m] S_m(i) + E[l][m] D_m(i)
 //
-// The caller has checked sizes, types and pointers; kernels only compute.
+// Pointers are the device's, but the tables of pointers themselves (segments, state, rows) are the host's, and the
+// coefficients may be.
 #pragma once
 
 #include <cstdint>
 
 namespace gut_fast {
 
-enum class DType { float32, float64, bfloat16 };
+// The half-width types are computed in float32. The CPU kernel does not serve float16.
+enum class DType : std::int32_t { float32, float64, bfloat16, float16 };
 
 // One parameter tensor of all agents: `columns` numbers per agent, agent after agent ([N, columns], contiguous).
 // `state_offset` is where the same block starts in each state buffer, in elements. Null gradients count as zero.
@@ -24,14 +27,14 @@ struct Segment {
 
 // The off-diagonal non-zeros of W, row by row (CSR). The drift needs no diagonal.
 struct Mixing {
-  std::int64_t num_agents;
-  const std::int64_t* row_start;  // [num_agents + 1]
-  const std::int64_t* neighbor;   // [row_start[num_agents]]
+  std::int64_t num_agents, num_edges;
+  const std::int64_t* row_start;  // [num_agents + 1], the last is num_edges
+  const std::int64_t* neighbor;   // [num_edges]
   const double* weight;           // same
 };
 
 struct StepArgs {
-  DType dtype;                 // of parameters and gradients; bfloat16 is computed in float32
+  DType dtype;                 // of parameters and gradients
   DType state_dtype;           // of the state
   int num_states;              // q
   int num_messages;            // M

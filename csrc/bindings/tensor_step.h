@@ -199,7 +199,7 @@ class TensorStep {
     const auto num_agents = starts.shape[0] - 1;
     const auto* first = reinterpret_cast<const std::int64_t*>(starts.data);
     const auto num_edges = first[num_agents];
-    return {num_agents, first, reader.row<std::int64_t>(neighbor, dlpack::kInt64, num_edges, dlpack::kCpu),
+    return {num_agents, num_edges, first, reader.row<std::int64_t>(neighbor, dlpack::kInt64, num_edges, dlpack::kCpu),
             reader.row<double>(weight, dlpack::kFloat64, num_edges, dlpack::kCpu)};
   }
 

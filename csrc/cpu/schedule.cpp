@@ -15,6 +15,10 @@ void check_mixing(const Mixing& mixing, std::int64_t num_rows) {
       throw std::invalid_argument("row_start decreases after row " + std::to_string(i));
     }
   }
+  if (mixing.row_start[n] != mixing.num_edges) {
+    throw std::invalid_argument("row_start ends at " + std::to_string(mixing.row_start[n]) + ", but there are " +
+                                std::to_string(mixing.num_edges) + " neighbours");
+  }
   for (std::int64_t i = 0; i < n; ++i) {
     for (auto e = mixing.row_start[i]; e < mixing.row_start[i + 1]; ++e) {
       const auto j = mixing.neighbor[e];

@@ -75,11 +75,11 @@ class Step {
         plan_(schedule ? choose_plan(args, *schedule, sizeof(T), step_)
                        : choose_split_plan(args, rows->count, sizeof(T), step_)),
         loop_(rule_.instance->loop[storage_index(args.dtype, args.state_dtype, Storages{})]),
-        weight_(args.mixing.row_start[n()] * sizeof(T)),
+        weight_(args.mixing.num_edges * sizeof(T)),
         coefficients_((args.gradient_scale ? n() : 1) * rule_.coefficients.size() * sizeof(T)),
         zeros_((plan_.block + kPad) * sizeof(T)) {
     const auto* weight = args.mixing.weight;
-    std::transform(weight, weight + args.mixing.row_start[n()], weight_.template as<T>(),
+    std::transform(weight, weight + args.mixing.num_edges, weight_.template as<T>(),
                    [](double each) { return static_cast<T>(each); });
     T* coefficient = coefficients_.template as<T>();
     for (std::int64_t set = 0; set < (args.gradient_scale ? n() : 1); ++set) {
