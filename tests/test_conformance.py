@@ -251,7 +251,7 @@ def test_halves(place, case, tier):
             tier(name)
         exact = ranks.send(exact_dtype, place.backend)
         whole_in_parts = ranks.combine(exact, place.backend)
-        if case["graph"] != "complete":  # its sum runs in another order where all agents are together
+        if case["graph"] != "complete":  # some backends sum it in another order where all agents are together
             ranks.assert_make(stepped(step, place.backend), whole_in_parts)
         first = first or whole_in_parts
         assert all(same_bits(outputs(a), outputs(b)) for a, b in zip(first, whole_in_parts, strict=True))

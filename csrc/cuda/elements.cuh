@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "cuda/arguments.h"
+#include "gossip_step.h"
 
 namespace gut_fast::cuda {
 
@@ -83,18 +83,18 @@ template <typename T>
 struct Plain {
   using Compute = T;
 
-  static __device__ __forceinline__ Bits fetch(const void* base, std::int64_t index, int count, Element) {
+  static __device__ __forceinline__ Bits fetch(const void* base, std::int64_t index, int count, DType) {
     Bits bits{};
     const void* place = static_cast<const T*>(base) + index;
     copy_numbers<sizeof(T), Vector<T>::size>(&bits, place, count, place);
     return bits;
   }
 
-  static __device__ __forceinline__ Vector<T> widen(const Bits& bits, Element) {
+  static __device__ __forceinline__ Vector<T> widen(const Bits& bits, DType) {
     return reinterpret_cast<const Vector<T>&>(bits);
   }
 
-  static __device__ __forceinline__ void store(void* base, std::int64_t index, int count, Element,
+  static __device__ __forceinline__ void store(void* base, std::int64_t index, int count, DType,
                                                const Vector<T>& values) {
     void* place = static_cast<T*>(base) + index;
     copy_numbers<sizeof(T), Vector<T>::size>(place, &values, count, place);
@@ -105,34 +105,34 @@ struct Plain {
 struct Mixed {
   using Compute = float;
 
-  static __device__ __forceinline__ Bits fetch(const void* base, std::int64_t index, int count, Element element) {
-    if (element == Element::float32) return Plain<float>::fetch(base, index, count, element);
+  static __device__ __forceinline__ Bits fetch(const void* base, std::int64_t index, int count, DType dtype) {
+    if (dtype == DType::float32) return Plain<float>::fetch(base, index, count, dtype);
     Bits bits{};
     const void* place = static_cast<const std::uint16_t*>(base) + index;
     copy_numbers<2, 4>(&bits, place, count, place);
     return bits;
   }
 
-  static __device__ __forceinline__ Vector<float> widen(const Bits& bits, Element element) {
-    if (element == Element::float32) return Plain<float>::widen(bits, element);
+  static __device__ __forceinline__ Vector<float> widen(const Bits& bits, DType dtype) {
+    if (dtype == DType::float32) return Plain<float>::widen(bits, dtype);
     Vector<float> values;
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const auto half = static_cast<std::uint16_t>(bits.word[v / 2] >> 16 * (v % 2));
-      values.at[v] = element == Element::bfloat16 ? __bfloat162float(__ushort_as_bfloat16(half))
-                                                  : __half2float(__ushort_as_half(half));
+      values.at[v] = dtype == DType::bfloat16 ? __bfloat162float(__ushort_as_bfloat16(half))
+                                              : __half2float(__ushort_as_half(half));
     }
     return values;
   }
 
-  static __device__ __forceinline__ void store(void* base, std::int64_t index, int count, Element element,
+  static __device__ __forceinline__ void store(void* base, std::int64_t index, int count, DType dtype,
                                                const Vector<float>& values) {
-    if (element == Element::float32) return Plain<float>::store(base, index, count, element, values);
+    if (dtype == DType::float32) return Plain<float>::store(base, index, count, dtype, values);
     Bits bits{};
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      const std::uint32_t half = element == Element::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(values.at[v]))
-                                                              : __half_as_ushort(__float2half_rn(values.at[v]));
+      const std::uint32_t half = dtype == DType::bfloat16 ? __bfloat16_as_ushort(__float2bfloat16_rn(values.at[v]))
+                                                          : __half_as_ushort(__float2half_rn(values.at[v]));
       bits.word[v / 2] |= half << 16 * (v % 2);
     }
     void* place = static_cast<std::uint16_t*>(base) + index;

@@ -2,6 +2,7 @@
 // in no NaN.
 #pragma once
 
+#include "cuda/arguments.h"
 #include "cuda/elements.cuh"
 
 namespace gut_fast::cuda {
@@ -14,8 +15,8 @@ struct Shape {
 };
 
 // A vector of columns of one agent's row in a segment, the same one in all buffers.
-struct Place {
-  const Segment* segment;
+struct Item {
+  const Entry* segment;
   std::int32_t agent;
   std::int32_t count;   // columns of the vector that are there; none or less beyond the end
   std::int64_t column;  // of the segment
@@ -36,41 +37,41 @@ struct Step {
   }
 
   // Each u as it is stored: no load waits for another.
-  static __device__ __forceinline__ void fetch(const Arguments& args, const Place& place, Bits (&bits)[S::K]) {
-    const auto state_index = args.num_agents * place.segment->first_column + place.index;
-    bits[0] = Stored::fetch(place.segment->parameters, place.index, place.count, args.element);
+  static __device__ __forceinline__ void fetch(const Arguments& args, const Item& item, Bits (&bits)[S::K]) {
+    const auto state_index = item.segment->state_offset + item.index;
+    bits[0] = Stored::fetch(item.segment->parameters, item.index, item.count, args.dtype);
 #pragma unroll
     for (int k = 0; k < S::Q; ++k) {
-      bits[k + 1] = Stored::fetch(args.state[k], state_index, place.count, args.state_element);
+      bits[k + 1] = Stored::fetch(args.state[k], state_index, item.count, args.state_dtype);
     }
     bits[S::K - 1] = Bits{};
-    if (place.segment->gradients != nullptr) {
-      bits[S::K - 1] = Stored::fetch(place.segment->gradients, place.index, place.count, args.element);
+    if (item.segment->gradients != nullptr) {
+      bits[S::K - 1] = Stored::fetch(item.segment->gradients, item.index, item.count, args.dtype);
     }
   }
 
-  static __device__ __forceinline__ void widen(const Arguments& args, const Place& place, const Bits (&bits)[S::K],
+  static __device__ __forceinline__ void widen(const Arguments& args, const Item& item, const Bits (&bits)[S::K],
                                                V (&u)[S::K]) {
 #pragma unroll
     for (int k = 0; k < S::K; ++k) {
-      u[k] = Stored::widen(bits[k], k == 0 || k == S::K - 1 ? args.element : args.state_element);
+      u[k] = Stored::widen(bits[k], k == 0 || k == S::K - 1 ? args.dtype : args.state_dtype);
     }
-    if (args.gradient_scale != nullptr) scale(u[S::K - 1], static_cast<T>(args.gradient_scale[place.agent]));
+    if (args.gradient_scale != nullptr) scale(u[S::K - 1], static_cast<T>(args.gradient_scale[item.agent]));
   }
 
-  static __device__ __forceinline__ void load(const Arguments& args, const Place& place, V (&u)[S::K]) {
+  static __device__ __forceinline__ void load(const Arguments& args, const Item& item, V (&u)[S::K]) {
     Bits bits[S::K];
-    fetch(args, place, bits);
-    widen(args, place, bits, u);
+    fetch(args, item, bits);
+    widen(args, item, bits, u);
   }
 
   // o_l = sum_k B[l][k] u_k + sum_m C[l][m] S_m + sum_m E[l][m] D_m, in place of z and the states.
-  static __device__ __forceinline__ void store_outputs(const Arguments& args, const T* coefficients, const Place& place,
+  static __device__ __forceinline__ void store_outputs(const Arguments& args, const T* coefficients, const Item& item,
                                                        const V (&u)[S::K], const V (&drift)[S::M]) {
     V messages[S::M];
 #pragma unroll
     for (int m = 0; m < S::M; ++m) messages[m] = message(coefficients, m, u);
-    const auto state_index = args.num_agents * place.segment->first_column + place.index;
+    const auto state_index = item.segment->state_offset + item.index;
 #pragma unroll
     for (int l = 0; l < S::L; ++l) {
       V sum{};
@@ -81,9 +82,9 @@ struct Step {
 #pragma unroll
       for (int m = 0; m < S::M; ++m) add_term(sum, coefficients[S::E + l * S::M + m], drift[m]);
       if (l == 0) {
-        Stored::store(place.segment->parameters, place.index, place.count, args.element, sum);
+        Stored::store(item.segment->parameters, item.index, item.count, args.dtype, sum);
       } else {
-        Stored::store(args.state[l - 1], state_index, place.count, args.state_element, sum);
+        Stored::store(args.state[l - 1], state_index, item.count, args.state_dtype, sum);
       }
     }
   }

@@ -5,24 +5,12 @@
 
 namespace gut_fast::cuda {
 
-enum Kind { kRegisters, kTiles, kDense, kSend, kNumKinds };
+enum Kind { kRegisters, kTiles, kNumKinds };
 
-template <int capacity>
-using Kernel = void (*)(Launch<capacity>);
-
-template <int capacity>
-struct Family {
-  Kernel<capacity> of[kNumKinds];
-};
-
-template <int capacity>
-struct Families {
-  Family<capacity> of[kMaxStates + 1][kMaxMessages];
-};
+using Kernel = void (*)(Launch);
 
 struct Instances {
-  Families<kFewSegments> few;
-  Families<kManySegments> many;
+  Kernel of[kMaxStates + 1][kMaxMessages][kNumKinds];
 };
 
 extern const Instances kFloat32Instances, kFloat64Instances, kMixedInstances;

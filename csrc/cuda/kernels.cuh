@@ -11,11 +11,10 @@
 // threads on a multiprocessor, each thread with three loads of 16 bytes under way, 48 KB together; at 25 bytes a
 // nanosecond and multiprocessor and a microsecond's latency, 25 KB would do. About 40 instructions a number with two
 // neighbours, of the 170 that an H100 has time for; in a sparse graph shared memory bounds it from some 30 neighbours
-// on. step_in_tiles has 59 registers, 78 with the dense path. No instance spills: a spill fails the build.
+// on. step_in_tiles has 58. The largest rules have up to 90 and 106 registers; a spill fails the build. Dense and
+// complete graphs have no kernels of their own: whether a GPU asks for them has not been measured yet.
 #pragma once
 
-#include "cuda/complete.cuh"
-#include "cuda/dense.cuh"
 #include "cuda/mixing.cuh"
 
 namespace gut_fast::cuda {
@@ -35,43 +34,41 @@ __device__ __forceinline__ T* stage_coefficients(const Arguments& args, int size
 }
 
 // The last segment that begins at or before a tile.
-__device__ __forceinline__ const Segment* segment_of(const Arguments& args, const Segment* segments,
-                                                     std::int64_t tile) {
-  int first = 0, last = args.num_segments - 1;
+__device__ __forceinline__ const Entry* segment_of(const Launch& launch, std::int64_t tile) {
+  int first = 0, last = launch.arguments.num_entries - 1;
   while (first < last) {
     const int middle = (first + last + 1) / 2;
-    if (segments[middle].first_tile <= tile) {
+    if (launch.entries[middle].first_tile <= tile) {
       first = middle;
     } else {
       last = middle - 1;
     }
   }
-  return segments + first;
+  return launch.entries + first;
 }
 
 // The items of a tile: vectors of columns, agent after agent.
 template <typename T>
 struct Tile {
-  const Segment* segment;
+  const Entry* segment;
   std::int64_t first_column, columns;
   std::int32_t shift;  // vectors in a row, as a power of two
 
-  __device__ __forceinline__ Tile(const Arguments& args, const Segment* segments, std::int64_t tile)
-      : segment(segment_of(args, segments, tile)), shift(31 - __clz(args.tile_columns / Vector<T>::size)) {
-    first_column = (tile - segment->first_tile) * args.tile_columns;
+  __device__ __forceinline__ Tile(const Launch& launch, std::int64_t tile)
+      : segment(segment_of(launch, tile)), shift(31 - __clz(launch.arguments.tile_columns / Vector<T>::size)) {
+    first_column = (tile - segment->first_tile) * launch.arguments.tile_columns;
     columns = segment[1].first_column - segment->first_column;
   }
 
-  __device__ __forceinline__ Place place(std::int32_t agent, std::int32_t column_in_tile) const {
-    const std::int64_t column = first_column + column_in_tile, left = columns - column;
+  __device__ __forceinline__ Item item(std::int32_t number) const {
+    const std::int32_t agent = number >> shift;
+    const std::int64_t column = first_column + column_in_tile(number), left = columns - column;
     const auto count = static_cast<std::int32_t>(left < Vector<T>::size ? left : Vector<T>::size);
     return {segment, agent, count, column, agent * columns + column};
   }
 
-  __device__ __forceinline__ Place place(std::int32_t item) const { return place(item >> shift, column_in_tile(item)); }
-
-  __device__ __forceinline__ std::int32_t column_in_tile(std::int32_t item) const {
-    return (item & ((1 << shift) - 1)) * Vector<T>::size;
+  __device__ __forceinline__ std::int32_t column_in_tile(std::int32_t number) const {
+    return (number & ((1 << shift) - 1)) * Vector<T>::size;
   }
 
   __device__ __forceinline__ std::int32_t items(std::int64_t rows) const {
@@ -81,9 +78,8 @@ struct Tile {
 
 // For tiles with one item a thread: u stays in registers, and one barrier a tile does, for the messages of the next
 // tile go elsewhere.
-template <typename Stored, typename S, int capacity>
-__global__ void __launch_bounds__(max_threads(S::Q, S::M), 1)
-    step_in_registers(const __grid_constant__ Launch<capacity> launch) {
+template <typename Stored, typename S>
+__global__ void __launch_bounds__(max_threads(S::Q, S::M), 1) step_in_registers(const __grid_constant__ Launch launch) {
   using Rule = Step<Stored, S>;
   using T = typename Stored::Compute;
   const Arguments& args = launch.arguments;
@@ -91,118 +87,91 @@ __global__ void __launch_bounds__(max_threads(S::Q, S::M), 1)
   __syncthreads();
   const Graph<T> graph(args, shared_memory());
   graph.stage();  // not needed before the first tile's barrier
-  const auto item = static_cast<std::int32_t>(threadIdx.x);
+  const auto number = static_cast<std::int32_t>(threadIdx.x);
   int parity = 0;
   for (std::int64_t t = blockIdx.x; t < args.num_tiles; t += gridDim.x, parity ^= 1) {
-    const Tile<T> tile(args, launch.segments, t);
-    const Place place = tile.place(item);
-    const bool is_there = place.agent < args.num_agents && place.count > 0;
+    const Tile<T> tile(launch, t);
+    const Item item = tile.item(number);
+    const bool is_there = item.agent < args.mixing.num_agents && item.count > 0;
     const SharedMessages<T, S::M> messages{reinterpret_cast<T*>(shared_memory() + args.layout.tile[parity]),
-                                           args.tile_columns, tile.column_in_tile(item)};
+                                           args.tile_columns, tile.column_in_tile(number)};
     Vector<T> u[S::K];
     if (is_there) {
-      Rule::load(args, place, u);
+      Rule::load(args, item, u);
 #pragma unroll
-      for (int m = 0; m < S::M; ++m) messages(place.agent, m) = Rule::message(coefficients, m, u);
+      for (int m = 0; m < S::M; ++m) messages(item.agent, m) = Rule::message(coefficients, m, u);
     }
     __syncthreads();
     if (is_there) {
       Vector<T> drift[S::M];
-      graph.template drift<S>(place.agent, messages, drift);
-      Rule::store_outputs(args, coefficients, place, u, drift);
+      graph.template drift<S>(item.agent, messages, drift);
+      Rule::store_outputs(args, coefficients, item, u, drift);
     }
   }
 }
 
-// Messages of all rows to shared memory: computed, or as they were received.
+// A tile's messages of all rows to shared memory, computed or as they were received; for `message`, which mixes
+// nothing, to the rows.
 template <typename Stored, typename S, typename T>
 __device__ __forceinline__ void gather(const Arguments& args, const T* coefficients, const Tile<T>& tile) {
   T* messages = reinterpret_cast<T*>(shared_memory() + args.layout.tile[0]);
-  spread(tile.items(args.num_rows), [&](std::int32_t item) {
-    const Place place = tile.place(item);
-    if (place.count <= 0) return;
-    const SharedMessages<T, S::M> own{messages, args.tile_columns, tile.column_in_tile(item)};
-    if (args.mixes_rows) {
-      const RowMessages<Stored> rows{args, place};
+  spread(tile.items(args.num_rows), [&](std::int32_t number) {
+    const Item item = tile.item(number);
+    if (item.count <= 0) return;
+    const SharedMessages<T, S::M> shared{messages, args.tile_columns, tile.column_in_tile(number)};
+    const RowMessages<Stored> rows{args, item};
+    if (args.work == Work::combine) {
 #pragma unroll
-      for (int m = 0; m < S::M; ++m) own(place.agent, m) = rows(place.agent, m);
-    } else {
-      Vector<T> u[S::K];
-      Step<Stored, S>::load(args, place, u);
+      for (int m = 0; m < S::M; ++m) shared(item.agent, m) = rows(item.agent, m);
+      return;
+    }
+    Vector<T> u[S::K];
+    Step<Stored, S>::load(args, item, u);
 #pragma unroll
-      for (int m = 0; m < S::M; ++m) own(place.agent, m) = Step<Stored, S>::message(coefficients, m, u);
+    for (int m = 0; m < S::M; ++m) {
+      const Vector<T> message = Step<Stored, S>::message(coefficients, m, u);
+      if (args.work == Work::message) {
+        rows.store(item.agent, m, message);
+      } else {
+        shared(item.agent, m) = message;
+      }
     }
   });
-  __syncthreads();
 }
 
-// For all other tiles, any number of items a thread: u is loaded a second time, mostly from the cache. Whether the
-// graph is uniform or dense is the same for the whole block.
-template <typename Stored, typename S, bool may_be_dense, int capacity>
-__global__ void __launch_bounds__(kTileThreads, 1) step_in_tiles(const __grid_constant__ Launch<capacity> launch) {
+// For all other tiles, any number of items a thread: u is loaded a second time, mostly from the cache. And for the
+// halves of a step cut in two.
+template <typename Stored, typename S>
+__global__ void __launch_bounds__(kTileThreads, 1) step_in_tiles(const __grid_constant__ Launch launch) {
   using Rule = Step<Stored, S>;
   using T = typename Stored::Compute;
   const Arguments& args = launch.arguments;
   const T* coefficients = stage_coefficients<T>(args, S::size);
   const Graph<T> graph(args, shared_memory());
-  const Totals<T, S> totals(args, shared_memory());
-  const Dense<T, S> dense(args, shared_memory());
-  const bool uniform = is_uniform(args), near = args.layout.tile[0] != kNowhere;
-  bool is_dense = false;
-  if constexpr (may_be_dense) is_dense = !uniform && dense.stage();
   graph.stage();
   __syncthreads();
+  const bool near = args.layout.tile[0] != kNowhere, is_message = args.work == Work::message;
   for (std::int64_t t = blockIdx.x; t < args.num_tiles; t += gridDim.x) {
-    const Tile<T> tile(args, launch.segments, t);
+    const Tile<T> tile(launch, t);
+    if (near || is_message) gather<Stored, S>(args, coefficients, tile);
+    if (is_message) continue;
+    __syncthreads();
     T* messages = reinterpret_cast<T*>(shared_memory() + args.layout.tile[0]);
-    if (near) gather<Stored, S>(args, coefficients, tile);
-    if (uniform) totals.sum();
-    if constexpr (may_be_dense) {
-      if (is_dense) dense.replace_by_drift(tile, messages);
-    }
-    spread(tile.items(args.num_agents), [&](std::int32_t item) {
-      const Place place = tile.place(item);
-      if (place.count <= 0) return;
-      const SharedMessages<T, S::M> shared{messages, args.tile_columns, tile.column_in_tile(item)};
+    spread(tile.items(args.mixing.num_agents), [&](std::int32_t number) {
+      const Item item = tile.item(number);
+      if (item.count <= 0) return;
       Vector<T> drift[S::M];
-      if (uniform) {
-        totals.drift(place.agent, tile.column_in_tile(item), drift);
-      } else if (is_dense) {
-#pragma unroll
-        for (int m = 0; m < S::M; ++m) drift[m] = shared(place.agent, m);
-      } else if (near) {
-        graph.template drift<S>(place.agent, shared, drift);
+      if (near) {
+        const SharedMessages<T, S::M> shared{messages, args.tile_columns, tile.column_in_tile(number)};
+        graph.template drift<S>(item.agent, shared, drift);
       } else {
-        graph.template drift<S>(place.agent, RowMessages<Stored>{args, place}, drift);
+        graph.template drift<S>(item.agent, RowMessages<Stored>{args, item}, drift);
       }
       Vector<T> u[S::K];
-      Rule::load(args, place, u);
-      Rule::store_outputs(args, coefficients, place, u, drift);
+      Rule::load(args, item, u);
+      Rule::store_outputs(args, coefficients, item, u, drift);
     });
     __syncthreads();
-  }
-}
-
-// The first half of the split form.
-template <typename Stored, typename S, int capacity>
-__global__ void __launch_bounds__(max_threads(S::Q, S::M), 1)
-    send_messages(const __grid_constant__ Launch<capacity> launch) {
-  using Rule = Step<Stored, S>;
-  using T = typename Stored::Compute;
-  const Arguments& args = launch.arguments;
-  const T* coefficients = stage_coefficients<T>(args, S::size);
-  __syncthreads();
-  for (std::int64_t t = blockIdx.x; t < args.num_tiles; t += gridDim.x) {
-    const Tile<T> tile(args, launch.segments, t);
-    spread(tile.items(args.num_agents), [&](std::int32_t item) {
-      const Place place = tile.place(item);
-      if (place.count <= 0) return;
-      Vector<T> u[S::K];
-      Rule::load(args, place, u);
-      const RowMessages<Stored> rows{args, place};
-#pragma unroll
-      for (int m = 0; m < S::M; ++m) rows.store(place.agent, m, Rule::message(coefficients, m, u));
-    });
   }
 }
 

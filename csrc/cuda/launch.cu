@@ -1,4 +1,4 @@
-// Launches: a step's tensors become tables of segments, one launch for each table.
+// Launches: a step's segments become tables, one launch for each table.
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -43,57 +43,41 @@ Device describe(int device) {
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
 }
 
-std::int64_t arithmetic_size(Element element) { return element == Element::float64 ? 8 : 4; }
-
-Problem problem_of(const StepArgs& step, Kind kind, std::int64_t num_rows) {
-  return {kind,
-          static_cast<int>(step.state.size()),
-          step.num_messages,
-          arithmetic_size(step.element),
-          step.num_agents,
-          num_rows,
-          step.num_edges};
-}
+std::int64_t arithmetic_size(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
 const Instances& instances_of(const StepArgs& step, const Rows* rows) {
-  if (step.element == Element::float64) return kFloat64Instances;
-  const bool plain = step.element == Element::float32 && step.state_element == Element::float32 &&
-                     (rows == nullptr || rows->element == Element::float32);
+  if (step.dtype == DType::float64) return kFloat64Instances;
+  const bool plain = step.dtype == DType::float32 && step.state_dtype == DType::float32 &&
+                     (rows == nullptr || rows->dtype == DType::float32);
   return plain ? kFloat32Instances : kMixedInstances;
 }
 
-std::int64_t num_coefficients(const StepArgs& step) {
-  const std::int64_t K = step.state.size() + 2, L = step.state.size() + 1, M = step.num_messages;
-  return M * K + L * K + 2 * L * M;
-}
+bool needs_table(const Rows& rows) { return rows.row == nullptr || rows.count > kFewRows; }
 
-Arguments arguments_of(const StepArgs& step, const Rows* rows, const Plan& plan) {
+Arguments arguments_of(Work work, const StepArgs& step, const Rows* rows, const Place& place, void** table) {
   Arguments args{};
-  args.num_agents = args.num_rows = step.num_agents;
-  args.num_edges = step.num_edges;
-  for (const Tensor& tensor : step.tensors) args.model_columns += tensor.columns;
-  args.row_start = step.row_start;
-  args.neighbor = step.neighbor;
-  args.weight = step.weight;
+  args.work = work;
+  args.dtype = step.dtype;
+  args.state_dtype = step.state_dtype;
+  args.mixing = step.mixing;
+  args.num_rows = work == Work::combine ? rows->count : step.mixing.num_agents;
   args.gradient_scale = step.gradient_scale;
-  if (step.coefficients_on_device) {
+  if (place.coefficients_on_device) {
     args.device_coefficients = step.coefficients;
   } else {
-    std::copy_n(step.coefficients, num_coefficients(step), args.coefficients);
+    const auto K = step.num_states + 2, L = step.num_states + 1, M = step.num_messages;
+    std::copy_n(step.coefficients, M * K + L * K + 2 * L * M, args.coefficients);
   }
-  std::copy(step.state.begin(), step.state.end(), args.state);
-  args.element = step.element;
-  args.state_element = step.state_element;
+  std::copy_n(step.state, step.num_states, args.state);
   if (rows != nullptr) {
-    args.num_rows = rows->num_rows;
-    args.row_element = rows->element;
-    args.rows = rows->table;
-    if (rows->table == nullptr) std::copy(rows->addresses.begin(), rows->addresses.end(), args.few_rows);
-    args.mixes_rows = plan.kind != kSend;
+    args.row_dtype = rows->dtype;
+    args.model_length = rows->length;
+    if (needs_table(*rows)) {
+      args.rows = table;
+    } else {
+      std::copy_n(rows->row, rows->count, args.few_rows);
+    }
   }
-  args.tile_columns = plan.tile_columns;
-  args.may_be_uniform = plan.may_be_uniform;
-  args.layout = plan.layout;
   return args;
 }
 
@@ -108,40 +92,38 @@ __global__ void store_addresses(const __grid_constant__ Addresses addresses, int
   for (int i = threadIdx.x; i < count; i += blockDim.x) table[i] = addresses.at[i];
 }
 
-void fill_table(const Rows& rows, cudaStream_t stream) {
-  const auto total = static_cast<int>(rows.addresses.size());
-  for (int first = 0; first < total; first += kUpload) {
+void fill_table(const Rows& rows, void** table, cudaStream_t stream) {
+  for (std::int64_t first = 0; first < rows.count; first += kUpload) {
     Addresses addresses;
-    int count = std::min(kUpload, total - first);
-    std::copy_n(rows.addresses.begin() + first, count, addresses.at);
-    void** table = rows.table + first;
-    void* arguments[] = {&addresses, &count, &table};
+    int count = static_cast<int>(std::min<std::int64_t>(kUpload, rows.count - first));
+    std::copy_n(rows.row + first, count, addresses.at);
+    void** part = table + first;
+    void* arguments[] = {&addresses, &count, &part};
     check(cudaLaunchKernel(store_addresses, dim3(1), dim3(256), arguments, 0, stream), "to store addresses of rows");
   }
 }
 
-template <int capacity>
 struct Launcher {
-  Kernel<capacity> kernel;
+  Kernel kernel;
   const Plan& plan;
   const Device& device;
   cudaStream_t stream;
-  Launch<capacity> launch;
+  Launch launch;
 
-  // As many tensors as the table holds, from number `first` on; where the next table begins.
-  std::size_t run(const std::vector<Tensor>& tensors, std::size_t first, std::int64_t& column) {
+  // As many segments as the table holds, up to `end`, in one launch; where the next table begins.
+  const Segment* run(const Segment* segment, const Segment* end, std::int64_t& column) {
     Arguments& args = launch.arguments;
-    args.num_tiles = args.num_segments = 0;
-    for (; first < tensors.size() && args.num_segments < capacity; ++first) {
-      const Tensor& tensor = tensors[first];
-      if (tensor.columns == 0) continue;
-      launch.segments[args.num_segments++] = {tensor.parameters, tensor.gradients, column, args.num_tiles};
-      args.num_tiles += (tensor.columns + plan.tile_columns - 1) / plan.tile_columns;
-      column += tensor.columns;
+    args.num_tiles = args.num_entries = 0;
+    for (; segment != end && args.num_entries < kMaxSegments; ++segment) {
+      if (segment->columns == 0) continue;
+      launch.entries[args.num_entries++] = {segment->parameters, segment->gradients, segment->state_offset, column,
+                                            args.num_tiles};
+      args.num_tiles += (segment->columns + plan.tile_columns - 1) / plan.tile_columns;
+      column += segment->columns;
     }
-    launch.segments[args.num_segments] = {nullptr, nullptr, column, args.num_tiles};
+    launch.entries[args.num_entries] = {nullptr, nullptr, 0, column, args.num_tiles};
     if (args.num_tiles > 0) start();
-    return first;
+    return segment;
   }
 
   void start() {
@@ -164,30 +146,21 @@ struct Launcher {
   }
 };
 
-template <int capacity>
-void run(const Families<capacity>& families, const StepArgs& step, const Rows* rows, const Plan& plan,
-         const Device& device) {
-  Launcher<capacity> launcher{families.of[step.state.size()][step.num_messages - 1].of[plan.kind],
-                              plan,
-                              device,
-                              static_cast<cudaStream_t>(step.stream),
-                              {arguments_of(step, rows, plan), {}}};
-  std::int64_t column = 0;
-  for (std::size_t first = 0; first < step.tensors.size();) first = launcher.run(step.tensors, first, column);
-}
-
-void run(const StepArgs& step, const Rows* rows, Kind kind) {
-  const DeviceGuard guard(step.device);
-  const Device device = describe(step.device);
-  if (rows != nullptr && rows->table != nullptr) fill_table(*rows, static_cast<cudaStream_t>(step.stream));
-  const auto num_rows = kind == kTiles ? rows->num_rows : step.num_agents;
-  const Plan plan = make_plan(problem_of(step, kind, num_rows), device);
-  const Instances& instances = instances_of(step, rows);
-  if (step.tensors.size() <= kFewSegments) {
-    run(instances.few, step, rows, plan, device);
-  } else {
-    run(instances.many, step, rows, plan, device);
-  }
+void run(Work work, const StepArgs& step, const Rows* rows, const Place& place, void** table) {
+  const DeviceGuard guard(place.device);
+  const Device device = describe(place.device);
+  const auto stream = static_cast<cudaStream_t>(place.stream);
+  Arguments args = arguments_of(work, step, rows, place, table);
+  const Plan plan = make_plan({work, step.num_states, step.num_messages, arithmetic_size(step.dtype),
+                               step.mixing.num_agents, args.num_rows, step.mixing.num_edges},
+                              device);
+  args.tile_columns = plan.tile_columns;
+  args.layout = plan.layout;
+  const Kernel kernel = instances_of(step, rows).of[step.num_states][step.num_messages - 1][plan.kind];
+  if (rows != nullptr && rows->row != nullptr && needs_table(*rows)) fill_table(*rows, table, stream);
+  Launcher launcher{kernel, plan, device, stream, {args, {}}};
+  const Segment *segment = step.segments, *end = segment + step.num_segments;
+  for (std::int64_t column = 0; segment != end;) segment = launcher.run(segment, end, column);
 }
 
 }  // namespace
@@ -203,14 +176,18 @@ std::string refusal(int device) {
   return "";
 }
 
-bool fits(int device, Element element, int num_messages, std::int64_t num_agents) {
-  return has_tile({kRegisters, 0, num_messages, arithmetic_size(element), num_agents, num_agents, 0}, describe(device));
+bool fits(int device, DType dtype, int num_messages, std::int64_t num_agents) {
+  return has_tile({Work::step, 0, num_messages, arithmetic_size(dtype), num_agents, num_agents, 0}, describe(device));
 }
 
-void gossip_step(const StepArgs& step) { run(step, nullptr, kRegisters); }
+void gossip_step(const StepArgs& step, const Place& place) { run(Work::step, step, nullptr, place, nullptr); }
 
-void send(const StepArgs& step, const Rows& rows) { run(step, &rows, kSend); }
+void message(const StepArgs& step, const Rows& rows, const Place& place, void** table) {
+  run(Work::message, step, &rows, place, table);
+}
 
-void combine(const StepArgs& step, const Rows& rows) { run(step, &rows, kTiles); }
+void combine(const StepArgs& step, const Rows& rows, const Place& place, void** table) {
+  run(Work::combine, step, &rows, place, table);
+}
 
 }  // namespace gut_fast::cuda

@@ -18,15 +18,15 @@ struct Edge {
 
 template <typename T>
 __device__ __forceinline__ Edge<T> read_edge(const Arguments& args, std::int64_t edge) {
-  const auto row = args.neighbor[edge];
+  const auto row = args.mixing.neighbor[edge];
   if (row < 0 || row >= args.num_rows) return {static_cast<T>(NAN), 0};
-  return {static_cast<T>(args.weight[edge]), static_cast<std::int32_t>(row)};
+  return {static_cast<T>(args.mixing.weight[edge]), static_cast<std::int32_t>(row)};
 }
 
 // Where an agent's edges begin, kept inside the list whatever it says.
 __device__ __forceinline__ std::int64_t read_row_start(const Arguments& args, std::int64_t agent) {
-  const auto start = args.row_start[agent];
-  return start < 0 ? 0 : start > args.num_edges ? args.num_edges : start;
+  const auto start = args.mixing.row_start[agent];
+  return start < 0 ? 0 : start > args.mixing.num_edges ? args.mixing.num_edges : start;
 }
 
 // Calls work(i) for i = 0 ... count - 1, spread over the block's threads.
@@ -51,9 +51,9 @@ struct Graph {
 
   __device__ __forceinline__ void stage() const {
     if (!is_staged()) return;
-    spread(args.num_agents + 1,
+    spread(args.mixing.num_agents + 1,
            [&](std::int64_t i) { row_start[i] = static_cast<std::int32_t>(read_row_start(args, i)); });
-    spread(args.num_edges, [&](std::int64_t e) { edges[e] = read_edge<T>(args, e); });
+    spread(args.mixing.num_edges, [&](std::int64_t e) { edges[e] = read_edge<T>(args, e); });
   }
 
   // D_m of an agent; S(row, m) is the vector of messages of a row. Always in the order of the edges.
@@ -95,27 +95,27 @@ struct SharedMessages {
   }
 };
 
-// Messages where they were received: [M, columns of the whole model] a row.
+// Messages where they were received: [M, length of the whole model] a row.
 template <typename Stored>
 struct RowMessages {
   const Arguments& args;
-  const Place& place;
+  const Item& item;
 
   __device__ __forceinline__ static void* row_of(const Arguments& args, std::int64_t row) {
     return args.rows != nullptr ? args.rows[row] : args.few_rows[row];
   }
 
   __device__ __forceinline__ std::int64_t index(int m) const {
-    return m * args.model_columns + place.segment->first_column + place.column;
+    return m * args.model_length + item.segment->first_column + item.column;
   }
 
   __device__ __forceinline__ Vector<typename Stored::Compute> operator()(std::int64_t row, int m) const {
-    const Bits bits = Stored::fetch(row_of(args, row), index(m), place.count, args.row_element);
-    return Stored::widen(bits, args.row_element);
+    const Bits bits = Stored::fetch(row_of(args, row), index(m), item.count, args.row_dtype);
+    return Stored::widen(bits, args.row_dtype);
   }
 
   __device__ __forceinline__ void store(std::int64_t row, int m, const Vector<typename Stored::Compute>& values) const {
-    Stored::store(row_of(args, row), index(m), place.count, args.row_element, values);
+    Stored::store(row_of(args, row), index(m), item.count, args.row_dtype, values);
   }
 };
 

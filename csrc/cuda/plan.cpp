@@ -34,7 +34,7 @@ class SharedMemory {
   std::int64_t bytes_ = 0;
 };
 
-constexpr std::int64_t kReserve = 2048;  // for coefficients, sums of the narrowest tile, and what is rounded up
+constexpr std::int64_t kReserve = 2048;  // for coefficients and what is rounded up
 
 // The widest tile of whole vectors with so many items.
 std::int64_t columns_for(const Problem& problem, std::int64_t rows, int items) {
@@ -53,36 +53,16 @@ constexpr Choice kChoices[] = {{256, 128}, {512, 64}, {1024, 32}};
 void choose_tile(const Problem& problem, const Device& device, bool near, Plan& plan) {
   const auto rows = near ? problem.num_rows : problem.num_agents;
   const int most = plan.kind == kRegisters ? max_threads(problem.num_states, problem.num_messages) : kTileThreads;
-  const int items = plan.kind == kDense ? dense_group(problem.num_messages) : 1;
   std::int64_t columns = 0;
   for (const Choice choice : kChoices) {
     if (choice.threads > most) break;
     plan.threads = choice.threads;
-    columns = columns_for(problem, rows, items * choice.threads);
+    columns = columns_for(problem, rows, choice.threads);
     if (columns * problem.item_size >= choice.row_bytes) break;
   }
   columns = std::max(columns, 32 / problem.item_size);
   while (near && tile_bytes(problem, columns) > device.shared_bytes - kReserve) columns /= 2;
   plan.tile_columns = static_cast<int>(columns);
-}
-
-std::int64_t dense_bytes(const Problem& problem) {
-  const auto group = dense_group(problem.num_messages);
-  return problem.num_rows * ((problem.num_agents + group - 1) / group * group) * problem.item_size;
-}
-
-// For one column of one agent the sparse loop takes 5/128 cycles of shared memory's time an edge, the dense one 2.3/128
-// of the instructions' an agent; below some 24 neighbours device memory takes longer than either. At most half of
-// shared memory, so that tiles have room. (Counted, not measured.)
-bool is_dense(const Problem& problem, const Device& device) {
-  return problem.num_edges >= 24 * problem.num_agents &&
-         2 * problem.num_edges >= problem.num_agents * problem.num_rows &&
-         dense_bytes(problem) <= device.shared_bytes / 2;
-}
-
-bool may_be_uniform(const Problem& problem) {
-  const auto n = problem.num_agents;
-  return n >= 5 && problem.num_rows == n && problem.num_edges == n * (n - 1);
 }
 
 // One agent among rows of others: no row is read twice, so none is put into shared memory.
@@ -93,15 +73,11 @@ void lay_out(const Problem& problem, const Device& device, bool near, Plan& plan
   Layout& layout = plan.layout;
   if (near) layout.tile[0] = shared.take(tile_bytes(problem, plan.tile_columns));
   if (plan.kind == kRegisters) layout.tile[1] = shared.take(tile_bytes(problem, plan.tile_columns));
-  if (plan.kind == kDense) layout.dense = shared.take(dense_bytes(problem));
-  if (plan.may_be_uniform) {
-    layout.partial = shared.take(2 * kGroups * problem.num_messages * plan.tile_columns * problem.item_size);
-  }
   const auto starts = (problem.num_agents + 1) * static_cast<std::int64_t>(sizeof(std::int32_t));
   const auto edges = problem.num_edges * 2 * problem.item_size;  // a weight and a row
   // As much as leaves the other blocks of a multiprocessor theirs: there are as many as registers allow.
   const auto share = device.shared_bytes * plan.threads / 1024 - kReserve;
-  if (plan.kind != kSend && plan.kind != kDense && shared.bytes() + starts + edges <= share) {
+  if (problem.work != Work::message && shared.bytes() + starts + edges <= share) {
     layout.row_start = shared.take(starts);
     layout.edges = shared.take(edges);
   }
@@ -116,15 +92,9 @@ bool has_tile(const Problem& problem, const Device& device) {
 
 Plan make_plan(const Problem& problem, const Device& device) {
   Plan plan{};
-  plan.kind = problem.kind;
-  plan.layout = {kNowhere, kNowhere, kNowhere, kNowhere, {kNowhere, kNowhere}};
-  const bool near = has_tile(problem, device) && problem.kind != kSend && !is_alone(problem);
-  plan.may_be_uniform = near && may_be_uniform(problem);
-  if (near && is_dense(problem, device)) {
-    plan.kind = kDense;
-  } else if (plan.may_be_uniform) {
-    plan.kind = kTiles;
-  }
+  plan.kind = problem.work == Work::step ? kRegisters : kTiles;
+  plan.layout = {kNowhere, kNowhere, {kNowhere, kNowhere}};
+  const bool near = has_tile(problem, device) && problem.work != Work::message && !is_alone(problem);
   choose_tile(problem, device, near, plan);
   if (plan.kind == kRegisters && plan.tile_columns * problem.item_size / kVector * problem.num_agents > plan.threads) {
     plan.kind = kTiles;

@@ -14,7 +14,7 @@ struct Device {
 };
 
 struct Problem {
-  Kind kind;  // kTiles stands for all that mix
+  Work work;
   int num_states, num_messages;
   std::int64_t item_size;  // of the type of arithmetic
   std::int64_t num_agents, num_rows, num_edges;
@@ -26,7 +26,6 @@ struct Plan {
   int tile_columns;
   Layout layout;
   std::size_t shared_bytes;
-  bool may_be_uniform;
 };
 
 // Whether a tile's messages have room in shared memory.

@@ -34,7 +34,6 @@ extern uint4 shared[];  // `extern __shared__ uint4 shared[]` of a kernel in tha
 extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 void __syncthreads();
-int __syncthreads_or(int condition);
 inline int __clz(int value) { return __builtin_clz(static_cast<unsigned>(value)); }
 
 enum cudaError_t { cudaSuccess, cudaErrorInvalidConfiguration, cudaErrorInvalidDevice, cudaErrorLaunchFailure };

@@ -38,30 +38,19 @@ std::mt19937 generator;
 
 std::map<const void*, std::size_t> allowed_shared;
 
-template <typename Families>
-void note_bounds(std::map<const void*, unsigned>& bounds, const Families& families) {
-  using namespace gut_fast::cuda;
-  for (int q = 0; q <= kMaxStates; ++q) {
-    for (int m = 1; m <= kMaxMessages; ++m) {
-      const auto& kernels = families.of[q][m - 1].of;
-      for (const auto kernel : {kernels[kRegisters], kernels[kSend]}) {
-        bounds[reinterpret_cast<const void*>(kernel)] = max_threads(q, m);
-      }
-      for (const auto kernel : {kernels[kTiles], kernels[kDense]}) {
-        bounds[reinterpret_cast<const void*>(kernel)] = kTileThreads;
-      }
-    }
-  }
-}
-
 // Of each kernel, what its __launch_bounds__ say: a compiler for CPUs forgets them.
 const std::map<const void*, unsigned>& bounds() {
+  using namespace gut_fast::cuda;
   static const auto all = [] {
     std::map<const void*, unsigned> all;
-    for (const auto* instances :
-         {&gut_fast::cuda::kFloat32Instances, &gut_fast::cuda::kFloat64Instances, &gut_fast::cuda::kMixedInstances}) {
-      note_bounds(all, instances->few);
-      note_bounds(all, instances->many);
+    for (const auto* instances : {&kFloat32Instances, &kFloat64Instances, &kMixedInstances}) {
+      for (int q = 0; q <= kMaxStates; ++q) {
+        for (int m = 1; m <= kMaxMessages; ++m) {
+          const auto& kernels = instances->of[q][m - 1];
+          all[reinterpret_cast<const void*>(kernels[kRegisters])] = max_threads(q, m);
+          all[reinterpret_cast<const void*>(kernels[kTiles])] = kTileThreads;
+        }
+      }
     }
     return all;
   }();
@@ -84,7 +73,6 @@ std::vector<Fiber> fibers(kMaxThreads);
 Fiber* current;
 jmp_buf scheduler;
 const std::function<void()>* work;
-int condition_of_round, condition_before;
 
 // Back to the scheduler, until it is this fiber's turn again.
 void yield() {
@@ -120,9 +108,7 @@ bool run_block() {
   for (const auto thread : order) fibers[thread].is_running = true;
   for (std::size_t running = order.size(); running > 0;) {
     std::shuffle(order.begin(), order.end(), generator);
-    condition_of_round = 0;
     for (const auto thread : order) turn(thread);
-    condition_before = condition_of_round;
     running = std::count_if(order.begin(), order.end(), [](unsigned thread) { return fibers[thread].is_running; });
     if (running != 0 && running != order.size()) return false;  // not all threads reached the barrier
   }
@@ -132,12 +118,6 @@ bool run_block() {
 }  // namespace
 
 void __syncthreads() { yield(); }
-
-int __syncthreads_or(int condition) {
-  condition_of_round |= condition;
-  yield();
-  return condition_before;
-}
 
 namespace emulation {
 
