@@ -291,6 +291,9 @@ class Step {
       if (from == nullptr || block.columns == count) continue;
       for (std::int64_t i = 0; i < n(); ++i) {
         std::memcpy(staged(room, k, i), from + i * segment.columns * item, count * item);
+        // What is left over there would decay from block to block, and take a hundred times as long once it is
+        // subnormal.
+        std::memset(staged(room, k, i) + count * item, 0, (block.columns - count) * item);
       }
       block.input[at] = staged(room, k, 0);
       block.pitch[at] = room.layout.staged_stride * sizeof(T) / item;
