@@ -159,9 +159,9 @@ CHANGES = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_whatever_changes_between_steps_is_seen(change, monkeypatch):
-    """A step that reads tensors directly, as PyTorch 2.10 allows, and one that does not, see the same."""
+    """A step that reads tensors through DLPack, as PyTorch 2.10 allows, and one through attributes see the same."""
     results = []
-    for reader in (cpu._reader, None):
+    for reader in (cpu._reader, cpu._core.TensorReader(torch, through_dlpack=False)):
         monkeypatch.setattr(cpu, "_reader", reader)
         params, optimizer = make(gf.GUTm)
         train(params, optimizer, range(2))

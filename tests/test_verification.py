@@ -144,7 +144,7 @@ def leaves_out_segments_without_gradient(step):
     before = [parameter.clone() for parameter in step.parameters]
     plain_torch.gossip_step(step)
     for parameter, gradient, old in zip(step.parameters, step.gradients, before, strict=True):
-        if gradient.numel() == 0:
+        if gradient is None:
             parameter.copy_(old)
 
 

@@ -167,6 +167,11 @@ void set_tier(const std::string& name) {
   throw std::invalid_argument(message);
 }
 
+bool serves(const StepArgs& args) {
+  return storage_index(args.dtype, args.state_dtype, Storages{}) >= 0 && args.num_states <= kMaxStates &&
+         args.num_messages <= kMaxMessages;
+}
+
 void gossip_step(const StepArgs& args, int num_threads) {
   check_dtypes(args);
   const auto schedule = schedule_of(args.mixing);

@@ -18,6 +18,9 @@ std::string tier();
 const Tier& current_tier();
 void set_tier(const std::string& name);
 
+// Whether there are instances for the step's dtypes, states and messages.
+bool serves(const StepArgs& args);
+
 // One step in place on up to num_threads threads. Results do not depend on threads, plan or tier, bit for bit.
 // Throws std::invalid_argument for a malformed mixing matrix or a rule with more states or messages than are compiled,
 // std::bad_alloc for want of scratch; in both cases nothing has been changed.

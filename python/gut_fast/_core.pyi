@@ -1,13 +1,12 @@
+from types import ModuleType
+
 from torch import Tensor
+
+from gut_fast.kernels.step import GossipStep
 
 MAX_STATES: int
 MAX_MESSAGES: int
 CUDA_OPTION: str
-
-class DType:
-    float32: DType
-    float64: DType
-    bfloat16: DType
 
 class Fetch:
     name: str
@@ -22,10 +21,15 @@ class Plan:
     fetch: Fetch
     def __init__(self, block: int, ahead: int, fetch: Fetch) -> None: ...
 
-class TensorReader: ...
+class TensorReader:
+    reads_dlpack: bool
+    def __init__(self, torch: ModuleType, through_dlpack: bool = True) -> None: ...
+    def read(self, step: GossipStep) -> TensorStep | None: ...
 
 class TensorStep:
+    is_served: bool
     def run(self, num_threads: int) -> None: ...
+    def stream(self, num_threads: int) -> None: ...
     def message(
         self, reader: TensorReader, rows: list[Tensor | None], residuals: list[Tensor | None], num_threads: int
     ) -> bool: ...
@@ -33,98 +37,8 @@ class TensorStep:
         self, reader: TensorReader, rows: list[Tensor | None], residuals: list[Tensor | None], num_threads: int
     ) -> bool: ...
 
-def tensor_reader(exchange_api: object, types: list[type]) -> TensorReader | None: ...
-def are_plain(
-    reader: TensorReader,
-    num_agents: int,
-    parameters: list[Tensor],
-    state: list[Tensor],
-    gradients: list[Tensor | None],
-) -> bool: ...
-def tensor_step(
-    reader: TensorReader,
-    parameters: list[Tensor],
-    state: list[Tensor],
-    gradients: list[Tensor | None],
-    coefficients: Tensor,
-    num_messages: int,
-    row_start: Tensor,
-    neighbor: Tensor,
-    weight: Tensor,
-    grad_scale: Tensor | None,
-) -> TensorStep | None: ...
 def available_tiers() -> list[str]: ...
 def tier() -> str: ...
 def force_plan(plan: Plan | None) -> None: ...
 def last_plan() -> Plan: ...
 def set_tier(name: str) -> None: ...
-def gossip_step(
-    dtype: DType,
-    state_dtype: DType,
-    num_agents: int,
-    parameters: list[int],
-    gradients: list[int],
-    columns: list[int],
-    state: list[int],
-    coefficients: int,
-    num_messages: int,
-    row_start: int,
-    neighbor: int,
-    weight: int,
-    gradient_scale: int,
-    num_threads: int,
-) -> None: ...
-def stream_step(
-    dtype: DType,
-    state_dtype: DType,
-    num_agents: int,
-    parameters: list[int],
-    gradients: list[int],
-    columns: list[int],
-    state: list[int],
-    coefficients: int,
-    num_messages: int,
-    row_start: int,
-    neighbor: int,
-    weight: int,
-    gradient_scale: int,
-    num_threads: int,
-) -> None: ...
-def message(
-    dtype: DType,
-    state_dtype: DType,
-    num_agents: int,
-    parameters: list[int],
-    gradients: list[int],
-    columns: list[int],
-    state: list[int],
-    coefficients: int,
-    num_messages: int,
-    row_start: int,
-    neighbor: int,
-    weight: int,
-    gradient_scale: int,
-    row_dtype: DType,
-    rows: list[int],
-    residuals: list[int],
-    num_threads: int,
-) -> None: ...
-def combine(
-    dtype: DType,
-    state_dtype: DType,
-    num_agents: int,
-    parameters: list[int],
-    gradients: list[int],
-    columns: list[int],
-    state: list[int],
-    coefficients: int,
-    num_messages: int,
-    row_start: int,
-    neighbor: int,
-    weight: int,
-    gradient_scale: int,
-    row_dtype: DType,
-    rows: list[int],
-    residuals: list[int],
-    num_threads: int,
-) -> None: ...

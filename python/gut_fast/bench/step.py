@@ -26,11 +26,6 @@ from gut_fast.kernels.buffers import allocate, segment_views
 from gut_fast.optim import GossipOptimizer
 from gut_fast.simulation.cuda_graphs import capture_cuda_graph
 
-try:
-    from gut_fast import _core
-except ImportError:
-    _core = None  # type: ignore[assignment]
-
 __all__ = ["OURS", "Contender", "MakeContender", "Unavailable", "Workload", "WrongResultError", "check", "measure"]
 
 NUM_STEPS = 3
@@ -152,16 +147,9 @@ def _ceiling(workload: Workload) -> Contender:
         return Contender(partial(target.copy_, source))
     if cpu.why_missing is not None:
         raise Unavailable(cpu.why_missing)
-    dtypes = [getattr(_core.DType, str(dtype).removeprefix("torch.")) for dtype in workload.case.dtypes]
-    stream_step: Callable[..., None] = _core.stream_step
-    flat = [[workload.values.data_ptr()], [workload.gradients.data_ptr()], [workload.columns]]
-    states = [state.data_ptr() for state in workload.flat_state()]
-    nothing = (0, workload.rule.num_messages, 0, 0, 0, 0)  # no coefficients, no neighbours, no factors on gradients
-
-    def step() -> None:
-        stream_step(*dtypes, workload.num_agents, *flat, states, *nothing, torch.get_num_threads())
-
-    return Contender(step)
+    values, gradients = (tensor.view(workload.num_agents, -1) for tensor in (workload.values, workload.gradients))
+    step = workload.optimizer._snapshot(0)._replace(parameters=[values], gradients=[gradients])
+    return Contender(partial(cpu.stream_step, step))
 
 
 def _gut_fast(workload: Workload) -> Contender:

@@ -1,15 +1,15 @@
 """The one op PyTorch sees: an opaque, in-place gossip step.
 
-Schema, checks and the fake implementation are here; `gut_fast.kernels.backends` computes. Passing many tensors through
+Schema and fake implementation are here; `gut_fast.kernels.backends` computes. Passing many tensors through
 PyTorch's dispatcher and checking them one by one in Python costs several times as much as a small step. So a step of
 plain CPU tensors that nothing traces goes straight to the compiled kernel (`backends.cpu.direct_step`); the op is for
-everything else: torch.compile, fake tensors, other devices and backends, and tensors that must be copied or refused.
+what is traced, and for subclasses of tensors. `gut_fast.kernels.validation` says what is wrong with a step.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from types import ModuleType
 from typing import Any
@@ -17,21 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, HALVES, GossipStep, Rows, are_readable, arithmetic, cpu
+from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, GossipStep, Rows, cpu
+from gut_fast.kernels.step import PLAIN, resolved
+from gut_fast.kernels.validation import check, check_residuals, check_rows, is_dispatched
 
 __all__ = [
-    "check",
-    "check_dtypes",
-    "check_parameters",
     "combine_",
     "gossip_step_",
     "message",
     "prepare",
     "select_backend",
 ]
-
-PLAIN = {torch.Tensor, torch.nn.Parameter, type(None)}
-"""The types of tensors that compute as PyTorch does; others stand for something else."""
 
 _library = torch.library.Library("gut_fast", "DEF")
 _library.define(
@@ -86,46 +82,42 @@ def gossip_step_(
         weight,
         grad_scale,
     )
-    run = None if torch.compiler.is_compiling() else _direct(step, backend)
-    if run is None:
+    if torch.compiler.is_compiling():
         _dispatch(step, backend)
     else:
-        run()
+        prepare(step, backend)()
 
 
+@torch.no_grad()
 def prepare(step: GossipStep, backend: str) -> Callable[[], None]:
     """Checks a step and returns a function that performs it: several can be checked before one changes anything.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`.
     """
-    run = _direct(step, backend)
+    is_watched = bool(torch._C._len_torch_dispatch_stack())
+    run = cpu.direct_step(step) if backend in ("auto", "cpu") and not is_watched else None
     if run is None:
-        _checked_backend(step, backend)
-        run = partial(_dispatch, step, backend)
-    return run
+        if not step.parameters:
+            return lambda: None
+        tensors = [tensor for tensor in (*step.parameters, *step.state, *step.gradients) if tensor is not None]
+        if any(map(is_dispatched, tensors)):
+            return partial(_dispatch, step, backend)
+        module = _checked_backend(step, backend)
+        if is_watched or step.parameters[0].device.type not in AUTOMATIC or not _are_of_torch(tensors):
+            return partial(_dispatch, step, backend)
+        run = torch.no_grad()(partial(module.gossip_step, resolved(step)))
 
-
-def _direct(step: GossipStep, backend: str) -> Callable[[], None] | None:
-    """A function that performs a step of plain tensors without PyTorch's dispatcher; None for others or if traced."""
-    if torch._C._len_torch_dispatch_stack():
-        return None
-    compute = cpu.direct_step(step) if backend in ("auto", "cpu") else None
-    if compute is None or not are_readable(step):
-        if not step.parameters or step.parameters[0].device.type not in AUTOMATIC or not _are_of_torch(step):
-            return None
-        compute = torch.no_grad()(partial(_checked_backend(step, backend).gossip_step, step))
-
-    def run() -> None:
-        compute()
+    def changing() -> None:
+        run()
         torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
-    return run
+    return changing
 
 
-def _are_of_torch(step: GossipStep) -> bool:
-    """True if no tensor is of a subclass, which may compute in its own way."""
-    return {*map(type, step.parameters), *map(type, step.state), *map(type, step.gradients)} <= PLAIN
+def _are_of_torch(tensors: Iterable[Tensor]) -> bool:
+    """True if no tensor is of a subclass."""
+    return set(map(type, tensors)) <= PLAIN
 
 
 @torch.no_grad()
@@ -138,7 +130,8 @@ def _dispatch(step: GossipStep, backend: str) -> None:
 def _gossip_step_impl(*arguments: Any) -> None:
     step, backend = GossipStep(*arguments[:-1]), arguments[-1]
     if step.parameters:
-        _checked_backend(step, backend).gossip_step(step)
+        module = _checked_backend(step, backend)
+        module.gossip_step(resolved(step))
         torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
 
@@ -161,14 +154,14 @@ def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: R
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
     """
-    is_done = len(rows) == step.num_agents and _is_direct(step, backend) and cpu.direct_message(step, rows, residuals)
-    if not is_done:
-        module = _checked_backend(step, backend, "message")
-        _check_rows(step, rows, step.num_agents)
-        _check_residuals(step, rows, residuals)
-        if any(row is not None for row in rows):
-            module.message(step, list(rows), list(residuals))
-    torch.autograd.graph.increment_version([row for row in rows if row is not None])
+    sent, is_direct = [row for row in rows if row is not None], len(rows) == step.num_agents and _may_be_direct(backend)
+    if not (is_direct and cpu.direct_message(step, rows, residuals)):
+        module = _checked_half(step, backend, "message", [*rows, *residuals])
+        check_rows(step, rows, step.num_agents, are_changed=True)
+        check_residuals(step, rows, residuals)
+        if sent:
+            module.message(resolved(step), list(rows), list(residuals))
+    torch.autograd.graph.increment_version(sent)
 
 
 @torch.no_grad()
@@ -178,7 +171,7 @@ def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
     The drift is ``D(i) = Σ_j w_ij (X_j − X_i)`` of the rows X as they were sent, so that their rounding does not move
     the mean over agents; X is S where nothing was sent. S in the outputs is computed anew. After `message` into rows of
     the dtype of arithmetic the result is that of `gossip_step_`, bit for bit, but for a complete graph, which the CPU
-    and CUDA kernels sum in another way where all agents are together.
+    kernel sums in another way where all agents are together.
 
     Args:
         step: the step as given to `message`; `neighbor` indexes into the rows.
@@ -188,62 +181,25 @@ def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
     Raises:
         TypeError, ValueError, RuntimeError: as `message`.
     """
-    if not (_is_direct(step, backend) and cpu.direct_combine(step, rows)):
-        module = _checked_backend(step, backend, "combine")
-        _check_rows(step, rows, len(rows))
-        module.combine(step, list(rows))
+    if not (_may_be_direct(backend) and cpu.direct_combine(step, rows)):
+        module = _checked_half(step, backend, "combine", rows)
+        check_rows(step, rows, len(rows), are_changed=False)
+        module.combine(resolved(step), list(rows))
     torch.autograd.graph.increment_version([*step.parameters, *step.state])
 
 
-def _is_direct(step: GossipStep, backend: str) -> bool:
-    """True if the compiled kernel may be chosen and can read the step's tensors, and nothing traces the call."""
-    return backend in ("auto", "cpu") and not torch._C._len_torch_dispatch_stack() and are_readable(step)
+def _may_be_direct(backend: str) -> bool:
+    return backend in ("auto", "cpu") and not torch._C._len_torch_dispatch_stack()
 
 
-def _check_rows(step: GossipStep, rows: Rows, num_rows: int) -> None:
-    first = step.parameters[0]
-    dtypes = {first.dtype, arithmetic(first.dtype), *([torch.bfloat16] if first.dtype == torch.float32 else [])}
-    row_dtype = next((row.dtype for row in rows if row is not None), first.dtype)
-    length = _row_length(step)
-    if len(rows) != num_rows or num_rows < step.num_agents:
-        raise ValueError(f"{len(rows)} rows of messages, expected {step.num_agents}: one for each agent that is here")
-    for index, row in enumerate(rows):
-        if row is None:
-            if index >= step.num_agents:
-                raise ValueError(f"row {index} is None, but it is of an agent that is not here")
-            continue
-        if row.shape != (length,) or not row.is_contiguous():
-            shape, strides = tuple(row.shape), row.stride()
-            raise ValueError(f"row {index} has shape {shape}, strides {strides}; expected {length} contiguous numbers")
-        if row.dtype not in dtypes or row.dtype != row_dtype:
-            raise TypeError(f"row {index} is {row.dtype}, the first {row_dtype}, the parameters are {first.dtype}")
-        if row.device != first.device:
-            raise TypeError(f"row {index} is on {row.device}, the parameters are on {first.device}")
-
-
-def _check_residuals(step: GossipStep, rows: Rows, residuals: Rows) -> None:
-    if not residuals:
-        return
-    first, length = step.parameters[0], _row_length(step)
-    exact = arithmetic(first.dtype)
-    if len(residuals) != len(rows):
-        raise ValueError(f"{len(residuals)} residuals, expected {len(rows)}: one for each row")
-    for index, (row, residual) in enumerate(zip(rows, residuals, strict=True)):
-        if row is None:
-            continue
-        if row.dtype.itemsize >= exact.itemsize:
-            raise TypeError(f"row {index} is {row.dtype}, which loses nothing of {exact}; give no residuals")
-        if residual is None or residual.shape != (length,) or not residual.is_contiguous():
-            given = None if residual is None else (tuple(residual.shape), residual.stride())
-            raise ValueError(f"residual {index} is {given}, expected {length} contiguous numbers")
-        if residual.dtype != exact or residual.device != first.device:
-            raise TypeError(
-                f"residual {index} is {residual.dtype} on {residual.device}, expected {exact} on {first.device}"
-            )
-
-
-def _row_length(step: GossipStep) -> int:
-    return step.num_messages * sum(parameter.numel() for parameter in step.parameters) // step.num_agents
+def _checked_half(step: GossipStep, backend: str, function: str, rows: Rows) -> ModuleType:
+    """The backend for half a step, which has no op: tensors that stand for others are refused."""
+    for tensor in [*step.parameters, *step.state, *step.gradients, *rows]:
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"expected tensors, got {type(tensor).__name__}")
+        if tensor is not None and is_dispatched(tensor):
+            raise TypeError(f"half a step needs tensors with numbers in memory, got a {type(tensor).__name__}")
+    return _checked_backend(step, backend, function)
 
 
 def _checked_backend(step: GossipStep, backend: str, function: str = "gossip_step") -> ModuleType:
@@ -294,120 +250,3 @@ def select_backend(
             return backend
         reasons.append(f"backend {candidate!r} is not available: {reason}")
     raise RuntimeError("; ".join(reasons))
-
-
-def check(step: GossipStep) -> None:
-    """Raises TypeError or ValueError unless the step's tensors are as `gossip_step_` describes them."""
-    _check_mixing(step)
-    if cpu.are_plain(step) and step.parameters[0].is_floating_point() and are_readable(step):
-        check_dtypes(*step.dtypes)
-        return
-    check_parameters(step.parameters, step.num_agents)
-    first, num_elements = step.parameters[0], sum(parameter.numel() for parameter in step.parameters)
-    if len(step.gradients) != len(step.parameters):
-        raise ValueError(f"{len(step.parameters)} parameters but {len(step.gradients)} gradients")
-    for index, (parameter, gradient) in enumerate(zip(step.parameters, step.gradients, strict=True)):
-        if gradient is None:
-            continue
-        if gradient.shape != parameter.shape and gradient.shape != (0,):
-            raise ValueError(
-                f"gradient {index} has shape {tuple(gradient.shape)}, expected {tuple(parameter.shape)}, "
-                "or None for a gradient of zero"
-            )
-        if gradient.layout is not torch.strided:
-            raise TypeError(f"gradient {index} is {gradient.layout}; use dense gradients (sparse=False)")
-        _check_kind("gradient", index, gradient, first)
-        _check_memory(f"gradient {index}", gradient)
-    dtype, state_dtype = step.dtypes
-    check_dtypes(dtype, state_dtype)
-    for index, buffer in enumerate(step.state):
-        if buffer.shape != (num_elements,) or not buffer.is_contiguous():
-            raise ValueError(
-                f"state {index} has shape {tuple(buffer.shape)}, strides {buffer.stride()}; "
-                f"expected one contiguous row of {num_elements}"
-            )
-        _check_kind("state", index, buffer, first, state_dtype)
-        _check_memory(f"state {index}", buffer, is_changed=True)
-
-
-def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") -> None:
-    """Raises TypeError, its message after `where`, unless parameters of `dtype` may have state of `state_dtype`."""
-    if dtype == state_dtype or (torch.float32 in (dtype, state_dtype) and {dtype, state_dtype} & set(HALVES)):
-        return
-    others = HALVES if dtype == torch.float32 else [torch.float32] if dtype in HALVES else []
-    choice = " or ".join(map(str, (dtype, *others)))
-    raise TypeError(f"{where}the state is {state_dtype}; for parameters of {dtype} it can be {choice}")
-
-
-def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str = "") -> None:
-    """Raises TypeError or ValueError, its message after `where`, unless these are N agents' stacked parameters.
-
-    Stacked parameters are dense and contiguous, of shape (N, ...) or any shape if N = 1, all of one floating dtype and
-    device.
-    """
-    for index, parameter in enumerate(parameters):
-        # Every step asks this of every parameter, so the checks must be cheap; a message is made only after one fails.
-        if not parameter.is_floating_point():
-            raise TypeError(f"{where}parameter {index} is {parameter.dtype}; only floating-point ones can be mixed")
-        if parameter.layout is not torch.strided:
-            raise TypeError(f"{where}parameter {index} is {parameter.layout}; only dense parameters can be mixed")
-        if num_agents > 1 and (parameter.dim() == 0 or parameter.size(0) != num_agents):
-            raise ValueError(
-                f"{where}parameter {index} has shape {tuple(parameter.shape)}, expected ({num_agents}, ...): one row "
-                f"for each agent; gut_fast.stack(module, {num_agents}) makes such parameters of a module"
-            )
-        if not parameter.is_contiguous():
-            strides = parameter.stride()
-            raise ValueError(f"{where}parameter {index} is not contiguous: strides {strides}; use .contiguous()")
-        _check_kind(f"{where}parameter", index, parameter, parameters[0])
-        _check_memory(f"{where}parameter {index}", parameter, is_changed=True)
-
-
-def _check_memory(what: str, tensor: Tensor, is_changed: bool = False) -> None:
-    """Raises ValueError if the tensor's storage has been freed, or if it is to be changed and is lazily negated."""
-    if is_changed and tensor.is_neg():
-        raise ValueError(f"{what} is a lazily negated view, which cannot be changed in place; use .resolve_neg()")
-    if type(tensor) not in PLAIN or tensor.device.type == "meta" or not tensor.numel():
-        return
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    needed, there = (tensor.storage_offset() + last + 1) * tensor.element_size(), tensor.untyped_storage().nbytes()
-    if there < needed:
-        raise ValueError(f"{what} has no memory: its storage has {there} bytes of the {needed} needed, was it freed?")
-
-
-def _check_kind(what: str, index: int, tensor: Tensor, first: Tensor, dtype: torch.dtype | None = None) -> None:
-    dtype = dtype or first.dtype
-    if tensor.dtype != dtype or tensor.device != first.device:
-        expected = f"parameter 0 is {first.dtype}" if dtype == first.dtype else f"all state must be {dtype}"
-        raise TypeError(
-            f"{what} {index} is {tensor.dtype} on {tensor.device}, but {expected} on {first.device}; "
-            "convert it, or give it a parameter group of its own"
-        )
-
-
-def _check_mixing(step: GossipStep) -> None:
-    rows = len(step.state) + 1
-    expected = step.num_messages * (rows + 1) + rows * (rows + 1) + 2 * rows * step.num_messages
-    if step.num_messages < 1:
-        raise ValueError(f"num_messages must be at least 1, got {step.num_messages}")
-    device, num_edges = step.parameters[0].device, step.neighbor.numel()
-    home = device if step.coefficients.device == device else torch.device("cpu")
-    _check_vector("coefficients", step.coefficients, torch.float64, expected, home)
-    if step.row_start.numel() < 2:
-        raise ValueError(f"row_start must have N + 1 >= 2 entries, got {step.row_start.numel()}")
-    _check_vector("row_start", step.row_start, torch.int64, step.num_agents + 1, device)
-    _check_vector("neighbor", step.neighbor, torch.int64, num_edges, device)
-    _check_vector("weight", step.weight, torch.float64, num_edges, device)
-    if device.type == "cpu" and int(step.row_start[-1]) != num_edges:
-        raise ValueError(f"row_start ends at {int(step.row_start[-1])}, but there are {num_edges} neighbours")
-    if step.grad_scale is not None:
-        _check_vector("grad_scale", step.grad_scale, torch.float64, step.num_agents, device)
-
-
-def _check_vector(what: str, tensor: Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
-    if tensor.dtype != dtype or tensor.device != device or tensor.shape != (length,) or not tensor.is_contiguous():
-        raise ValueError(
-            f"{what} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, "
-            f"expected a contiguous {dtype} of shape ({length},) on {device}"
-        )
-    _check_memory(what, tensor, is_changed=True)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "PLAIN",
     "GossipStep",
     "Instances",
     "Rows",
-    "are_readable",
     "arithmetic",
     "message_each",
+    "resolved",
     "rows_of_all",
     "store_message",
 ]
@@ -97,24 +98,31 @@ class GossipStep(NamedTuple):
         return list(self.parameters[0].new_empty(self.num_agents, numbers // self.num_agents, dtype=dtype))
 
 
-def are_readable(step: GossipStep) -> bool:
-    """True if the bytes of the step's tensors are there, and are the numbers: no storage is freed, none negated lazily.
+def resolved(step: GossipStep) -> GossipStep:
+    """The step, which has been checked, as kernels can read it: of plain tensors, with contiguous gradients.
 
-    The compiled kernels read bytes. PyTorch keeps the sign of some results, such as the gradient of an imaginary part,
-    in a bit beside them, and a storage may have been freed under its tensors (``storage.resize_(0)``). It is False also
-    where this cannot be seen quickly. Every step asks, so this must be cheap.
+    Parameters and state stay in their memory. A gradient is copied if its numbers are not what lies there one after the
+    other (strides, a lazy sign), or if it is its own parameter.
     """
-    tensors = [*step.parameters, *step.state, *[gradient for gradient in step.gradients if gradient is not None]]
-    if step.grad_scale is not None:
-        tensors.append(step.grad_scale)
-    try:
-        return all(map(_num_bytes, map(_storage, tensors))) and not any(map(_is_negated, tensors))
-    except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
-        return False
+    parameters = [_plain(parameter) for parameter in step.parameters]
+    gradients = [_gradient(*pair) for pair in zip(step.gradients, parameters, strict=True)]
+    return step._replace(parameters=parameters, gradients=gradients, state=[_plain(buffer) for buffer in step.state])
 
 
-_num_bytes, _storage, _is_negated = torch.UntypedStorage.nbytes, Tensor.untyped_storage, Tensor.is_neg
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor if type(tensor) in PLAIN else tensor.as_subclass(Tensor)
 
+
+def _gradient(gradient: Tensor | None, parameter: Tensor) -> Tensor | None:
+    if gradient is None or not gradient.numel() or gradient._is_zerotensor():
+        return None
+    dense = _plain(gradient).resolve_neg().contiguous()
+    is_parameter = not dense.is_meta and dense.data_ptr() == parameter.data_ptr()
+    return dense.clone() if is_parameter else dense
+
+
+PLAIN = {Tensor, torch.nn.Parameter}
+"""The types of tensors that compute as PyTorch does; others stand for something else."""
 
 Message = Callable[[GossipStep, Sequence[Tensor]], None]
 

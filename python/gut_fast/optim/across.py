@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from gut_fast.distributed import SCALED, Exchange, Group
-from gut_fast.kernels import ops
+from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
 from gut_fast.topology import Topology
@@ -75,7 +75,7 @@ class AcrossRanks(Optimizer):
         scale = checks.with_amp(grad_scale, found_inf, amp_scale, self._num_here)
         steps = self._group_steps(scale)
         for step in filter(None, steps):
-            ops.check(step)
+            validation.check(step)
         exchange.run(steps, self.num_steps, None if scale is None else SCALED)
         if self.topology is not exchange.topology:
             self.topology = exchange.topology

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gut_fast.distributed import DEFAULT_TIMEOUT, Group
-from gut_fast.kernels import ops
+from gut_fast.kernels import validation
 from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
@@ -147,7 +147,7 @@ class Gossip(GossipOptimizer):
         """Lets the inner optimizer move, takes the move back, and returns it divided by the learning rate."""
         for index, group in enumerate(self.param_groups):
             if group["params"]:
-                ops.check(self._group_step(index, [None] * len(group["params"]), None))
+                validation.check(self._group_step(index, [None] * len(group["params"]), None))
         self._hand_on_learning_rates()
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         before = [parameter.clone() for parameter in parameters]

@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from gut_fast import analysis
 from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions
-from gut_fast.kernels import ops
+from gut_fast.kernels import ops, validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
 from gut_fast.optim.compiled import register
@@ -173,10 +173,10 @@ class GossipOptimizer(KeepsState):
         group = {**self.defaults, "drift_lr": 0.0, **param_group}
         group = analysis.with_auto_mu(self.rule, group, self.topology)
         checks.checked_coefficients(self._settings(group), self.rule, self._name)
-        ops.check_parameters(tensors, self._num_here, f"{self._name}: ")
+        validation.check_parameters(tensors, self._num_here, f"{self._name}: ")
         for tensor in tensors[:1]:
             dtype, state_dtype = tensor.dtype, self.state_dtype or tensor.dtype
-            ops.check_dtypes(dtype, state_dtype, f"{self._name}: ")
+            validation.check_dtypes(dtype, state_dtype, f"{self._name}: ")
             num_states, num_messages = len(self.rule.states), self.rule.num_messages
             function = "gossip_step" if self._exchange is None else "combine"
             ops.select_backend(self.backend, tensor.device.type, dtype, num_states, num_messages, state_dtype, function)
@@ -348,7 +348,7 @@ class GossipOptimizer(KeepsState):
         messages = self.rule.num_messages
         step = GossipStep(parameters, state, gradients, prepared.coefficients, messages, *mixing, scale)
         if state and state[0].dtype != (self.state_dtype or parameters[0].dtype):
-            ops.check(step)
+            validation.check(step)
             raise TypeError(
                 f"{self._name}: the parameters are now {parameters[0].dtype}, their state is {state[0].dtype}; make "
                 "the optimizer after the conversion, or give it this state_dtype"

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gut_fast.agents import StackedModule, stacks_of
-from gut_fast.kernels import ops
+from gut_fast.kernels import validation
 from gut_fast.optim import checks
 from gut_fast.optim.across import AcrossRanks
 from gut_fast.optim.compiled import register
@@ -96,7 +96,7 @@ class KeepsState(AcrossRanks):
             if not prepared.is_of(group):
                 for first in group["params"][:1]:
                     self._mixing(prepared, first.device)  # raises if they have moved
-                ops.check_parameters(group["params"], self._num_here, f"{self._name}: ")
+                validation.check_parameters(group["params"], self._num_here, f"{self._name}: ")
                 self._prepared[index] = self._prepare(group["params"])
         self._stacks = None
         self._adopt_state()

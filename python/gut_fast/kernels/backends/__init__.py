@@ -2,7 +2,7 @@
 
 ``unavailable(device_type, dtype, num_states, num_messages, state_dtype) -> str | None`` says why the backend cannot
 serve such tensors, or returns None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have
-been checked.
+been checked and are plain, and its gradients contiguous (`gut_fast.kernels.step.resolved`).
 
 The split form is for agents on several ranks. ``message(step, rows, residuals)`` writes what agent i sends into
 ``rows[i]``, the M messages one after the other, each the whole model, segment after segment. ``residuals[i]``, if
@@ -18,9 +18,9 @@ from types import ModuleType
 
 from gut_fast.kernels.backends import cpu, cuda, triton
 from gut_fast.kernels.backends import torch as plain_torch
-from gut_fast.kernels.step import HALVES, GossipStep, Rows, are_readable, arithmetic
+from gut_fast.kernels.step import HALVES, GossipStep, Rows, arithmetic
 
-__all__ = ["AUTOMATIC", "BACKENDS", "HALVES", "GossipStep", "Rows", "are_readable", "arithmetic"]
+__all__ = ["AUTOMATIC", "BACKENDS", "HALVES", "GossipStep", "Rows", "arithmetic"]
 
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "torch": plain_torch}
 """All backends by name."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
-from gut_fast.kernels.step import GossipStep, Instances, Rows, arithmetic
+from gut_fast.kernels.step import GossipStep, Instances, Rows
 
 __all__ = [
-    "are_plain",
     "combine",
     "direct_combine",
     "direct_message",
@@ -20,7 +18,9 @@ __all__ = [
     "gossip_step",
     "last_plan",
     "message",
+    "read",
     "set_tier",
+    "stream_step",
     "tier",
     "tiers",
     "unavailable",
@@ -35,6 +35,8 @@ PAIRS = (
     (torch.bfloat16, torch.bfloat16),
 )
 """The pairs of dtypes, of parameters and of state, that are compiled in."""
+
+UNREADABLE = "the compiled kernel needs plain, contiguous tensors that do not overlap, and was given others"
 
 FETCHES = ("none", "near", "outer", "write")
 """Where lines that will be needed are brought: nowhere, into L1, into L2, or into L1 to be written."""
@@ -82,12 +84,7 @@ if why_missing is None:
         except ValueError as error:
             why_missing = f"environment variable {_name}: {error}"
 
-_exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # PyTorch 2.10 and later
-_reader = (
-    None
-    if why_missing is not None or _exchange_api is None
-    else _core.tensor_reader(_exchange_api, [torch.Tensor, torch.nn.Parameter])
-)
+_reader = None if why_missing is not None else _core.TensorReader(torch)
 
 
 def unavailable(
@@ -117,92 +114,65 @@ def set_tier(name: str) -> None:
     _core.set_tier(name)
 
 
+def read(step: GossipStep) -> _core.TensorStep | None:
+    """The step as C++ has read it, or None if a tensor is not plain, contiguous or as the op describes, on any device.
+
+    It says the same as the op's checks, 30 times as fast, but not what is wrong with a step.
+    """
+    return None if _reader is None else _reader.read(step)
+
+
+def direct_step(step: GossipStep) -> Callable[[], None] | None:
+    """A function that performs a step whose tensors `read` can read and the kernel serves; None for others."""
+    found = _served(step)
+    return None if found is None else lambda: found.run(torch.get_num_threads())
+
+
+def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
+    """Does `message` and returns True if the step's tensors and the rows can be read and served."""
+    found = _served(step)
+    if found is None or _reader is None:
+        return False
+    return found.message(_reader, list(rows), list(residuals), torch.get_num_threads())
+
+
+def direct_combine(step: GossipStep, rows: Rows) -> bool:
+    """Does `combine` and returns True if the step's tensors and the rows can be read and served."""
+    found = _served(step)
+    if found is None or _reader is None:
+        return False
+    return found.combine(_reader, list(rows), [], torch.get_num_threads())
+
+
+def _served(step: GossipStep) -> _core.TensorStep | None:
+    found = read(step)
+    return found if found is not None and found.is_served else None
+
+
 def gossip_step(step: GossipStep) -> None:
     """One step in place, on `torch.get_num_threads()` threads."""
-    _call(_core.gossip_step, step)
+    _demanded(step).run(torch.get_num_threads())
 
 
 def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    _half(_core.message, step, rows, residuals)
+    if not direct_message(step, rows, residuals):
+        raise TypeError(UNREADABLE)
 
 
 def combine(step: GossipStep, rows: Rows) -> None:
     """Mixes the rows and updates in place, the second half of the split form."""
-    _half(_core.combine, step, rows, ())
+    if not direct_combine(step, rows):
+        raise TypeError(UNREADABLE)
 
 
-def _half(half: Callable[..., None], step: GossipStep, rows: Rows, residuals: Rows) -> None:
-    dtype = next((row.dtype for row in rows if row is not None), arithmetic(step.parameters[0].dtype))
-    _call(half, step, _dtype(dtype), _addresses(rows), _addresses(residuals))
+def stream_step(step: GossipStep) -> None:
+    """Reads and writes every byte that the step reads and writes, in a plain loop without agents: its ceiling."""
+    _demanded(step).stream(torch.get_num_threads())
 
 
-def _addresses(rows: Rows) -> list[int]:
-    return [0 if row is None else row.data_ptr() for row in rows]
-
-
-def _call(function: Callable[..., None], step: GossipStep, *more: Any) -> None:
-    # Only a gradient that is not contiguous is copied; the list keeps such copies alive during the call.
-    gradients = [None if gradient is None else gradient.resolve_neg().contiguous() for gradient in step.gradients]
-    function(
-        *map(_dtype, step.dtypes),
-        step.num_agents,
-        [parameter.data_ptr() for parameter in step.parameters],
-        [0 if gradient is None else gradient.data_ptr() for gradient in gradients],
-        [parameter.numel() // step.num_agents for parameter in step.parameters],
-        [buffer.data_ptr() for buffer in step.state],
-        step.coefficients.data_ptr(),
-        step.num_messages,
-        step.row_start.data_ptr(),
-        step.neighbor.data_ptr(),
-        step.weight.data_ptr(),
-        0 if step.grad_scale is None else step.grad_scale.data_ptr(),
-        *more,
-        torch.get_num_threads(),
-    )
-
-
-def _dtype(dtype: torch.dtype) -> Any:
-    return getattr(_core.DType, str(dtype).removeprefix("torch."))
-
-
-def direct_step(step: GossipStep) -> Callable[[], None] | None:
-    """A function that performs a step of plain, contiguous CPU tensors that are as the op describes; None for others.
-
-    It does the same as the op's checks and `gossip_step`, 30 times as fast, but cannot say what is wrong with a step.
-    """
-    tensor_step = _tensor_step(step)
-    return None if tensor_step is None else lambda: tensor_step.run(torch.get_num_threads())
-
-
-def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
-    """Does `message` and returns True if the step's tensors and the rows are plain, contiguous CPU tensors."""
-    tensor_step = _tensor_step(step)
-    return tensor_step is not None and tensor_step.message(
-        _reader, list(rows), list(residuals), torch.get_num_threads()
-    )
-
-
-def direct_combine(step: GossipStep, rows: Rows) -> bool:
-    """Does `combine` and returns True if the step's tensors and the rows are plain, contiguous CPU tensors."""
-    tensor_step = _tensor_step(step)
-    return tensor_step is not None and tensor_step.combine(_reader, list(rows), [], torch.get_num_threads())
-
-
-def _tensor_step(step: GossipStep) -> Any:
-    if _reader is None or not step.parameters:
-        return None
-    dtype, state_dtype = step.dtypes
-    if unavailable("cpu", dtype, len(step.state), step.num_messages, state_dtype) is not None:
-        return None
-    return _core.tensor_step(_reader, *step)
-
-
-def are_plain(step: GossipStep) -> bool:
-    """True if parameters, state and gradients are plain, contiguous tensors of one device that fit each other.
-
-    It is False also where this cannot be seen quickly. Nothing else of the step is looked at.
-    """
-    return _reader is not None and _core.are_plain(
-        _reader, step.num_agents, step.parameters, step.state, step.gradients
-    )
+def _demanded(step: GossipStep) -> _core.TensorStep:
+    found = _served(step)
+    if found is None:
+        raise TypeError(UNREADABLE)
+    return found

@@ -147,9 +147,6 @@ def _run(step: GossipStep, rows: Sequence[Tensor] | None, *, sends: bool, mixes:
     if not any(parameter.numel() for parameter in step.parameters):
         return
     device = step.parameters[0].device
-    # Only a gradient that is not contiguous is copied; the list keeps such copies alive until the launch.
-    given = [None if g is None or g.numel() == 0 else g.resolve_neg().contiguous() for g in step.gradients]
-    step = step._replace(gradients=given)
     with nullcontext() if device.type == "cpu" else torch.cuda.device(device):
         _launch(step, rows, device, SENDS=sends, MIXES=mixes)
 
