@@ -168,7 +168,7 @@ def test_a_wrong_peer_is_named_and_a_wrong_step_ends_it(monkeypatch):
         "broken": broken,
     }
     found = step.measure(small(), 1, 0.0, contenders)
-    assert set(found.measurements) == {"gut_fast", "ceiling", "SGD"}
+    assert set(found.measurements) == {"gut_fast", "ceiling", "SGD", "plain tensors"}
     assert found.absent["wrong"].startswith("WRONG, not equal to the reference: z is off by")
     assert found.absent["broken"] == "failed: no such instruction"
     assert found.measurements["gut_fast"].error < 1e-5

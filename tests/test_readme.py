@@ -16,7 +16,7 @@ from gut_fast.rules import RULES
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/integrations.md", "benchmarks/README.md", "results/README.md")
+PAGES = ("README.md", "docs/integrations.md", "docs/step.md", "benchmarks/README.md", "results/README.md")
 STUDIES = ("tune", "sweep", "report")
 SETTINGS = {"data": "digits", "pool": 1, "model": "mlp:8", "steps": 4, "eval_every": 2}
 SHORT = {
@@ -46,6 +46,13 @@ def commands(page):
     lines = [line for block in blocks(page) for line in block.splitlines()]
     lines += re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL))
     return [shlex.split(line, comments=True) for line in lines if re.match(r"(gut-fast|make|python|pytest) ", line)]
+
+
+def test_the_way_of_a_step_leads_through_five_files():
+    way = blocks("docs/step.md")[0]
+    files = re.findall(r"^(\S+/\S+) +(?:\w+\.)?(\w+)", way, re.MULTILINE)
+    assert len(files) == 5
+    assert all(re.search(rf"\b{name}\b", text_of(path)) for path, name in files)
 
 
 def test_the_code_runs(capsys):

@@ -6,7 +6,7 @@ same buffers and threads; on a GPU a copy of as many bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -87,20 +87,20 @@ class Workload:
             parameter.grad = gradient
         self.optimizer = self.make_optimizer(case.backend)
 
-    def make_optimizer(self, backend: str, **options: Any) -> GossipOptimizer:
-        """Returns an optimizer of the library on the parameters."""
+    def make_optimizer(
+        self, backend: str, parameters: Sequence[torch.nn.Parameter] | None = None, **options: Any
+    ) -> GossipOptimizer:
+        """Returns an optimizer of the library on the parameters, or on others like them."""
         case = self.case
         options |= {} if case.state_dtype is None else {"state_dtype": DTYPES[case.state_dtype]}
         settings = {"topology": self.topology, "backend": backend, **case.hyperparameters, **options}
-        return GossipOptimizer(self.parameters, case.rule, **settings)
+        return GossipOptimizer(self.parameters if parameters is None else parameters, case.rule, **settings)
 
     def blocks_of(self, optimizer: GossipOptimizer) -> dict[str, list[Tensor]]:
-        """The parameters, and an optimizer's states."""
-        states = {
-            name: [_rows(optimizer.state[parameter][name]) for parameter in self.parameters]
-            for name in self.rule.states
-        }
-        return {"z": [_rows(parameter) for parameter in self.parameters], **states}
+        """An optimizer's parameters and states."""
+        parameters = optimizer.param_groups[0]["params"]
+        states = {name: [_rows(optimizer.state[each][name]) for each in parameters] for name in self.rule.states}
+        return {"z": [_rows(parameter) for parameter in parameters], **states}
 
     def flat_state(self) -> list[Tensor]:
         """The whole buffers of the optimizer's states: the first parameter's state is the beginning of each."""
@@ -157,6 +157,17 @@ def _gut_fast(workload: Workload) -> Contender:
     return Contender(workload.optimizer.step, partial(workload.blocks_of, workload.optimizer))
 
 
+def _plain(workload: Workload) -> Contender:
+    """``optimizer.step()`` on tensors that lie where PyTorch puts each of them, as those of `torch.randn` do."""
+    if workload.device.type != "cpu":
+        raise Unavailable("it is for CPUs")
+    parameters = [torch.nn.Parameter(parameter.detach().clone()) for parameter in workload.parameters]
+    for parameter, like in zip(parameters, workload.parameters, strict=True):
+        parameter.grad = None if like.grad is None else like.grad.clone()
+    optimizer = workload.make_optimizer(workload.case.backend, parameters)
+    return Contender(optimizer.step, partial(workload.blocks_of, optimizer))
+
+
 def _backend(name: str, workload: Workload) -> Contender:
     """``optimizer.step()`` on a GPU with a backend that the case's optimizer does not use."""
     if workload.device.type != "cuda":
@@ -197,10 +208,11 @@ OURS: Mapping[str, MakeContender] = {
     "gut_fast": _gut_fast,
     "ceiling": _ceiling,
     "SGD": _sgd,
+    "plain tensors": _plain,
     "graph": _graph,
     **{f"backend, {name}": partial(_backend, name) for name in AUTOMATIC["cuda"]},
 }
-"""The contenders on the library's own buffers."""
+"""The contenders on the library's own buffers, but "plain tensors", which are PyTorch's."""
 
 
 @torch.no_grad()
