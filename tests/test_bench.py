@@ -415,7 +415,7 @@ def test_the_commands_measure_print_and_write(tmp_path):
     *steps, training = results.load(file)
     assert results.load(tmp_path / "own.json") == steps
     assert [each.case for each in steps] == ["dsgd ring:3 7", "dsgd ring:4 7"]
-    assert all(set(each.measurements) == {"gut_fast", "ceiling", "SGD", "eager"} for each in steps)
+    assert all(set(each.measurements) == {"gut_fast", "ceiling", "SGD", "plain tensors", "eager"} for each in steps)
     assert training.case == "mlp, 3 × 2"
     assert all(each.seconds.p50 > 0 for each in training.measurements.values())
     assert file.with_suffix(".md").read_text(encoding="utf-8") == results.markdown([*steps, training])

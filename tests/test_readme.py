@@ -16,7 +16,7 @@ from gut_fast.rules import RULES
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/integrations.md", "docs/step.md", "benchmarks/README.md", "results/README.md")
+PAGES = ("README.md", "docs/integrations.md", "benchmarks/README.md", "results/README.md")
 STUDIES = ("tune", "sweep", "report")
 SETTINGS = {"data": "digits", "pool": 1, "model": "mlp:8", "steps": 4, "eval_every": 2}
 SHORT = {
