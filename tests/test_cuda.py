@@ -148,7 +148,7 @@ def test_coefficients_on_the_device_change_no_bit(emulation, monkeypatch):
 
 def test_what_cuda_refuses_is_an_error(emulation):
     step = a_step("gut")
-    arguments = cuda._compiled_step(step, step.gradients)
+    arguments = cuda._compiled_step(step)
     emulation(multiprocessors=0)
     with pytest.raises(RuntimeError, match=r"CUDA refused to start a step in 0 blocks .*invalid configuration"):
         cuda._cuda.gossip_step(arguments)

@@ -69,8 +69,7 @@ def unavailable(
 
 def gossip_step(step: GossipStep) -> None:
     """One step in place: in one launch, or in two for more agents than the shared memory of a block has room for."""
-    gradients = _dense_gradients(step)
-    compiled = _compiled_step(step, gradients)
+    compiled = _compiled_step(step)
     dtype, device = step.parameters[0].dtype, step.parameters[0].device
     if _cuda.fits(_index(device), _compiled(dtype), step.num_messages, step.num_agents):
         _cuda.gossip_step(compiled)
@@ -93,12 +92,11 @@ def combine(step: GossipStep, rows: Rows) -> None:
 
 
 def _split(half: Callable[..., None], step: GossipStep, rows: Sequence[Tensor]) -> None:
-    gradients = _dense_gradients(step)
-    # Room for the addresses of more rows than a kernel's arguments hold; like a gradient's copy it may be freed early.
+    # Room for the addresses of more rows than a kernel's arguments hold; it may be freed once the kernel is queued.
     length = len(rows) if len(rows) > _cuda.FEW_ROWS else 0
     table = torch.empty(length, dtype=torch.int64, device=step.parameters[0].device)
     addresses = [row.data_ptr() for row in rows]
-    half(_compiled_step(step, gradients), _compiled(rows[0].dtype), len(rows), addresses, table.data_ptr())
+    half(_compiled_step(step), _compiled(rows[0].dtype), len(rows), addresses, table.data_ptr())
 
 
 def _refusal() -> str:
@@ -123,18 +121,7 @@ def _compiled(dtype: torch.dtype) -> _cuda.DType:
     return compiled
 
 
-def _dense_gradients(step: GossipStep) -> list[Tensor | None]:
-    """The gradients, copied where they are not contiguous; None for an empty one.
-
-    A copy may be freed once the kernel that reads it is queued: memory is reused in the stream's order.
-    """
-    return [
-        None if gradient is None or not gradient.numel() else gradient.resolve_neg().contiguous()
-        for gradient in step.gradients
-    ]
-
-
-def _compiled_step(step: GossipStep, gradients: list[Tensor | None]) -> _cuda.Step:
+def _compiled_step(step: GossipStep) -> _cuda.Step:
     device, (dtype, state_dtype) = step.parameters[0].device, step.dtypes
     return _cuda.Step(
         _index(device),
@@ -143,7 +130,7 @@ def _compiled_step(step: GossipStep, gradients: list[Tensor | None]) -> _cuda.St
         _compiled(state_dtype),
         step.num_agents,
         [parameter.data_ptr() for parameter in step.parameters],
-        [0 if gradient is None else gradient.data_ptr() for gradient in gradients],
+        [0 if gradient is None else gradient.data_ptr() for gradient in step.gradients],
         [parameter.numel() // step.num_agents for parameter in step.parameters],
         [buffer.data_ptr() for buffer in step.state],
         step.coefficients.data_ptr(),
