@@ -1,6 +1,9 @@
 """The compiled CPU kernel alone: instruction tiers, threads, processes, and the rules that it is compiled for."""
 
+import ctypes
+import ctypes.util
 import os
+import platform
 import subprocess
 import sys
 import threading
@@ -232,3 +235,19 @@ def test_residuals_have_the_same_bits_in_any_layout_of_the_gradients():
         ops.message(given, rows, "cpu", residuals=residuals)
         results.append([*rows, *residuals])
     assert same_bits(*results)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the flag's place is that of x86-64")
+@pytest.mark.parametrize("columns", [1, 16, 65])
+def test_what_fills_up_a_tail_does_not_become_subnormal(threads, columns):
+    """Such numbers, fed back from block to block, decay and make a step several times as slow; nobody sees them."""
+    underflow, math = 0x10, ctypes.CDLL(ctypes.util.find_library("m"))
+    step = a_step("gut", topology.ring(6), (columns,) * 4)
+    threads(1)
+    run = cpu.direct_step(step)
+    for _ in range(3000):
+        run()
+    math.feclearexcept(underflow)
+    for _ in range(20):
+        run()
+    assert not math.fetestexcept(underflow)

@@ -198,6 +198,19 @@ def test_memory_that_a_step_changes_is_nobody_elses(kind, way, backend):
     assert all(map(torch.equal, [*step.parameters, *step.state], before))
 
 
+@each_backend
+@pytest.mark.parametrize("size", [0, 8])
+@pytest.mark.parametrize("field", ["parameters", "state", "gradients"])
+def test_memory_that_goes_between_steps_is_missed(field, size, backend):
+    step = a_step()._replace(parameters=[seeded(N, columns, seed=1, dtype=torch.float32) for columns in COLUMNS])
+    in_one(step, backend)
+    getattr(step, field)[-1].untyped_storage().resize_(size)
+    before = step.parameters[0].clone()
+    with pytest.raises(ValueError, match="has no memory"):
+        in_one(step, backend)
+    assert torch.equal(step.parameters[0], before)
+
+
 BAD_ROWS = {
     "freed": (freed, "has no memory"),
     "shrunk": (shrunk, "has no memory"),
