@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 
@@ -156,8 +157,8 @@ def test_the_environment_forces_a_tier(tier):
 def test_the_environment_forces_a_plan():
     text = TIER.replace("print(cpu.tier()", "print(cpu.last_plan()")
     step = "from steps import a_step\nops.gossip_step_(*a_step('gut', columns=(5000,)))\nprint(cpu.last_plan())"
-    result = script(f"{text}{step}", GUT_FAST_PLAN="block=512,ahead=1024,fetch=write")
-    assert result.stdout.split("\n")[2] == "block=512,ahead=1024,fetch=write", result.stderr
+    result = script(f"{text}{step}", GUT_FAST_PLAN="block=512,ahead=1024,fetch=write,threads=1")
+    assert result.stdout.split("\n")[2] == "block=512,ahead=1024,fetch=write,threads=1", result.stderr
     result = script(text, GUT_FAST_PLAN="block=512")
     assert "environment variable GUT_FAST_PLAN: expected block=COLUMNS,ahead=" in result.stdout
 
@@ -170,7 +171,7 @@ def plan():
 
 
 PLANS = [
-    f"block={block},ahead={ahead},fetch={fetch}"
+    f"block={block},ahead={ahead},fetch={fetch},threads=8"
     for block, ahead, fetch in ((1, 0, "none"), (64, 10**6, "near"), (192, 128, "outer"), (4096, 300, "write"))
 ]
 
@@ -191,7 +192,68 @@ def test_bits_do_not_depend_on_the_plan(plan, threads, graph):
         assert all(same_bits(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("wrong", ["", "block=0,ahead=0,fetch=near", "block=64,ahead=-1,fetch=near", "block=x", "near"])
+def test_the_first_steps_try_plans_and_one_stays(threads, plan):
+    threads(2)
+    step = a_step("gut", topology.ring(16), (6000,))
+    expected, plans = copied(step), []
+    for _ in range(40):
+        ops.gossip_step_(*step, backend="cpu")
+        plans.append(cpu.last_plan())
+        plan(PLANS[-1])
+        ops.gossip_step_(*expected, backend="cpu")
+        plan(None)
+    assert same_bits(outputs(step), outputs(expected))
+    assert len(set(plans[:6])) == 6
+    assert plans[:30] == plans[:6] * 5
+    assert set(plans[30:]) <= {*plans[:6]}
+    assert len(set(plans[30:])) == 1
+    threads(1)
+    ops.gossip_step_(*step, backend="cpu")
+    assert cpu.last_plan().endswith("threads=1")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="affinity is Linux's")
+def test_workers_keep_to_the_cores_of_their_caller():
+    """Off the one on which it runs, where they would wait for it; and its own cores stay what they were."""
+    text = """
+        import os, torch
+        from gut_fast.kernels import ops
+        from steps import a_step
+        from gut_fast import topology
+        from gut_fast.kernels.backends import cpu
+
+        torch.set_num_threads(3)
+        step = a_step("gut", topology.ring(16), (60_000,))
+        others = set(os.listdir("/proc/self/task"))
+        cores = os.sched_getaffinity(0)
+        cpu.force_plan("block=256,ahead=512,fetch=near,threads=3")
+        ops.gossip_step_(*step, backend="cpu")
+        workers = set(os.listdir("/proc/self/task")) - others
+        print(len(workers), os.sched_getaffinity(0) == cores)
+        for core in sorted(cores):
+            os.sched_setaffinity(0, {core})
+            ops.gossip_step_(*step, backend="cpu")
+        print(all(os.sched_getaffinity(int(worker)) == {core} for worker in workers))
+        os.sched_setaffinity(0, cores)
+        ops.gossip_step_(*step, backend="cpu")
+        print(all(os.sched_getaffinity(int(worker)) <= cores for worker in workers))
+    """
+    result = script(textwrap.dedent(text))
+    assert result.stdout.split("\n")[:3] == ["2 True", "True", "True"], result.stderr
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "",
+        "near",
+        "block=x",
+        "block=64,ahead=0,fetch=near",
+        "block=0,ahead=0,fetch=near,threads=1",
+        "block=64,ahead=-1,fetch=near,threads=1",
+        "block=64,ahead=0,fetch=near,threads=0",
+    ],
+)
 def test_plans_that_are_refused(plan, wrong):
     with pytest.raises(ValueError, match="block"):
         plan(wrong)

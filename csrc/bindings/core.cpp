@@ -45,12 +45,12 @@ bool half(const TensorStep& step, const TensorReader& reader, const py::list& ro
   }
 }
 
-Plan make_plan(std::int64_t block, std::int64_t ahead, Fetch fetch) {
+Plan make_plan(std::int64_t block, std::int64_t ahead, Fetch fetch, std::int32_t threads) {
   constexpr std::int64_t kMost = 1 << 20;
-  if (block < 1 || block > kMost || ahead < 0 || ahead > kMost) {
-    throw std::invalid_argument("a plan needs 1 <= block <= 2**20 and 0 <= ahead <= 2**20 columns");
+  if (block < 1 || block > kMost || ahead < 0 || ahead > kMost || threads < 1) {
+    throw std::invalid_argument("a plan needs 1 <= block <= 2**20, 0 <= ahead <= 2**20 columns and threads >= 1");
   }
-  return Plan{block, ahead, fetch};
+  return Plan{block, ahead, fetch, threads};
 }
 
 }  // namespace
@@ -69,10 +69,11 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       .value("outer", Fetch::outer)
       .value("write", Fetch::write);
   py::class_<Plan>(module, "Plan")
-      .def(py::init(&make_plan), py::arg("block"), py::arg("ahead"), py::arg("fetch"))
+      .def(py::init(&make_plan), py::arg("block"), py::arg("ahead"), py::arg("fetch"), py::arg("threads"))
       .def_readonly("block", &Plan::block)
       .def_readonly("ahead", &Plan::ahead)
-      .def_readonly("fetch", &Plan::fetch);
+      .def_readonly("fetch", &Plan::fetch)
+      .def_readonly("threads", &Plan::threads);
   module.def("force_plan", &gut_fast::cpu::force_plan, py::arg("plan"));
   module.def("last_plan", &gut_fast::cpu::last_plan);
   py::class_<TensorReader>(module, "TensorReader", py::module_local())

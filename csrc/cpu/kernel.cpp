@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -64,26 +65,15 @@ void check_rows(const StepArgs& args, const Rows& rows) {
   }
 }
 
-std::int64_t num_elements(const StepArgs& args) {
-  std::int64_t columns = 0;
-  for (std::int64_t s = 0; s < args.num_segments; ++s) columns += args.segments[s].columns;
-  return columns * args.mixing.num_agents;
-}
-
-int useful_threads(const StepArgs& args, int num_threads) {
-  constexpr std::int64_t kAlone = 1 << 15;  // below this many numbers waking a thread costs more than it brings
-  return num_elements(args) < kAlone ? 1 : std::max(num_threads, 1);
-}
-
 // Calls `work` of the step for all chunks.
 template <typename T>
 using Work = void (Step<T>::*)(const Chunk&, int participant) const;
 
 template <typename T>
-void run_chunks(Step<T>& step, int num_threads, Work<T> work) {
-  const auto chunks = make_chunks(step.args(), num_threads, step.plan().block);
+void run_chunks(Step<T>& step, Work<T> work) {
+  const auto chunks = make_chunks(step.args(), step.plan().threads, step.plan().block);
   const auto num_chunks = static_cast<std::int64_t>(chunks.size());
-  num_threads = static_cast<int>(std::min<std::int64_t>(num_threads, std::max<std::int64_t>(num_chunks, 1)));
+  const auto num_threads = static_cast<int>(std::clamp<std::int64_t>(num_chunks, 1, step.plan().threads));
   step.make_scratch(num_threads);
   auto body = [&](std::int64_t index, int participant) { (step.*work)(chunks[index], participant); };
   const auto call = [](void* context, std::int64_t index, int participant) {
@@ -94,8 +84,10 @@ void run_chunks(Step<T>& step, int num_threads, Work<T> work) {
 
 template <typename T>
 void run(const StepArgs& args, const Schedule* schedule, const Rows* rows, int num_threads, Work<T> work) {
-  Step<T> step(args, current_tier(), schedule, rows);
-  run_chunks(step, useful_threads(args, num_threads), work);
+  Step<T> step(args, current_tier(), schedule, rows, num_threads);
+  const auto begin = std::chrono::steady_clock::now();
+  run_chunks(step, work);
+  if (schedule) plan_took(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
 }
 
 }  // namespace

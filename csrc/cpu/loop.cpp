@@ -320,11 +320,14 @@ constexpr Instance instance(List<Stored...>) {
   return {P::Q, P::M, P::zero_bits, P::one_bits, {run<BlockLoop<P, Stored>, Block>...}};
 }
 
-// The rules of the table (generated from rules.py when building), and the shape that serves any rule.
+// The rules of the table (generated from rules.py when building), and the shape that serves any rule: the only one for
+// x86 processors from before AVX2 (2013).
 constexpr Instance kInstances[] = {
+#if !defined(__x86_64__) || defined(__AVX2__)
 #define GUT_FAST_PATTERN(q, M, zeros, ones) instance<Pattern<q, M, zeros, ones>>(Storages{}),
 #include "patterns.inc"
 #undef GUT_FAST_PATTERN
+#endif
     instance<AnyRule>(Storages{})};
 
 template <typename... Stored>

@@ -3,10 +3,16 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <limits>
+#include <list>
 
 namespace gut_fast::cpu {
 namespace {
+
+// Below so many numbers a step is over before another thread is awake, and no plan matters.
+constexpr std::int64_t kAlone = 1 << 16;
 
 std::atomic<const Plan*> forced{nullptr};  // no lock, which a fork could leave taken in the child
 thread_local Plan last{};
@@ -23,37 +29,119 @@ struct Caches {
   }
 };
 
+std::int64_t num_columns(const StepArgs& args) {
+  std::int64_t total = 0;
+  for (std::int64_t s = 0; s < args.num_segments; ++s) total += args.segments[s].columns;
+  return total;
+}
+
+int useful_threads(const StepArgs& args, int num_threads) {
+  return num_columns(args) * args.mixing.num_agents < kAlone ? 1 : num_threads;
+}
+
 const Caches& caches() {
   static const Caches found;
   return found;
 }
 
-Plan decided(Plan plan, std::int64_t step) {
+// What decides how long a step takes, apart from the plan.
+using Kind = std::array<std::int64_t, 8>;
+
+// The plans for steps of one kind, tried in turn until each has had its steps.
+class Trial {
+ public:
+  Trial(const Kind& kind, const Plan& likely) : kind(kind) {
+    const auto [block, ahead, fetch, threads] = likely;
+    plans_ = {{likely,
+               {block, ahead, Fetch::write, threads},
+               {block, ahead / 4, Fetch::write, threads},
+               {block, 2 * ahead, Fetch::outer, threads},
+               {block / 2, ahead, fetch, threads},
+               {block, ahead, fetch, 1}}};
+    shortest_.fill(std::numeric_limits<double>::infinity());
+  }
+
+  const Plan& plan() const { return plans_[is_over() ? fastest_ : num_steps_ % plans_.size()]; }
+
+  void took(double seconds) {
+    if (is_over()) return;
+    auto& shortest = shortest_[num_steps_++ % plans_.size()];
+    shortest = std::min(shortest, seconds);
+    if (!is_over()) return;
+    const auto best = std::min_element(shortest_.begin(), shortest_.end());
+    if (*best < kClearly * shortest_[0]) fastest_ = best - shortest_.begin();
+  }
+
+  const Kind kind;
+
+ private:
+  static constexpr std::size_t kPlans = 6, kStepsEach = 5;
+  static constexpr double kClearly = 0.97;  // of the likely plan's time; the rest may be chance
+
+  bool is_over() const { return num_steps_ == kPlans * kStepsEach; }
+
+  std::array<Plan, kPlans> plans_;
+  std::array<double, kPlans> shortest_;
+  std::size_t num_steps_ = 0, fastest_ = 0;
+};
+
+thread_local std::list<Trial> trials;  // the last one used first
+thread_local Trial* tried = nullptr;   // by the last step
+
+Plan tried_plan(const Kind& kind, const Plan& likely) {
+  constexpr std::size_t kKept = 64;
+  auto found = std::find_if(trials.begin(), trials.end(), [&](const Trial& each) { return each.kind == kind; });
+  if (found == trials.end()) {
+    if (trials.size() == kKept) trials.pop_back();
+    trials.emplace_front(kind, likely);
+  } else {
+    trials.splice(trials.begin(), trials, found);
+  }
+  tried = &trials.front();
+  return tried->plan();
+}
+
+Plan decided(Plan plan, int num_threads, std::int64_t step) {
   if (const Plan* instead = forced.load()) plan = *instead;
   plan.block = std::max(plan.block / step, std::int64_t{1}) * step;
   plan.ahead = std::max(plan.ahead / step, std::int64_t{0}) * step;
+  plan.threads = std::max(std::min(plan.threads, num_threads), 1);
   return last = plan;
 }
 
 }  // namespace
 
-Plan choose_plan(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t step) {
+Plan choose_plan(const StepArgs& args, const Schedule& schedule, int num_threads, std::int64_t itemsize,
+                 std::int64_t step) {
   constexpr std::int64_t kFew = 64, kShort = 1 << 10, kLong = 4 << 10;  // agents; bytes of a row in a block
   const auto n = args.mixing.num_agents;
   const auto bytes_of_column = schedule.live_rows(args.num_messages, args.num_states + 1) * itemsize;
   auto block = (n <= kFew ? kShort : kLong) / itemsize;
   if (args.mixing.row_start[n] > 8 * n) {
     // Messages that many others read should stay near.
-    const auto room = n <= kFew ? caches().first : caches().second / 2;
+    const auto room = n <= kFew ? caches().first * 3 / 4 : caches().second / 2;
     block = std::min(block, room / bytes_of_column);
   }
-  return decided({block, 2 * kShort / itemsize, Fetch::near}, step);
+  tried = nullptr;
+  Plan plan{block, 2 * kShort / itemsize, Fetch::near, useful_threads(args, num_threads)};
+  if (const auto columns = num_columns(args); n * columns >= kAlone && forced.load() == nullptr) {
+    plan = tried_plan({n, args.mixing.row_start[n], args.num_states, args.num_messages, static_cast<int>(args.dtype),
+                       static_cast<int>(args.state_dtype), columns, num_threads},
+                      plan);
+  }
+  return decided(plan, num_threads, step);
 }
 
-Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, std::int64_t itemsize, std::int64_t step) {
+void plan_took(double seconds) {
+  if (tried != nullptr) tried->took(seconds);
+}
+
+Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, int num_threads, std::int64_t itemsize,
+                       std::int64_t step) {
   const auto rows = num_rows * args.num_messages + (args.num_states + 2) * args.mixing.num_agents;
   const auto fitting = caches().first / (rows * itemsize);
-  return decided({std::clamp(fitting, step, std::int64_t{1024}), 0, Fetch::none}, step);
+  return decided({std::clamp(fitting, step, std::int64_t{1024}), 0, Fetch::none, useful_threads(args, num_threads)},
+                 num_threads, step);
 }
 
 void force_plan(const std::optional<Plan>& plan) {
@@ -64,8 +152,7 @@ Plan last_plan() { return last; }
 
 std::vector<Chunk> make_chunks(const StepArgs& args, int num_threads, std::int64_t block) {
   constexpr std::int64_t kChunksPerThread = 8, kFewest = 2048;  // a shorter row is not worth its beginning
-  std::int64_t total = 0;
-  for (std::int64_t s = 0; s < args.num_segments; ++s) total += args.segments[s].columns;
+  const auto total = num_columns(args);
   auto length = std::max<std::int64_t>(total, 1);
   if (num_threads > 1) {
     const auto wanted = std::max(total / (num_threads * kChunksPerThread), kFewest);

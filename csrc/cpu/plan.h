@@ -16,13 +16,21 @@ struct Plan {
   std::int64_t block;  // columns
   std::int64_t ahead;  // columns in the order in which rows are read
   Fetch fetch;
+  std::int32_t threads;  // at most
 };
 
-// The plan for the processor at hand, in whole steps of so many columns; or the forced one.
-Plan choose_plan(const StepArgs& args, const Schedule& schedule, std::int64_t itemsize, std::int64_t step);
+// The plan for the processor at hand, in whole steps of so many columns; or the forced one. The first steps of each
+// kind and size that a thread takes try what is likely to be fast, given the caches, and the fastest is kept: which
+// kind of fetches a processor likes, and what it costs to wake a thread, is not to be read off it.
+Plan choose_plan(const StepArgs& args, const Schedule& schedule, int num_threads, std::int64_t itemsize,
+                 std::int64_t step);
+
+// Tells how long the step took that this thread planned last.
+void plan_took(double seconds);
 
 // The same for the halves of a step, of which `num_rows` rows of each message lie side by side in a block.
-Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, std::int64_t itemsize, std::int64_t step);
+Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, int num_threads, std::int64_t itemsize,
+                       std::int64_t step);
 
 // Makes all later steps use this plan, or the best one again.
 void force_plan(const std::optional<Plan>& plan);

@@ -65,15 +65,15 @@ template <typename T>
 class Step {
  public:
   // `schedule` is null for the halves, `rows` for a whole step.
-  Step(const StepArgs& args, const Tier& tier, const Schedule* schedule, const Rows* rows)
+  Step(const StepArgs& args, const Tier& tier, const Schedule* schedule, const Rows* rows, int num_threads)
       : args_(args),
         tier_(tier),
         schedule_(schedule),
         rows_(rows),
         rule_(tier, args),
         step_(kVectors * tier.lanes[is_double]),
-        plan_(schedule ? choose_plan(args, *schedule, sizeof(T), step_)
-                       : choose_split_plan(args, rows->count, sizeof(T), step_)),
+        plan_(schedule ? choose_plan(args, *schedule, num_threads, sizeof(T), step_)
+                       : choose_split_plan(args, rows->count, num_threads, sizeof(T), step_)),
         loop_(rule_.instance->loop[storage_index(args.dtype, args.state_dtype, Storages{})]),
         weight_(args.mixing.num_edges * sizeof(T)),
         coefficients_((args.gradient_scale ? n() : 1) * rule_.coefficients.size() * sizeof(T)),

@@ -9,28 +9,73 @@
 #include <mutex>
 #include <system_error>
 #include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#include <sys/resource.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace gut_fast::cpu {
 namespace {
 
+// Chunks that lie side by side. Each participant has a share of them, goes through it in order, as what it fetches
+// ahead is of the chunk that follows, and then helps with what others have left.
+struct Share {
+  std::atomic<std::int64_t> next{0};
+  std::int64_t end = 0;
+
+  bool is_left() const { return next.load(std::memory_order_relaxed) < end; }
+};
+
 struct Job {
-  std::int64_t num_chunks;
   ChunkBody body;
   void* context;
-  int max_participants;
+  std::vector<Share> shares;
   std::fenv_t float_modes;
-  std::atomic<std::int64_t> next_chunk{0};
   int participants = 1;  // the caller; guarded by the pool's mutex, as is `active`
   int active = 0;        // workers inside work()
 
+  Job(int max_participants, std::int64_t num_chunks, ChunkBody body, void* context)
+      : body(body), context(context), shares(max_participants) {
+    for (int i = 0; i < max_participants; ++i) {
+      shares[i].next = num_chunks * i / max_participants;
+      shares[i].end = num_chunks * (i + 1) / max_participants;
+    }
+  }
+
   void work(int participant) {
-    for (;;) {
-      const auto chunk = next_chunk.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= num_chunks) return;
-      body(context, chunk, participant);
+    for (std::size_t i = 0; i < shares.size(); ++i) {
+      Share& share = shares[(participant + i) % shares.size()];
+      while (share.is_left()) {
+        const auto chunk = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk < share.end) body(context, chunk, participant);
+      }
     }
   }
 };
+
+// In a training loop the cores are not idle when a step begins: OpenMP's threads, which the backward pass has left,
+// spin there for milliseconds. A worker that shall run at once asks for short slices of time (Linux 6.12 and later, no
+// privilege needed: it gets no more time by it, only sooner), and is kept off the caller's core, where it would wait
+// for the caller.
+void ask_for_short_slices() {
+#if defined(__linux__) && defined(SYS_sched_setattr)
+  struct {
+    std::uint32_t size, policy = 0;
+    std::uint64_t flags = 0;
+    std::int32_t nice = 0;
+    std::uint32_t priority = 0;
+    std::uint64_t slice = 100'000;  // ns, the least the system grants
+    std::uint64_t deadline = 0, period = 0;
+  } attributes;
+  attributes.size = sizeof attributes;
+  attributes.nice = getpriority(PRIO_PROCESS, 0);
+  if (sched_getscheduler(0) == SCHED_OTHER) syscall(SYS_sched_setattr, 0, &attributes, 0);
+#endif
+}
 
 class ThreadPool {
  public:
@@ -39,10 +84,11 @@ class ThreadPool {
     if (!caller.owns_lock()) return job.work(0);
     {
       std::lock_guard lock(mutex_);
-      start_workers(job.max_participants - 1);
+      start_workers(static_cast<int>(job.shares.size()) - 1);
       job_ = &job;
       ++generation_;
     }
+    keep_off_this_core();
     wake_.notify_all();
     job.work(0);
     std::unique_lock lock(mutex_);
@@ -52,17 +98,32 @@ class ThreadPool {
 
  private:
   void start_workers(int wanted) {
-    while (num_workers_ < wanted) {
+    while (static_cast<int>(workers_.size()) < wanted) {
       try {
-        std::thread([this] { serve(); }).detach();
+        std::thread worker([this] { serve(); });
+        workers_.push_back(worker.native_handle());
+        worker.detach();
+        avoided_core_ = -1;
       } catch (const std::system_error&) {
         return;  // no more threads to be had: those there are, and the caller, do the work
       }
-      ++num_workers_;
     }
   }
 
+  void keep_off_this_core() {
+#if defined(__linux__)
+    const int core = sched_getcpu();
+    if (core == avoided_core_) return;
+    avoided_core_ = core;
+    cpu_set_t cores;
+    if (sched_getaffinity(0, sizeof cores, &cores) != 0) return;
+    if (CPU_COUNT(&cores) > 1) CPU_CLR(core, &cores);
+    for (const auto worker : workers_) pthread_setaffinity_np(worker, sizeof cores, &cores);
+#endif
+  }
+
   void serve() {
+    ask_for_short_slices();
     std::uint64_t joined = 0;  // the last generation of jobs this worker took part in
     std::unique_lock lock(mutex_);
     for (;;) {
@@ -80,8 +141,8 @@ class ThreadPool {
   }
 
   bool joinable() const {
-    return job_ != nullptr && job_->participants < job_->max_participants &&
-           job_->next_chunk.load(std::memory_order_relaxed) < job_->num_chunks;
+    return job_ != nullptr && job_->participants < static_cast<int>(job_->shares.size()) &&
+           std::any_of(job_->shares.begin(), job_->shares.end(), [](const Share& share) { return share.is_left(); });
   }
 
   std::mutex one_caller_;
@@ -89,7 +150,8 @@ class ThreadPool {
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
   std::uint64_t generation_ = 0;
-  int num_workers_ = 0;
+  std::vector<std::thread::native_handle_type> workers_;
+  int avoided_core_ = -1;
 };
 
 // Never destroyed: its workers sleep until the process ends. A forked child has none of them and starts afresh.
@@ -113,12 +175,9 @@ ThreadPool& the_pool() {
 }  // namespace
 
 void parallel_chunks(int num_threads, std::int64_t num_chunks, ChunkBody body, void* context) {
-  Job job;
-  job.num_chunks = num_chunks;
-  job.body = body;
-  job.context = context;
-  job.max_participants = static_cast<int>(std::min<std::int64_t>(num_threads, num_chunks));
-  if (job.max_participants <= 1) return job.work(0);
+  const auto participants = std::max<std::int64_t>(std::min<std::int64_t>(num_threads, num_chunks), 1);
+  Job job(static_cast<int>(participants), num_chunks, body, context);
+  if (participants == 1) return job.work(0);
   std::fegetenv(&job.float_modes);
   the_pool().run(job);
 }

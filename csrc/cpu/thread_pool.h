@@ -1,6 +1,7 @@
-// A pool whose caller can always finish alone. Chunks are claimed from a counter by the caller and by whichever workers
-// happen to wake up; the caller waits only for chunks somebody has begun. So a busy machine never stalls the step, idle
-// workers sleep (no spinning that would steal from a backward pass), and a forked child simply works alone.
+// A pool whose caller can always finish alone. Chunks are claimed by the caller and by whichever workers happen to wake
+// up, each from its own share first; the caller waits only for chunks somebody has begun. So a busy machine never
+// stalls the step, idle workers sleep (no spinning that would steal from a backward pass), and a forked child simply
+// works alone.
 #pragma once
 
 #include <cstdint>

@@ -19,7 +19,8 @@ class Plan:
     block: int
     ahead: int
     fetch: Fetch
-    def __init__(self, block: int, ahead: int, fetch: Fetch) -> None: ...
+    threads: int
+    def __init__(self, block: int, ahead: int, fetch: Fetch, threads: int) -> None: ...
 
 class TensorReader:
     reads_dlpack: bool

@@ -51,10 +51,14 @@ else:
 
 
 def force_plan(plan: str | None) -> None:
-    """Makes all later steps use a plan, such as ``"block=256,ahead=512,fetch=near"``; None: the processor's best again.
+    """Makes all later steps use a plan, such as ``"block=256,ahead=512,fetch=near,threads=2"``; None: the best again.
 
     A step takes `block` columns of all agents at a time, and fetches from memory what it needs `ahead` columns later,
-    counted in the order in which rows are read, into a cache (one of `FETCHES`). Bits do not depend on it.
+    counted in the order in which rows are read, into a cache (one of `FETCHES`), on `threads` threads, but not on more
+    than `torch.get_num_threads()`. Bits do not depend on it.
+
+    Without it the plan follows from the sizes of the caches, and the first thirty steps of each kind and size try six
+    variants of it, of which the fastest stays.
 
     Raises:
         ValueError: the plan is not of this form, or a number is out of range.
@@ -63,17 +67,17 @@ def force_plan(plan: str | None) -> None:
         _core.force_plan(None)
         return
     parts = dict(part.partition("=")[::2] for part in plan.split(","))
-    if parts.keys() != {"block", "ahead", "fetch"} or parts["fetch"] not in FETCHES:
-        raise ValueError(f"expected block=COLUMNS,ahead=COLUMNS,fetch={'|'.join(FETCHES)}, got {plan!r}")
-    block, ahead = int(parts["block"]), int(parts["ahead"])
-    _core.force_plan(_core.Plan(block, ahead, getattr(_core.Fetch, parts["fetch"])))
+    if parts.keys() != {"block", "ahead", "fetch", "threads"} or parts["fetch"] not in FETCHES:
+        raise ValueError(f"expected block=COLUMNS,ahead=COLUMNS,fetch={'|'.join(FETCHES)},threads=COUNT, got {plan!r}")
+    block, ahead, threads = (int(parts[name]) for name in ("block", "ahead", "threads"))
+    _core.force_plan(_core.Plan(block, ahead, getattr(_core.Fetch, parts["fetch"]), threads))
 
 
 def last_plan() -> str | None:
     """The plan of this thread's last step on the compiled kernel, or None before the first."""
     if why_missing is not None or not (plan := _core.last_plan()).block:
         return None
-    return f"block={plan.block},ahead={plan.ahead},fetch={plan.fetch.name}"
+    return f"block={plan.block},ahead={plan.ahead},fetch={plan.fetch.name},threads={plan.threads}"
 
 
 if why_missing is None:
