@@ -57,6 +57,7 @@ Plan make_plan(std::int64_t block, std::int64_t ahead, Fetch fetch, std::int32_t
 
 PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
   module.doc() = "The compiled CPU kernel of gut_fast; use gut_fast.kernels.ops.";
+  module.attr("TRIED_STEPS") = gut_fast::cpu::kTriedSteps;
   module.attr("MAX_STATES") = gut_fast::cpu::kMaxStates;
   module.attr("MAX_MESSAGES") = gut_fast::cpu::kMaxMessages;
   module.attr("CUDA_OPTION") = GUT_FAST_CUDA;

@@ -75,13 +75,12 @@ class Trial {
   const Kind kind;
 
  private:
-  static constexpr std::size_t kPlans = 6, kStepsEach = 5;
   static constexpr double kClearly = 0.97;  // of the likely plan's time; the rest may be chance
 
-  bool is_over() const { return num_steps_ == kPlans * kStepsEach; }
+  bool is_over() const { return num_steps_ == kTriedSteps; }
 
-  std::array<Plan, kPlans> plans_;
-  std::array<double, kPlans> shortest_;
+  std::array<Plan, kTriedPlans> plans_;
+  std::array<double, kTriedPlans> shortest_;
   std::size_t num_steps_ = 0, fastest_ = 0;
 };
 

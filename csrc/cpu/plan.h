@@ -19,6 +19,9 @@ struct Plan {
   std::int32_t threads;  // at most
 };
 
+// How many steps of each kind and size try plans.
+constexpr int kTriedPlans = 6, kTriedSteps = 5 * kTriedPlans;
+
 // The plan for the processor at hand, in whole steps of so many columns; or the forced one. The first steps of each
 // kind and size that a thread takes try what is likely to be fast, given the caches, and the fastest is kept: which
 // kind of fetches a processor likes, and what it costs to wake a thread, is not to be read off it.

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from gut_fast.kernels.step import GossipStep
 
+TRIED_STEPS: int
 MAX_STATES: int
 MAX_MESSAGES: int
 CUDA_OPTION: str

@@ -54,10 +54,12 @@ class Contender(NamedTuple):
         step: makes one step of all agents.
         blocks: returns what has been computed, ``"z"`` and those states that are the rule's own, each as matrices
             [N, d_k] that stand side by side. None if the contender makes no gossip step at all.
+        warm_up: how many steps it takes until one is like the next.
     """
 
     step: Callable[[], object]
     blocks: Callable[[], dict[str, list[Tensor]]] | None = None
+    warm_up: int = 0
 
 
 class Workload:
@@ -154,7 +156,7 @@ def _ceiling(workload: Workload) -> Contender:
 
 def _gut_fast(workload: Workload) -> Contender:
     """``optimizer.step()``, as a user calls it."""
-    return Contender(workload.optimizer.step, partial(workload.blocks_of, workload.optimizer))
+    return Contender(workload.optimizer.step, partial(workload.blocks_of, workload.optimizer), cpu.TRIED_STEPS)
 
 
 def _plain(workload: Workload) -> Contender:
@@ -165,7 +167,7 @@ def _plain(workload: Workload) -> Contender:
     for parameter, like in zip(parameters, workload.parameters, strict=True):
         parameter.grad = None if like.grad is None else like.grad.clone()
     optimizer = workload.make_optimizer(workload.case.backend, parameters)
-    return Contender(optimizer.step, partial(workload.blocks_of, optimizer))
+    return Contender(optimizer.step, partial(workload.blocks_of, optimizer), cpu.TRIED_STEPS)
 
 
 def _backend(name: str, workload: Workload) -> Contender:
@@ -217,7 +219,7 @@ OURS: Mapping[str, MakeContender] = {
 
 @torch.no_grad()
 def check(contender: Contender, workload: Workload, max_compared: int = MAX_COMPARED) -> float | None:
-    """Makes `NUM_STEPS` steps, compares each with the float64 reference, and returns the largest error.
+    """Makes `NUM_STEPS` steps, compares each with the float64 reference, warms up, and returns the largest error.
 
     A step of the reference begins with what the contender held before; a state that the contender does not show is the
     reference's own. Errors are relative to the largest entry of each tensor. The drift is divided by the learning rate,
@@ -254,6 +256,8 @@ def check(contender: Contender, workload: Workload, max_compared: int = MAX_COMP
             if not error <= limit:
                 raise WrongResultError(f"{name} is off by {error:.1e} after step {step + 1}, more than {limit:.1e}")
             worst = max(worst, error)
+    for _ in range(contender.warm_up):
+        contender.step()
     return worst
 
 

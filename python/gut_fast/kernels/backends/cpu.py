@@ -57,8 +57,8 @@ def force_plan(plan: str | None) -> None:
     counted in the order in which rows are read, into a cache (one of `FETCHES`), on `threads` threads, but not on more
     than `torch.get_num_threads()`. Bits do not depend on it.
 
-    Without it the plan follows from the sizes of the caches, and the first thirty steps of each kind and size try six
-    variants of it, of which the fastest stays.
+    Without it the plan follows from the sizes of the caches, and the first steps of each kind and size,
+    `TRIED_STEPS`, try variants of it, of which the fastest stays.
 
     Raises:
         ValueError: the plan is not of this form, or a number is out of range.
@@ -87,6 +87,9 @@ if why_missing is None:
                 _use(_value)
         except ValueError as error:
             why_missing = f"environment variable {_name}: {error}"
+
+TRIED_STEPS = 0 if why_missing is not None else _core.TRIED_STEPS
+"""How many steps of each kind and size try plans, before one stays."""
 
 _reader = None if why_missing is not None else _core.TensorReader(torch)
 
