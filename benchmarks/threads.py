@@ -19,7 +19,7 @@ import torch
 
 from gut_fast.bench.cases import CASES
 from gut_fast.bench.step import CPU, OURS, Workload, check
-from gut_fast.bench.timing import Sampler, interleave, threads
+from gut_fast.bench.timing import interleave, threads
 from gut_fast.kernels.machine import machine_line
 
 SITUATIONS = ("after an operation", "after a pause", "step after step")
