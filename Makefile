@@ -21,6 +21,12 @@ test: lint types check
 
 test-all: test check-slow
 
+fuzz: .venv/dev
+	cd tests && ../$(BIN)/python -m attacks --minutes $(MINUTES) --seed $(SEED)
+
+sanitize: .venv/dev
+	$(BIN)/python tests/sanitize
+
 bench: .venv/dev
 	$(BIN)/pytest benchmarks --benchmark-sort=name
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, GossipStep, Rows, cpu
 from gut_fast.kernels.step import PLAIN, resolved
-from gut_fast.kernels.validation import check, check_residuals, check_rows, is_dispatched
+from gut_fast.kernels.validation import check, check_residuals, check_rows, check_types, is_dispatched
 
 __all__ = [
     "combine_",
@@ -100,6 +100,7 @@ def prepare(step: GossipStep, backend: str) -> Callable[[], None]:
     if run is None:
         if not step.parameters:
             return lambda: None
+        check_types(step)
         tensors = [tensor for tensor in (*step.parameters, *step.state, *step.gradients) if tensor is not None]
         if any(map(is_dispatched, tensors)):
             return partial(_dispatch, step, backend)
@@ -154,14 +155,13 @@ def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: R
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
     """
-    sent, is_direct = [row for row in rows if row is not None], len(rows) == step.num_agents and _may_be_direct(backend)
-    if not (is_direct and cpu.direct_message(step, rows, residuals)):
+    if not (_may_be_direct(backend) and cpu.direct_message(step, rows, residuals)):
         module = _checked_half(step, backend, "message", [*rows, *residuals])
         check_rows(step, rows, step.num_agents, are_changed=True)
         check_residuals(step, rows, residuals)
-        if sent:
+        if any(row is not None for row in rows):
             module.message(resolved(step), list(rows), list(residuals))
-    torch.autograd.graph.increment_version(sent)
+    torch.autograd.graph.increment_version([row for row in rows if row is not None])
 
 
 @torch.no_grad()
@@ -194,9 +194,10 @@ def _may_be_direct(backend: str) -> bool:
 
 def _checked_half(step: GossipStep, backend: str, function: str, rows: Rows) -> ModuleType:
     """The backend for half a step, which has no op: tensors that stand for others are refused."""
+    check_types(step)
     for tensor in [*step.parameters, *step.state, *step.gradients, *rows]:
         if tensor is not None and not isinstance(tensor, Tensor):
-            raise TypeError(f"expected tensors, got {type(tensor).__name__}")
+            raise TypeError(f"rows must be tensors, got {type(tensor).__name__}")
         if tensor is not None and is_dispatched(tensor):
             raise TypeError(f"half a step needs tensors with numbers in memory, got a {type(tensor).__name__}")
     return _checked_backend(step, backend, function)

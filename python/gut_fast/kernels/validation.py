@@ -18,6 +18,9 @@ def check(step: GossipStep) -> None:
     if cpu.read(step) is not None:
         check_dtypes(*step.dtypes)
         return
+    check_types(step)
+    if not step.parameters:
+        raise ValueError("a step needs at least one parameter")
     _check_mixing(step)
     check_parameters(step.parameters, step.num_agents)
     first, num_elements = step.parameters[0], sum(parameter.numel() for parameter in step.parameters)
@@ -46,6 +49,23 @@ def check(step: GossipStep) -> None:
         _check_kind("state", index, buffer, first, state_dtype)
         _check_memory(f"state {index}", buffer, is_changed=True)
     _check_apart(step)
+
+
+def check_types(step: GossipStep) -> None:
+    """Raises TypeError unless tensors stand where tensors belong, and a number where that belongs."""
+    for name, value in zip(step._fields, step, strict=True):
+        if name == "num_messages":
+            if not isinstance(value, int):
+                raise TypeError(f"num_messages must be an integer, got {value!r}")
+        elif name not in ("parameters", "state", "gradients"):
+            if not isinstance(value, Tensor) and (name, value) != ("grad_scale", None):
+                raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        elif not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list of tensors, got {type(value).__name__}")
+        else:
+            for index, each in enumerate(value):
+                if not isinstance(each, Tensor) and (name, each) != ("gradients", None):
+                    raise TypeError(f"{name}[{index}] must be a tensor, got {type(each).__name__}")
 
 
 def check_dtypes(dtype: torch.dtype, state_dtype: torch.dtype, where: str = "") -> None:

@@ -189,7 +189,7 @@ class GossipOptimizer(KeepsState):
         self._prepared.append(prepared)
         self._adopt_state()
         self._stacks = None
-        if self.capturable and tensors:
+        if self.capturable and tensors and tensors[0].is_cuda:
             self._traced_steps = self._traced_steps.to(tensors[0].device)
         try:
             self._meet()

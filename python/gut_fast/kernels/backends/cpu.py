@@ -138,7 +138,7 @@ def direct_step(step: GossipStep) -> Callable[[], None] | None:
 def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
     """Does `message` and returns True if the step's tensors and the rows can be read and served."""
     found = _served(step)
-    if found is None or _reader is None:
+    if found is None or _reader is None or len(rows) != step.num_agents:
         return False
     return found.message(_reader, list(rows), list(residuals), torch.get_num_threads())
 
