@@ -1,8 +1,11 @@
 # make demo: sixteen agents learn on real digits.   make test: lint, formats, types and the tests that one runs often.
 # make test-all: every test, with the full products, repeated faults and long sweeps that make test leaves out.
+# make fuzz, sanitize, soak: attacks, memory and races, long runs: see docs/promises.md.
 # make bench: how fast steps are here, each after a comparison with the reference (THREADS=2 make bench).
 # All set up .venv themselves, demo with what it needs alone; they need Python >= 3.10, a C++17 compiler and make.
 PYTHON ?= python3
+MINUTES ?= 3
+SEED ?= 0
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*) python/gut_fast/rules.py
 CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emulation/*.h tests/emulation/*.cpp)
@@ -11,7 +14,7 @@ BUILDERS := scikit-build-core pybind11 $(foreach tool,cmake ninja,$(if $(shell c
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: demo test test-all bench lint format types check check-slow clean
+.PHONY: demo test test-all fuzz sanitize soak bench lint format types check check-slow clean
 .DELETE_ON_ERROR:
 
 demo: $(or $(wildcard .venv/dev),.venv/demo)
@@ -26,6 +29,11 @@ fuzz: .venv/dev
 
 sanitize: .venv/dev
 	$(BIN)/python tests/sanitize
+
+soak: .venv/dev
+	$(BIN)/python tests/soak/rules.py
+	$(BIN)/python tests/soak/resources.py
+	$(BIN)/python tests/soak/kills.py
 
 bench: .venv/dev
 	$(BIN)/pytest benchmarks --benchmark-sort=name

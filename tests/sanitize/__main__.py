@@ -8,6 +8,7 @@ Both run the concurrent driver. Builds are kept in build/sanitize. The exit code
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -58,13 +59,14 @@ def build(kind: str) -> Path:
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
     }
-    configure = ["cmake", "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())]
+    cmake = shutil.which("cmake") or Path(sys.executable).with_name("cmake")
+    configure = [cmake, "-S", ROOT, "-B", folder, *(f"-D{name}={value}" for name, value in settings.items())]
     targets = ["concurrent", *(["_core"] if kind == "address" else [])]
     log = folder.with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
     print(f"{kind}: compiling, some minutes; what the compiler says is in {log.relative_to(ROOT)}", flush=True)
     with log.open("w") as file:
-        for command in (configure, ["cmake", "--build", folder, "--parallel", "--target", *targets]):
+        for command in (configure, [cmake, "--build", folder, "--parallel", "--target", *targets]):
             subprocess.run(list(map(str, command)), stdout=file, stderr=subprocess.STDOUT, check=True)
     if kind == "address":
         link_package(folder)
