@@ -55,6 +55,6 @@ def test_state_that_does_not_fit_is_refused_before_anything_changes():
     flat.adopt(state)
     state[parameters[0]]["r"] = torch.ones(2, 3)
     state[parameters[1]]["r"] = torch.ones(4)
-    with pytest.raises(ValueError, match=r"state 'r' of a parameter must be a tensor \[2, 4\], got \[4\]"):
+    with pytest.raises(ValueError, match=r"state 'r' of a parameter must be a tensor \(2, 4\), got \(4,\)"):
         flat.adopt(state)
     assert not flat.buffers[0].any()

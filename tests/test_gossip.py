@@ -225,7 +225,7 @@ def test_the_inner_state_of_another_optimizer_is_refused():
     params = parameters()
     saved = gf.Gossip(torch.optim.SGD(parameters(), lr=0.1), topology=RING).state_dict()
     optimizer = gf.Gossip(torch.optim.Adam(params, lr=0.1), topology=RING)
-    with pytest.raises(ValueError, match="the inner state is of SGD, expected Adam"):
+    with pytest.raises(ValueError, match="the inner state is of 'SGD', expected 'Adam'"):
         optimizer.load_state_dict(saved)
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import difflib
 import numbers
 import operator
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["all_known", "as_integer", "as_number", "nearest"]
+__all__ = ["all_known", "as_integer", "as_number", "nearest", "shown"]
 
 
 def as_integer(value: Any, what: str, minimum: int | None) -> int:
@@ -23,7 +24,7 @@ def as_integer(value: Any, what: str, minimum: int | None) -> int:
     except TypeError:
         number = None
     if number is None or isinstance(value, bool):
-        raise TypeError(f"{what} must be an integer, got {value!r}")
+        raise TypeError(f"{what} must be an integer, got {shown(value)}")
     if minimum is not None and number < minimum:
         raise ValueError(f"{what} must be at least {minimum}, got {number}")
     return number
@@ -36,7 +37,7 @@ def as_number(value: Any, what: str) -> float:
         TypeError: the value is not a real number; the message opens with `what`.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{what} must be a number, got {value!r}")
+        raise TypeError(f"{what} must be a number, got {shown(value)}")
     return float(value)
 
 
@@ -56,3 +57,23 @@ def all_known(name: Any, known: Iterable[str]) -> str:
 
 def _most_like(name: Any, known: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(str(name).lower(), known, 1)), None)
+
+
+class _Shown(reprlib.Repr):
+    """Shortens text, numbers and collections of them; anything else, whose own text may be anything, is its type."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        return repr(x) if isinstance(x, (bool, float, complex, bytes, type(None))) else f"<{type(x).__name__}>"
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() < 128 else f"an integer of {x.bit_length()} bits"
+
+
+def shown(value: Any) -> str:
+    """Shows a value that was given in place of another, for an error message: short, whatever it is.
+
+    A tensor's own text needs its numbers, which may not be there, and a nested list's has no end.
+    """
+    shorten = _Shown()
+    shorten.maxstring, shorten.maxdict = 120, 8
+    return shorten.repr(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ class Interval:
     def __str__(self) -> str:
         return f"[{self.low:g}, {self.high:g}" + (")" if self.open_above else "]")
 
+
+LARGEST = sys.float_info.max
 
 ANY_NUMBER = Interval(-math.inf, math.inf, open_above=True)
 
@@ -104,8 +107,9 @@ def is_number(value: Any) -> bool:
 
 
 def _is_finite(value: float) -> bool:
-    """Equals math.isfinite, which torch.compile cannot trace."""
-    return -math.inf < value < math.inf
+    """Equals math.isfinite, which torch.compile cannot trace; integers beyond a float's range are not finite either."""
+    is_beyond = isinstance(value, int) and abs(value) > LARGEST
+    return -math.inf < value < math.inf and not is_beyond
 
 
 def _is_matrix(value: Any) -> bool:

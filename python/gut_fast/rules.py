@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from gut_fast.arguments import shown
 from gut_fast.coefficients import ANY_NUMBER, Coefficients, Interval, is_number, plain_gossip
 
 __all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "next_drift_lr", "update_rule"]
@@ -162,9 +163,9 @@ class UpdateRule:
     def _check_value(self, name: str, value: Any, is_flag: bool = False) -> None:
         if is_flag:
             if not isinstance(value, bool):
-                raise TypeError(f"rule {self.name!r}: {name} must be True or False, got {value!r}")
+                raise TypeError(f"rule {self.name!r}: {name} must be True or False, got {shown(value)}")
         elif not is_number(value):
-            raise TypeError(f"rule {self.name!r}: {name} must be a number, got {type(value).__name__} {value!r}")
+            raise TypeError(f"rule {self.name!r}: {name} must be a number, got {type(value).__name__} {shown(value)}")
         elif value not in self.domain(name):
             raise ValueError(f"rule {self.name!r}: {name}={value} is outside {self.domain(name)}")
 

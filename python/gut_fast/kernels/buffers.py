@@ -10,9 +10,12 @@ import itertools
 import math
 import mmap
 from collections.abc import Iterable, MutableMapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from gut_fast.kernels import validation
 
 __all__ = ["FlatState", "allocate", "segment_views"]
 
@@ -86,23 +89,27 @@ class FlatState:
         ]
 
     @torch.no_grad()
-    def adopt(self, state: MutableMapping[Tensor, dict[str, Tensor]]) -> None:
+    def adopt(self, state: MutableMapping[Tensor, Any]) -> None:
         """Puts the views into ``state[parameter][name]``, with the values that are there, or zero.
 
         Raises:
-            ValueError: a value is not a tensor of its parameter's shape, or has been freed; nothing has been changed.
+            ValueError: a value is not a dense floating-point tensor of its parameter's shape, or has been freed, or a
+                parameter's entry is no dict; nothing has been changed.
         """
+        found = {parameter: state.get(parameter, {}) for parameter, _, _ in self._views}
+        for own in found.values():
+            if not isinstance(own, dict):
+                raise ValueError(f"the state of a parameter must be a dict of tensors, got {type(own).__name__}")
         for parameter, name, view in self._views:
-            current = state[parameter].get(name)
-            if current is not None and (not isinstance(current, Tensor) or current.shape != view.shape):
-                given = [*current.shape] if isinstance(current, Tensor) else type(current).__name__
-                raise ValueError(f"state {name!r} of a parameter must be a tensor {[*view.shape]}, got {given}")
-            if current is not None and current.numel() and not current.untyped_storage().nbytes():
-                raise ValueError(f"state {name!r} of a parameter has no memory: its storage has been freed")
+            current = found[parameter].get(name)
+            given, expected = validation.described(current), validation.described(view)
+            if current is not None and given != expected:
+                raise ValueError(f"state {name!r} of a parameter must be a tensor {expected}, got {given}")
         for parameter, name, view in self._views:
-            current = state[parameter].get(name)
+            current = found[parameter].get(name)
             if current is None:
                 view.zero_()
             elif current is not view:
                 view.copy_(current)
-            state[parameter][name] = view
+            found[parameter][name] = view
+        state.update(found)

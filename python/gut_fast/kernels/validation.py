@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,16 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gut_fast.kernels.backends import HALVES, GossipStep, Rows, arithmetic, cpu
 
-__all__ = ["check", "check_dtypes", "check_parameters", "check_residuals", "check_rows", "is_dispatched"]
+__all__ = [
+    "check",
+    "check_dtypes",
+    "check_parameters",
+    "check_residuals",
+    "check_rows",
+    "described",
+    "is_dispatched",
+    "unreadable",
+]
 
 
 def check(step: GossipStep) -> None:
@@ -101,6 +111,26 @@ def check_parameters(parameters: Sequence[Tensor], num_agents: int, where: str =
         _check_memory(f"{where}parameter {index}", parameter, is_changed=True)
 
 
+def described(value: Any) -> str:
+    """Describes what is to be copied into the state: the shape of a dense floating-point tensor, else what it is."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    kind = str(tuple(value.shape)) if value.is_floating_point() else f"Tensor {value.dtype} {tuple(value.shape)}"
+    problem = unreadable(value)
+    return f"{kind} {problem}" if problem else kind
+
+
+def unreadable(tensor: Tensor) -> str:
+    """Says why a tensor has no dense numbers in memory of its own; "" if it has."""
+    if tensor.layout is not torch.strided:
+        return f"of layout {tensor.layout}"
+    if is_functorch_wrapped_tensor(tensor) or torch._is_functional_tensor(tensor):
+        return "of a transform"
+    if tensor.is_meta:
+        return "on meta, without numbers"
+    return "which has no memory: was its storage freed?" if _missing_bytes(tensor) else ""
+
+
 def is_dispatched(tensor: Tensor) -> bool:
     """Returns whether a tensor computes in its own way, as fake and distributed ones do; it may have no memory."""
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
@@ -114,12 +144,17 @@ def _check_memory(what: str, tensor: Tensor, *, is_changed: bool = False, may_be
         raise ValueError(f"{what} is a lazily negated or zero view, whose numbers are not in memory; use .clone()")
     if is_changed and tensor.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(f"{what} was made in inference mode and cannot be changed outside of it; use .clone()")
+    if missing := _missing_bytes(tensor):
+        raise ValueError(f"{what} has no memory: its storage {missing}, was it freed?")
+
+
+def _missing_bytes(tensor: Tensor) -> str:
+    """Says how much of a tensor's memory is not there; "" if all of it is, or it has none."""
     if is_dispatched(tensor) or tensor.is_meta or tensor._is_zerotensor() or not tensor.numel():
-        return
+        return ""
     first, end = _extent(tensor)
     needed, there = end - first + tensor.storage_offset() * tensor.element_size(), tensor.untyped_storage().nbytes()
-    if there < needed:
-        raise ValueError(f"{what} has no memory: its storage has {there} bytes of the {needed} needed, was it freed?")
+    return f"has {there} bytes of the {needed} needed" if there < needed else ""
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:

@@ -16,7 +16,6 @@ from gut_fast.topology import Topology
 __all__ = [
     "check_capturable",
     "check_range",
-    "check_state_dict",
     "checked_coefficients",
     "checked_grad_scale",
     "frames_to_the_caller",
@@ -110,7 +109,7 @@ def settings_of(group: Mapping[str, Any], rule: UpdateRule, default_lr: Any) -> 
         lr = settings["lr"] = lr.item()
     if isinstance(lr, (int, float)):
         is_known = isinstance(first, (int, float)) or (isinstance(first, Tensor) and first.is_cpu)
-        if is_known and abs(lr) < ZERO_RATE * first:
+        if is_known and abs(lr) < ZERO_RATE * float(first):
             lr = settings["lr"] = 0.0
         if memory and rule.divides_drift and isinstance(memory, (int, float)):
             settings["drift_lr"] = next_drift_lr(lr, group["drift_lr"], memory)
@@ -123,49 +122,6 @@ def checked_coefficients(settings: Mapping[str, Any], rule: UpdateRule, name: st
         raise ValueError(f"{name}: an lr that is a tensor must hold one number, got shape {[*settings['lr'].shape]}")
     rule.check_option("drift_memory", settings["drift_memory"])
     return rule.coefficients(**{key: value for key, value in settings.items() if key != "drift_memory"})
-
-
-def check_state_dict(
-    state_dict: Any,
-    rule: UpdateRule,
-    topology: Topology,
-    groups: Sequence[dict[str, Any]],
-    defaults: dict[str, Any],
-    name: str,
-) -> None:
-    """Raises ValueError or RuntimeError unless the optimizer of these groups can load the state."""
-    if not isinstance(state_dict, dict) or not {"state", "param_groups"} <= state_dict.keys():
-        raise ValueError(f"{name}: the state is not that of an optimizer: it needs 'state' and 'param_groups'")
-    if state_dict.get("rule", rule.name) != rule.name:
-        raise ValueError(f"{name}: the state is of rule {state_dict['rule']!r}, expected {rule.name!r}")
-    if "step" not in state_dict and not topology.is_static:
-        raise RuntimeError(
-            f"{name}: the state has no step count, and {topology} varies with time: set state_dict['step'] to the "
-            "number of steps taken"
-        )
-    step = state_dict.get("step", 0)
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"{name}: the state's step count must be an integer >= 0, got {step!r}")
-    saved = state_dict["param_groups"]
-    if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
-        raise ValueError(f"{name}: the state's parameter groups have other sizes than this optimizer's")
-    for saved_group, group in zip(saved, groups, strict=True):
-        saved_group = {"drift_memory": 0.0, "drift_lr": 0.0, **saved_group}  # which older states do not have
-        if missing := sorted(defaults.keys() - saved_group.keys() - {"differentiable"}):
-            raise ValueError(f"{name}: a parameter group of the state has no {', '.join(missing)}")
-        checked_coefficients(settings_of(saved_group, rule, defaults["lr"]), rule, name)
-        for index, parameter in zip(saved_group["params"], group["params"], strict=True):
-            entries = state_dict["state"].get(index, {})
-            found = {k: _described(v) for k, v in entries.items()} if isinstance(entries, dict) else entries
-            expected = dict.fromkeys(rule.states, _described(parameter))
-            if found != expected:
-                raise ValueError(f"{name}: state of parameter {index} is {found}, expected {expected}")
-
-
-def _described(tensor: Any) -> str:
-    """Describes a saved value: its shape if it is a floating-point tensor, else its type."""
-    is_right = isinstance(tensor, Tensor) and tensor.is_floating_point()
-    return str(tuple(tensor.shape)) if is_right else f"{type(tensor).__name__} {getattr(tensor, 'dtype', '')}"
 
 
 def looks_unstacked(parameters: Sequence[Tensor]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -11,27 +10,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gut_fast.arguments import shown
 from gut_fast.distributed import DEFAULT_TIMEOUT, Group
 from gut_fast.kernels import validation
+from gut_fast.optim.local import check_inner_state, why_not_local
 from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
 __all__ = ["Gossip", "clip_grad_norm_per_agent_"]
-
-
-SHAPES = (((3, 4), 12), ((5,), 5), ((), 1))
-"""Shapes of the parameters of one agent in a trial step, and their sizes."""
-
-MIXES = "it looks at all agents' numbers together"
-
-NOT_LOCAL = {
-    "LBFGS": "its step needs a closure",
-    "SparseAdam": "it takes sparse gradients only",
-    "Adafactor": MIXES,
-    "Muon": MIXES,
-}
-"""Torch's optimizers that cannot act on each agent by itself, and why; nor can their subclasses."""
 
 NOT_AROUND = {
     "capturable": "a CUDA graph would keep the learning rate of its capture",
@@ -100,7 +87,8 @@ class Gossip(GossipOptimizer):
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        if reason := _why_not_local(optimizer):
+        reason = "it mixes the agents itself" if isinstance(optimizer, GossipOptimizer) else why_not_local(optimizer)
+        if reason:
             raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
         for option, reason in NOT_AROUND.items():
             if hyperparameters.pop(option, None):
@@ -180,19 +168,27 @@ class Gossip(GossipOptimizer):
         """Returns the state as `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
         return {**super().state_dict(), "inner": self.inner.state_dict(), "inner_type": type(self.inner).__name__}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned. Raises ValueError without inner state, or as `GossipOptimizer` does."""
-        super().load_state_dict(state_dict)
-        self.inner.load_state_dict(state_dict["inner"])
+    def _loading_together(self) -> list[Optimizer]:
+        return [self, self.inner]
+
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        super()._take_over(loaded)
+        try:
+            self.inner.load_state_dict(loaded["inner"])
+        except Exception as error:
+            raise ValueError(
+                f"Gossip: {type(self.inner).__name__} cannot load the inner state: {type(error).__name__} {error}"
+            ) from error
         self._handed_on = [float(group["lr"]) for group in self.inner.param_groups]
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
         if "inner" not in state_dict:
             raise ValueError("Gossip: the state has no 'inner' entry; it was not saved by a Gossip optimizer")
         if state_dict.get("inner_type") != type(self.inner).__name__:
             given, expected = state_dict.get("inner_type"), type(self.inner).__name__
-            raise ValueError(f"Gossip: the inner state is of {given}, expected {expected}")
-        super()._check_state_dict(state_dict)
+            raise ValueError(f"Gossip: the inner state is of {shown(given)}, expected {expected!r}")
+        check_inner_state(self.inner, state_dict["inner"], self._name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "inner": self.inner, "_handed_on": self._handed_on}
@@ -200,44 +196,6 @@ class Gossip(GossipOptimizer):
 
 def _own(lr: float | Tensor) -> float | Tensor:
     return lr.clone() if isinstance(lr, Tensor) else lr
-
-
-def _why_not_local(optimizer: Optimizer) -> str | None:
-    """Returns why the optimizer cannot act on each agent by itself, or None."""
-    if isinstance(optimizer, GossipOptimizer):
-        return "it mixes the agents itself"
-    for parent in type(optimizer).__mro__:
-        if parent.__module__.startswith("torch.optim") and parent.__name__ in NOT_LOCAL:
-            return NOT_LOCAL[parent.__name__]
-    if type(optimizer).__module__.startswith("torch.optim"):
-        return None
-    try:
-        moves = [_second_agents_move(optimizer, of_first) for of_first in (1.0, 1000.0)]
-    except Exception:  # an optimizer that cannot be tried is the user's responsibility
-        return None
-    return None if all(map(torch.equal, *moves)) else MIXES
-
-
-def _second_agents_move(optimizer: Optimizer, of_first: float) -> list[Tensor]:
-    """Returns two agents' second model after three steps of an optimizer's copy, given the first's size of gradients.
-
-    The copy has parameters and state of its own. Hooks are not called.
-    """
-    twin = type(optimizer).__new__(type(optimizer))
-    twin.__dict__.update(optimizer.__dict__)
-    first = optimizer.param_groups[0]["params"][0]
-    parameters = [torch.linspace(1.0, 2.0, 2 * size, device=first.device).view(2, *shape) for shape, size in SHAPES]
-    twin.state, twin.param_groups = defaultdict(dict), [{**optimizer.param_groups[0], "params": parameters}]
-    twin._optimizer_step_pre_hooks, twin._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
-    step: Any = type(optimizer).step
-    with torch.random.fork_rng(devices=[]):
-        for _ in range(3):
-            for parameter in parameters:
-                parameter.grad = torch.ones_like(parameter)
-                parameter.grad[0] *= of_first
-            torch.manual_seed(0)
-            (step.__wrapped__ if getattr(step, "hooked", False) else step)(twin)
-    return [parameter[1] for parameter in parameters]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import TypedDict
 
+from gut_fast.arguments import shown
 from gut_fast.distributed import Group
 
 __all__ = ["Options", "Parameters", "check_implementation", "check_names", "with_shared_options"]
@@ -74,7 +75,7 @@ def check_implementation(given: Mapping[str, Any], name: str) -> None:
     for option, reason in NOT_HERE.items():
         value = given.get(option)
         if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name}: {option} must be True, False or None, got {value!r}")
+            raise TypeError(f"{name}: {option} must be True, False or None, got {shown(value)}")
         if value:
             raise ValueError(f"{name}: {option}=True is not possible: {reason}")
 

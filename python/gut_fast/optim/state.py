@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 
 from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.kernels import validation
-from gut_fast.optim import checks
 from gut_fast.optim.across import AcrossRanks
 from gut_fast.optim.compiled import register
+from gut_fast.optim.loading import check_state_dict, unchanged_if_raised
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import CSR
@@ -126,7 +126,8 @@ class KeepsState(AcrossRanks):
         State saved in another dtype is converted.
 
         Raises:
-            ValueError: it is of another rule, other parameters or agents; nothing has been changed.
+            TypeError, ValueError: it is of another rule, other parameters or agents, or an entry is not of the form
+                that `state_dict` gives it; nothing has been changed, nor is it after any other exception.
             RuntimeError: it has no step count and the topology varies with time, or messages have left already.
         """
         loaded: dict[str, Any] = {}
@@ -135,23 +136,38 @@ class KeepsState(AcrossRanks):
             self._check_state_dict(final)
             loaded.update(final)
 
+        if not isinstance(state_dict, dict):
+            raise TypeError(
+                f"{self._name}: a state is a dict, as state_dict() returns, got {type(state_dict).__name__}"
+            )
+        self._follow_state()
         # Torch casts state to the parameters' dtype; `loaded` keeps what it was, after the user's own hooks.
         handle = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict(state_dict)
+            with unchanged_if_raised(*self._loading_together()):
+                super().load_state_dict(state_dict)
+                self._take_over(loaded)
         finally:
             handle.remove()
+
+    def _loading_together(self) -> list[Optimizer]:
+        """Returns the optimizers that a state is loaded into."""
+        return [self]
+
+    def _take_over(self, loaded: dict[str, Any]) -> None:
+        """Copies a checked state's numbers into the flat buffers, after `torch.optim` has loaded everything else."""
         for saved_group, group in zip(loaded["param_groups"], self.param_groups, strict=True):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
-                for name, view in self.state[parameter].items():
-                    view.copy_(loaded["state"][index][name])
+                for name in self.rule.states:
+                    self.state[parameter][name].copy_(loaded["state"][index][name])
         self._eager_steps = loaded.get("step", 0)
         self._traced_steps.zero_()
         if self._exchange is not None:
             self._exchange.load_residuals(loaded.get("residuals", []), self.param_groups)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
-        checks.check_state_dict(state_dict, self.rule, self.topology, self.param_groups, self.defaults, self._name)
+        state = self.__dict__["state"]
+        check_state_dict(state_dict, self.rule, self.topology, self.param_groups, state, self.defaults, self._name)
         if self._exchange is not None:
             self._exchange.check_idle()
             self._exchange.checked_residuals(state_dict.get("residuals", []), self.param_groups)
