@@ -212,3 +212,146 @@ def test_loading_what_does_not_fit_changes_nothing(message):
     bad = BAD_STATES[message](optimizer.state_dict())
     with refused(params, optimizer, RuntimeError if "no step count" in message else ValueError, message):
         optimizer.load_state_dict(bad)
+
+
+def new():
+    return make(gf.GUTm, split=1)
+
+
+def trained():
+    params, optimizer = new()
+    train(params, optimizer, range(3))
+    return params, optimizer
+
+
+def loaded():
+    params, optimizer = trained()
+    twins, twin = new()
+    for own, value in zip(twins, params, strict=True):
+        own.data.copy_(value.data)
+    twin.load_state_dict(optimizer.state_dict())
+    return twins, twin
+
+
+def shallow_copied():
+    params, optimizer = trained()
+    return params, copy.copy(optimizer)
+
+
+def grown():
+    params, optimizer = trained()
+    params.append(torch.nn.Parameter(seeded(6, 2, seed=8)))
+    optimizer.add_param_group({"params": params[-1:]})
+    return params, optimizer
+
+
+ORIGINS = {
+    "new": new,
+    "trained": trained,
+    "loaded": loaded,
+    "deep copy": lambda: copy.deepcopy(trained()),
+    "pickle": lambda: pickle.loads(pickle.dumps(trained())),
+    "shallow copy": shallow_copied,
+    "grown": grown,
+}
+
+
+def half(parameter):
+    return torch.full_like(parameter, 0.5)
+
+
+ASSIGNMENTS = {
+    "cleared": lambda params, optimizer: optimizer.state.clear(),
+    "another dict": lambda params, optimizer: setattr(optimizer, "state", collections.defaultdict(dict)),
+    "a plain dict": lambda params, optimizer: setattr(optimizer, "state", {params[1]: {"m": half(params[1])}}),
+    "a parameter's popped": lambda params, optimizer: optimizer.state.pop(params[0]),
+    "a parameter's cleared": lambda params, optimizer: optimizer.state[params[0]].clear(),
+    "a name popped": lambda params, optimizer: optimizer.state[params[0]].pop("r"),
+    "a tensor assigned": lambda params, optimizer: optimizer.state[params[0]].update(m=half(params[0])),
+    "an entry assigned": lambda params, optimizer: optimizer.state.update({params[0]: {"m": half(params[0])}}),
+    "filled": lambda params, optimizer: optimizer.state[params[0]]["m"].fill_(3.0),
+}
+
+
+def saved_and_loaded(params, optimizer):
+    optimizer.load_state_dict(optimizer.state_dict())
+    return params, optimizer
+
+
+USES = {
+    "step": lambda params, optimizer: (params, optimizer),
+    "load": saved_and_loaded,
+    "pickle": lambda params, optimizer: pickle.loads(pickle.dumps((params, optimizer))),
+    "deep copy": lambda params, optimizer: copy.deepcopy((params, optimizer)),
+    "shallow copy": lambda params, optimizer: (params, copy.copy(optimizer)),
+}
+
+
+def stepped_from_what_is_there(params, optimizer):
+    """Gives a new optimizer the same values, state and settings by hand, and takes its next step."""
+    values, raw = [p.detach().clone() for p in params], vars(optimizer)["state"]
+    twins = [torch.nn.Parameter(value) for value in values]
+    twin = gf.GUTm([{"params": [each]} for each in twins], lr=0.1, topology=RING)
+    rates = {id(p): group["drift_lr"] for group in optimizer.param_groups for p in group["params"]}
+    for own, p, group in zip(twins, params, twin.param_groups, strict=True):
+        group["drift_lr"] = rates[id(p)]
+        for name in ("m", "r"):
+            value = raw.get(p, {}).get(name)
+            twin.state[own][name].copy_(torch.zeros_like(p) if value is None else value)
+    set_gradients(twins, 9)
+    twin.step()
+    return values_of(twins), [twin.state[p][name].clone() for p in twins for name in ("m", "r")]
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_state_is_followed_whoever_changes_it_and_whenever(origin, assignment, use):
+    params, optimizer = ORIGINS[origin]()
+    ASSIGNMENTS[assignment](params, optimizer)
+    expected = stepped_from_what_is_there(params, optimizer)
+    params, optimizer = USES[use](params, optimizer)
+    set_gradients(params, 9)
+    optimizer.step()
+    saved = optimizer.state_dict()["state"]
+    assert [set(saved[number]) for number in range(len(params))] == [{"m", "r"}] * len(params)
+    assert same((values_of(params), [saved[k][name] for k in range(len(params)) for name in ("m", "r")]), expected)
+
+
+NO_STATES = {
+    "state must be a dict by parameters, got NoneType": lambda params, optimizer: setattr(optimizer, "state", None),
+    "must be a dict of tensors, got NoneType": lambda params, optimizer: optimizer.state.update({params[0]: None}),
+    "must be a dict of tensors, got list": lambda params, optimizer: optimizer.state.update({params[0]: [1]}),
+    r"state 'r' .* must be a tensor \(6, 5\), got float": lambda params, optimizer: optimizer.state[params[1]].update(
+        r=3.0
+    ),
+    r"state 'r' .*sparse_coo": lambda params, optimizer: optimizer.state[params[1]].update(
+        r=params[1].detach().to_sparse()
+    ),
+    r"state 'r' .*on meta": lambda params, optimizer: optimizer.state[params[1]].update(r=params[1].data.to("meta")),
+}
+
+
+@pytest.mark.parametrize("message", NO_STATES)
+def test_what_is_no_state_is_refused_by_the_next_step(message):
+    params, optimizer = trained()
+    set_gradients(params, 3)
+    before = values_of(params), optimizer.num_steps
+
+    def assign_and_step():
+        NO_STATES[message](params, optimizer)
+        optimizer.step()
+
+    with pytest.raises((TypeError, ValueError), match=message):
+        assign_and_step()
+    assert same((values_of(params), optimizer.num_steps), before)
+
+
+def test_a_state_dict_is_of_the_parameters_that_are_there():
+    params, optimizer = trained()
+    optimizer.param_groups[1]["params"] = params[1:2]
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1]
+    params[0] = optimizer.param_groups[0]["params"][0] = torch.nn.Parameter(params[0].detach().clone())
+    set_gradients(params, 3)
+    optimizer.step()
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1]

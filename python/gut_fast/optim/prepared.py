@@ -95,15 +95,17 @@ class Views:
     def take(self, state: Mapping[Tensor, dict[str, Tensor]], names: Sequence[str]) -> None:
         """Remembers what the state holds now."""
         self._keys = list(state)
-        self._views = {name: [own[name] for own in state.values() if name in own] for name in names}
+        owns = [own for own in state.values() if isinstance(own, dict)]
+        self._views = {name: [own[name] for own in owns if name in own] for name in names}
 
     def are_in(self, state: Mapping[Tensor, dict[str, Tensor]]) -> bool:
         """Returns whether the state still holds them: every step asks, so this compares identities and no more."""
-        return (
-            len(self._keys) == len(state)
-            and all(map(operator.is_, self._keys, state))
-            and all(
+        if len(self._keys) != len(state) or not all(map(operator.is_, self._keys, state)):
+            return False
+        try:
+            return all(
                 all(map(operator.is_, views, map(dict.get, state.values(), repeat(name))))
                 for name, views in self._views.items()
             )
-        )
+        except TypeError:  # an entry is no dict
+            return False

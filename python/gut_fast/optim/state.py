@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,11 @@ class KeepsState(AcrossRanks):
         return state
 
     @state.setter
-    def state(self, state: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = state
+    def state(self, state: MutableMapping[Tensor, Any]) -> None:
+        if not isinstance(state, MutableMapping):
+            raise TypeError(f"{self._name}: state must be a dict by parameters, got {type(state).__name__}")
+        # One with a default, as torch's code expects; the same object if it has, so that who keeps it sees the state.
+        self.__dict__["state"] = state if isinstance(state, defaultdict) else defaultdict(dict, state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets all gradients to None, or to zero, those of agents' modules too."""
@@ -98,6 +101,9 @@ class KeepsState(AcrossRanks):
                     self._mixing(prepared, first.device)  # raises if they have moved
                 validation.check_parameters(group["params"], self._num_here, f"{self._name}: ")
                 self._prepared[index] = self._prepare(group["params"])
+        state, there = self.__dict__["state"], {each for group in self.param_groups for each in group["params"]}
+        for gone in [key for key in state if isinstance(key, Tensor) and key not in there]:
+            del state[gone]  # which state_dict could not number
         self._stacks = None
         self._adopt_state()
 
