@@ -56,7 +56,7 @@ def test_state_of_what_is_no_parameter_is_refused(key):
     params, optimizer = make()
     state = copy.deepcopy(optimizer.state_dict())
     state["state"][key] = {}
-    with refused(params, optimizer, ValueError, "'state' has the key .*no number of a parameter"):
+    with refused(params, optimizer, ValueError, "'state' has the key .*no number or name of a parameter"):
         optimizer.load_state_dict(state)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gut_fast.rules import UpdateRule, get_rule
 
-__all__ = ["PUBLISHED", "Published", "drift", "step", "zero_state"]
+__all__ = ["KEPT", "PUBLISHED", "Published", "drift", "recentred", "step", "zero_state"]
 
 
 def zero_state(rule: str | UpdateRule, z: Tensor) -> dict[str, Tensor]:
@@ -81,6 +81,28 @@ def step(
     rows = zip(coefficients.B, coefficients.C, coefficients.E, strict=True)
     new_z, *new_state = [_combine([*b, *c, *e], terms) for b, c, e in rows]
     return new_z, dict(zip(rule.states, new_state, strict=True))
+
+
+KEPT: Mapping[str, tuple[str, str | None]] = {
+    "d2": ("r", None),
+    "gradient_tracking": ("v", "q"),
+    "momentum_tracking": ("v", "m"),
+}
+"""The rules that keep a sum over agents for ever, zero at the start: of a state, or of one state less another."""
+
+
+def recentred(rule: str | UpdateRule, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state with the sum of `KEPT` zero again: the first state less the mean over agents of what is summed up.
+
+    Optimizers do this every `gut_fast.analysis.RECENTRING` steps, against what rounding adds to the sum in a long run;
+    without rounding it changes nothing. The state of other rules stays as it is.
+    """
+    name = get_rule(rule).name
+    if name not in KEPT:
+        return dict(state)
+    first, second = KEPT[name]
+    excess = state[first] if second is None else state[first] - state[second]
+    return {**state, first: state[first] - excess.mean(0)}
 
 
 def _combine(row: Sequence[float], terms: Sequence[Tensor]) -> Tensor:

@@ -20,22 +20,28 @@ that differ in curvature are outside this analysis. `predict` gathers all result
 from gut_fast.analysis.choice import advice, auto_mu, with_auto_mu
 from gut_fast.analysis.limits import Stability, averaging_rate_limit, learning_rate_limit, stability, stability_limit
 from gut_fast.analysis.prediction import Prediction, predict
+from gut_fast.analysis.rounding import RECENTRING, Rounding, conserved, keeps_mean, rounding
 from gut_fast.analysis.steady import Noise, bias_factor, noise, noise_amplification, step_gain
 from gut_fast.analysis.transition import modes
 
 __all__ = [
+    "RECENTRING",
     "Noise",
     "Prediction",
+    "Rounding",
     "Stability",
     "advice",
     "auto_mu",
     "averaging_rate_limit",
     "bias_factor",
+    "conserved",
+    "keeps_mean",
     "learning_rate_limit",
     "modes",
     "noise",
     "noise_amplification",
     "predict",
+    "rounding",
     "stability",
     "stability_limit",
     "step_gain",

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from gut_fast.analysis.choice import auto_mu_of, with_auto_mu
 from gut_fast.analysis.limits import Stability, hyperparameter_limit, learning_rate_limit_of, stability_of
+from gut_fast.analysis.rounding import Rounding, rounding
 from gut_fast.analysis.steady import Noise, bias_factor_of, noise_amplification_of, step_gain
 from gut_fast.analysis.transition import coefficients_of, spectrum_of
 from gut_fast.rules import UpdateRule, get_rule
@@ -37,10 +40,18 @@ class Prediction:
     step_gain: float
     noise: Noise
     """The result of `noise_amplification` at the given learning rate and curvature."""
+    rounding: Rounding
+    """The result of `rounding` at the given learning rate, curvature, steps and dtype of the state."""
 
 
 def predict(
-    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 1.0
+    rule: str | UpdateRule,
+    hyperparameters: Mapping[str, Any],
+    topology: Topology,
+    curvature: float = 1.0,
+    *,
+    steps: int = 100_000,
+    state_dtype: torch.dtype = torch.float32,
 ) -> Prediction:
     """All results of this package for one rule on one topology.
 
@@ -49,6 +60,8 @@ def predict(
         hyperparameters: those of `modes`; ``mu="auto"`` is replaced by `auto_mu`.
         topology: a static topology.
         curvature: h > 0, for the learning rate's limit and the noise, in units of one over the learning rate.
+        steps: the length of the run, for the rounding.
+        state_dtype: the dtype of the state, for the rounding.
 
     Raises:
         TypeError, ValueError: the rule, a hyper-parameter or the curvature is bad, or the topology is not static.
@@ -70,4 +83,5 @@ def predict(
         bias_factor=bias_factor_of(rule, hyperparameters, spectrum),
         step_gain=step_gain(rule, hyperparameters),
         noise=noise_amplification_of(rule, hyperparameters, spectrum, curvature),
+        rounding=rounding(rule, hyperparameters, topology, curvature, steps=steps, dtype=state_dtype),
     )

@@ -21,6 +21,7 @@ __all__ = ["FlatState", "allocate", "segment_views"]
 
 PAGE = 4096
 HUGE_PAGE = 2 << 20
+COLUMNS = 4096  # so many of 16 agents fit into a cache in float64
 _slots = itertools.cycle(range(0, PAGE, 576))
 
 
@@ -87,6 +88,23 @@ class FlatState:
             for name, buffer in zip(names, self.buffers, strict=True)
             for parameter, block in zip(parameters, buffer.split(sizes), strict=True)
         ]
+
+    @torch.no_grad()
+    def recentre(self, sums: Tensor, stays: Tensor) -> None:
+        """Takes ``R ℓ m`` away from every agent's states, in place, where m is their mean over agents, in float64.
+
+        Args:
+            sums: ℓ, [k, q] float64 on the state's device, for q names.
+            stays: R, [q, k], with ``ℓ R = I``, so that ``ℓ m`` is zero afterwards but for rounding.
+        """
+        num_names = len(self.buffers)
+        for index in range(len(self._views) // max(num_names, 1)):
+            views = [view for _, _, view in self._views[index :: len(self._views) // num_names]]
+            rows = [view.view(len(view), -1) for view in views if view.dim() and view.numel()]
+            for blocks in zip(*(row.split(COLUMNS, 1) for row in rows), strict=True):
+                means = torch.stack([block.to(torch.float64).mean(0) for block in blocks])
+                for block, away in zip(blocks, stays @ (sums @ means), strict=True):
+                    block.sub_(away.to(block.dtype))
 
     @torch.no_grad()
     def adopt(self, state: MutableMapping[Tensor, Any]) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gut_fast.kernels.backends import arithmetic
+from gut_fast.analysis import conserved
+from gut_fast.kernels.backends import HALVES, arithmetic
 from gut_fast.rules import RULES, Coefficients, UpdateRule, next_drift_lr
 from gut_fast.topology import Topology
 
 __all__ = [
     "check_capturable",
     "check_range",
+    "check_state_dtype",
     "checked_coefficients",
     "checked_grad_scale",
     "frames_to_the_caller",
@@ -63,6 +65,17 @@ def check_range(coefficients: list[float], lr: float, parameters: Sequence[Tenso
                 f"{name}: lr={lr} makes a coefficient of {largest:.3g}, more than {dtype} holds ({most:.3g}); use a "
                 "larger lr, or 0"
             )
+
+
+def check_state_dtype(settings: Mapping[str, Any], rule: UpdateRule, state: Sequence[Tensor], name: str) -> None:
+    """Raises ValueError if a rule that forgets nothing would keep its state in half the width."""
+    own = {key: settings[key] for key in rule.hyperparameters}
+    if state and state[0].dtype in HALVES and len(conserved(rule, own)[0]):
+        raise ValueError(
+            f"{name}: the state is {state[0].dtype}, but the rule {rule.name!r} never forgets"
+            f"{' at mu=1' if 'mu' in own else ''}: what rounding adds to the sum of its state over agents would grow "
+            "for ever (gut_fast.analysis.rounding); use state_dtype=torch.float32, or another rule"
+        )
 
 
 def check_capturable(topology: Topology, is_across: bool, drift_memory: float | None, name: str) -> None:

@@ -27,6 +27,10 @@ MOST_STEPS = 2**63
 """The step count that is too large for an int64, in which compiled steps are counted."""
 
 
+KEYS = (int, str)
+"""The types of what a state calls parameters: numbers, or names in the distributed checkpoints of torch."""
+
+
 @contextmanager
 def unchanged_if_raised(*optimizers: Optimizer) -> Iterator[None]:
     """If the block raises, the optimizers have again what they had; loading puts new objects in the old ones' place."""
@@ -93,9 +97,9 @@ def check_form(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], 
         if odd := [key for key in group if not isinstance(key, str)]:
             raise ValueError(f"{where} has a key that is no string: {shown(odd[0])}")
         numbers, names = group.get("params"), group.get("param_names", [])
-        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+        if not isinstance(numbers, list) or not all(type(number) in KEYS for number in numbers):
             raise ValueError(
-                f"{whose} param_groups[{place}]['params'] must be a list of integers, got {shown(numbers)}"
+                f"{whose} param_groups[{place}]['params'] must be a list of integers or names, got {shown(numbers)}"
             )
         is_named = isinstance(names, list) and all(isinstance(each, str) for each in names)
         if not is_named or ("param_names" in group and len(names) != len(numbers)):
@@ -105,10 +109,11 @@ def check_form(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], 
     if [len(group["params"]) for group in saved] != [len(group["params"]) for group in groups]:
         raise ValueError(f"{whose} parameter groups have other sizes than this optimizer's")
     every = [number for group in saved for number in group["params"]]
-    if len(set(every)) < len(every):
+    known = set(every)
+    if len(known) < len(every):
         raise ValueError(f"{whose} param_groups name a parameter more than once: {shown(every)}")
-    if unknown := [shown(key) for key in state if type(key) is not int or key not in every]:
-        raise ValueError(f"{whose} entry 'state' has the key {unknown[0]}, which is no number of a parameter")
+    if unknown := [shown(key) for key in state if type(key) not in KEYS or key not in known]:
+        raise ValueError(f"{whose} entry 'state' has the key {unknown[0]}, which is no number or name of a parameter")
     try:
         copy.deepcopy(saved)
     except Exception as error:

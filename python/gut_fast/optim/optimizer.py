@@ -54,7 +54,8 @@ class GossipOptimizer(KeepsState):
         differentiable: False: steps work in place, below autograd.
         backend: ``"auto"``, or one of `gut_fast.kernels.backends.BACKENDS`.
         state_dtype: dtype of the state; None is the parameters'. It may be float32 beside parameters of bfloat16 or
-            float16, or the other way round: such steps are computed in float32, and rounded once, when stored.
+            float16, or the other way round: such steps are computed in float32, and rounded once, when stored. Rules
+            that never forget (D², gradient and momentum tracking, μ = 1) need at least float32: see `recentre`.
         capturable: steps can be captured in a CUDA graph, with the backends ``"cuda"`` and ``"triton"`` on a static
             topology. The coefficients live on the device; after a change of the learning rate or a hyper-parameter
             call `update_coefficients`, then replay. Capture anew after `load_state_dict`.
@@ -249,6 +250,7 @@ class GossipOptimizer(KeepsState):
         """Does what a step does before the kernel and after it; returns the coefficients and state that it reads."""
         if not self._is_captured():
             self.update_coefficients()
+            self._recentre_if_due()
             self._close_step()
         coefficients = [prepared.coefficients for prepared in self._prepared]
         return [*coefficients, *(buffer for prepared in self._prepared for buffer in prepared.state.buffers)]
@@ -300,6 +302,7 @@ class GossipOptimizer(KeepsState):
         is_captured = self._is_captured()
         if not is_captured:
             self.update_coefficients()
+            self._recentre_if_due()
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         if self._exchange is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gut_fast.analysis import conserved
 from gut_fast.kernels.buffers import FlatState
 from gut_fast.optim import checks
 from gut_fast.rules import UpdateRule
@@ -72,7 +73,23 @@ class Prepared:
             self._compute(settings, name, stays)
         self._given, self.drift_lr = given, settings.get("drift_lr", 0.0)
 
+    @property
+    def keeps_sums(self) -> bool:
+        """True if the rule, as it is set, keeps a sum over agents for ever, and with it what rounding has put there."""
+        return len(conserved(self._rule, self._hyperparameters)[0]) > 0
+
+    @property
+    def _hyperparameters(self) -> dict[str, Any]:
+        return {name: self.settings[name] for name in self._rule.hyperparameters}
+
+    def recentre(self) -> None:
+        """Makes the sums over all agents zero that the rule keeps; see `gut_fast.analysis.conserved`."""
+        if self._parameters and self.keeps_sums:
+            device, kept = self._parameters[0].device, conserved(self._rule, self._hyperparameters)
+            self.state.recentre(*(torch.as_tensor(matrix, dtype=torch.float64, device=device) for matrix in kept))
+
     def _compute(self, settings: dict[str, Any], name: str, stays: bool) -> None:
+        checks.check_state_dtype(settings, self._rule, self.state.buffers, name)
         flat = checks.checked_coefficients(settings, self._rule, name).flat()
         checks.check_range(flat, settings["lr"], self._parameters, name)
         fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from gut_fast import analysis
 from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.kernels import validation
 from gut_fast.optim.across import AcrossRanks
@@ -92,6 +93,26 @@ class KeepsState(AcrossRanks):
             self._take_parameters()
         if not self._views.are_in(self.__dict__["state"]):
             self._adopt_state()
+
+    def recentre(self) -> None:
+        """Makes the sums over agents zero again that rules without a leak keep, and with them all that rounding adds.
+
+        These are the sums of r in D² and in GUT at μ = 1, of v − q in gradient tracking, of v − m in momentum tracking
+        (`gut_fast.analysis.conserved`). Steps do this every `gut_fast.analysis.RECENTRING` steps, replays of a CUDA
+        graph cannot: call it now and then. It does nothing for other rules, nor where mixing changes the mean.
+
+        Raises:
+            RuntimeError: the agents are on several ranks, and no rank knows the sums.
+        """
+        if self._exchange is not None:
+            raise RuntimeError(f"{self._name}: recentre() needs all agents in one process, and these are on ranks")
+        self._follow_state()
+        for prepared in self._prepared if analysis.keeps_mean(self.topology) else ():
+            prepared.recentre()
+
+    def _recentre_if_due(self) -> None:
+        if self._eager_steps and self._eager_steps % analysis.RECENTRING == 0 and self._exchange is None:
+            self.recentre()
 
     def _take_parameters(self) -> None:
         """Follows parameters that were put into groups, or taken out, past `add_param_group`: their state is zero."""
