@@ -5,11 +5,15 @@ import copy
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 import gut_fast as gf
+import ranks
 from gut_fast import analysis, reference
 from gut_fast.analysis import RECENTRING
 from gut_fast.rules import RULES
+from gut_fast.verify.lockstep import seeded
 from quadratics import MATCHING, RING, make, same, set_gradients, snapshot, train, values_of
 from soak import rules as soak
 
@@ -164,6 +168,41 @@ def test_steps_and_recentrings_are_those_of_the_reference(rule):
         optimizer.step()
     assert torch.allclose(params[0], z, rtol=0, atol=1e-11)
     assert all(torch.allclose(optimizer.state[params[0]][name], state[name], rtol=0, atol=1e-10) for name in state)
+
+
+def recentred_on_ranks(rank, size, rule, has_dimension):
+    """Disturbs the state of agent 0, makes the sums zero again on all ranks, and returns what is summed up of each."""
+    parameters = [seeded(2 * size, *shape, seed=k, dtype=torch.float32) for k, shape in enumerate(((3, 5), (4,), ()))]
+    agents = slice(2 * rank, 2 * rank + 2) if has_dimension else slice(rank, rank + 1)
+    own = [nn.Parameter(p[agents].clone() if has_dimension else p[rank].clone()) for p in parameters]
+    topology = gf.topology.ring(2 * size if has_dimension else size)
+    options = {"agents_per_rank": 2 if has_dimension else None, "process_group": dist.group.WORLD}
+    optimizer = gf.GossipOptimizer(own, rule, lr=0.1, topology=topology, shared_memory=False, **options)
+    for _ in range(3):
+        for parameter in own:
+            parameter.grad = parameter.detach().clone()
+        optimizer.step()
+    first, second = KEEPERS[rule]
+    if rank == 0:
+        for parameter in own:
+            optimizer.state[parameter][first].view(agents.stop - agents.start, -1)[0] += 0.5
+    optimizer.recentre()
+    rows = []
+    for parameter in own:
+        state = optimizer.state[parameter]
+        kept = state[first] - (0 if second is None else state[second])
+        rows.append(kept.view(agents.stop - agents.start, -1).double())
+    return rows
+
+
+@pytest.mark.parametrize("rule", KEEPERS)
+@pytest.mark.parametrize("has_dimension", [False, True])
+def test_ranks_make_kept_sums_zero_together(rule, has_dimension):
+    outcomes = ranks.run(3, recentred_on_ranks, rule, has_dimension)
+    for parts in zip(*outcomes, strict=True):
+        rows = torch.cat(parts)
+        assert (rows.sum(0).abs() < 1e-5).all()
+        assert (rows.abs().sum(0) > 0.01).all()  # of agents that differ
 
 
 HALVES = (torch.bfloat16, torch.float16)

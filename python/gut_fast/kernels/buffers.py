@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -90,20 +90,26 @@ class FlatState:
         ]
 
     @torch.no_grad()
-    def recentre(self, sums: Tensor, stays: Tensor) -> None:
+    def recentre(
+        self, sums: Tensor, stays: Tensor, num_here: int, num_agents: int, add_up: Callable[[Tensor], None] | None
+    ) -> None:
         """Takes ``R ℓ m`` away from every agent's states, in place, where m is their mean over agents, in float64.
 
         Args:
             sums: ℓ, [k, q] float64 on the state's device, for q names.
             stays: R, [q, k], with ``ℓ R = I``, so that ``ℓ m`` is zero afterwards but for rounding.
+            num_here: the number of agents in these buffers.
+            num_agents: the number of all agents.
+            add_up: adds what it is given up over all ranks, in place; None if all agents are here.
         """
-        num_names = len(self.buffers)
-        for index in range(len(self._views) // max(num_names, 1)):
-            views = [view for _, _, view in self._views[index :: len(self._views) // num_names]]
-            rows = [view.view(len(view), -1) for view in views if view.dim() and view.numel()]
+        num_segments = len(self._views) // max(len(self.buffers), 1)
+        for index in range(num_segments):
+            rows = [view.view(num_here, -1) for _, _, view in self._views[index::num_segments] if view.numel()]
             for blocks in zip(*(row.split(COLUMNS, 1) for row in rows), strict=True):
-                means = torch.stack([block.to(torch.float64).mean(0) for block in blocks])
-                for block, away in zip(blocks, stays @ (sums @ means), strict=True):
+                total = sums @ torch.stack([block.to(torch.float64).sum(0) for block in blocks])
+                if add_up is not None:
+                    add_up(total)
+                for block, away in zip(blocks, stays @ total / num_agents, strict=True):
                     block.sub_(away.to(block.dtype))
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import repeat
 from typing import Any
 
@@ -82,11 +82,12 @@ class Prepared:
     def _hyperparameters(self) -> dict[str, Any]:
         return {name: self.settings[name] for name in self._rule.hyperparameters}
 
-    def recentre(self) -> None:
-        """Makes the sums over all agents zero that the rule keeps; see `gut_fast.analysis.conserved`."""
+    def recentre(self, num_here: int, num_agents: int, add_up: Callable[[Tensor], None] | None) -> None:
+        """Makes the sums over agents zero that the rule keeps; see `FlatState.recentre` for the arguments."""
         if self._parameters and self.keeps_sums:
             device, kept = self._parameters[0].device, conserved(self._rule, self._hyperparameters)
-            self.state.recentre(*(torch.as_tensor(matrix, dtype=torch.float64, device=device) for matrix in kept))
+            sums, stays = (torch.as_tensor(matrix, dtype=torch.float64, device=device) for matrix in kept)
+            self.state.recentre(sums, stays, num_here, num_agents, add_up)
 
     def _compute(self, settings: dict[str, Any], name: str, stays: bool) -> None:
         checks.check_state_dtype(settings, self._rule, self.state.buffers, name)

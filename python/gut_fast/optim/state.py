@@ -53,6 +53,10 @@ class KeepsState(AcrossRanks):
     def _mixing(self, prepared: Prepared, device: torch.device) -> CSR: ...
 
     @abstractmethod
+    def update_coefficients(self) -> None:
+        """Brings the coefficients up to date with the hyper-parameters, and the state with what was put there."""
+
+    @abstractmethod
     def _up_to_date(self) -> list[Tensor]: ...
 
     @property
@@ -98,17 +102,22 @@ class KeepsState(AcrossRanks):
         """Makes the sums over agents zero again that rules without a leak keep, and with them all that rounding adds.
 
         These are the sums of r in D² and in GUT at μ = 1, of v − q in gradient tracking, of v − m in momentum tracking
-        (`gut_fast.analysis.conserved`). Steps do this every `gut_fast.analysis.RECENTRING` steps, replays of a CUDA
-        graph cannot: call it now and then. It does nothing for other rules, nor where mixing changes the mean.
+        (`gut_fast.analysis.conserved`). Steps do this every `gut_fast.analysis.RECENTRING` steps, but for two that
+        cannot: replays of a CUDA graph, and steps of several ranks, which know their neighbours only. There call it now
+        and then, between two steps, on all ranks: they add the sums up with an all-reduce. It does nothing for other
+        rules, nor where mixing changes the mean.
 
         Raises:
-            RuntimeError: the agents are on several ranks, and no rank knows the sums.
+            RuntimeError: messages of the next step have left already, as with `overlap` after backward.
+            PeerError: a rank did not come in time, or died.
         """
-        if self._exchange is not None:
-            raise RuntimeError(f"{self._name}: recentre() needs all agents in one process, and these are on ranks")
-        self._follow_state()
+        self.update_coefficients()
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.check_idle()
+        add_up = None if exchange is None else exchange.group.all_reduce
         for prepared in self._prepared if analysis.keeps_mean(self.topology) else ():
-            prepared.recentre()
+            prepared.recentre(self._num_here, self.topology.num_agents, add_up)
 
     def _recentre_if_due(self) -> None:
         if self._eager_steps and self._eager_steps % analysis.RECENTRING == 0 and self._exchange is None:
