@@ -6,17 +6,22 @@ import pytest
 import torch
 
 import gut_fast as gf
+import ranks
 from attacks import state_dicts
 from quadratics import make, refused, train
 
 
+def attacked(rank, size, seed, count):
+    return state_dicts.attack(seed, count)
+
+
 def test_four_hundred_changed_states_load_or_are_refused_whole():
-    assert state_dicts.attack(seed=0, count=400) == 400
+    assert ranks.run(1, attacked, 0, 400) == [400]
 
 
 @pytest.mark.slow
 def test_four_thousand_changed_states_load_or_are_refused_whole():
-    assert state_dicts.attack(seed=1, count=4000) == 4000
+    assert ranks.run(1, attacked, 1, 4000) == [4000]
 
 
 def without_memory(tensor):

@@ -16,7 +16,7 @@ from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.kernels import validation
 from gut_fast.optim.across import AcrossRanks
 from gut_fast.optim.compiled import register
-from gut_fast.optim.loading import check_state_dict, unchanged_if_raised
+from gut_fast.optim.loading import check_residuals, check_state_dict, unchanged_if_raised
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import CSR
@@ -206,6 +206,7 @@ class KeepsState(AcrossRanks):
         check_state_dict(state_dict, self.rule, self.topology, self.param_groups, state, self.defaults, self._name)
         if self._exchange is not None:
             self._exchange.check_idle()
+            check_residuals(state_dict.get("residuals", []), self._name)
             self._exchange.checked_residuals(state_dict.get("residuals", []), self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
