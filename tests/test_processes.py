@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -51,3 +52,11 @@ def test_what_the_user_did_wrong_is_said_in_a_line_and_a_damaged_checkpoint_too(
     assert "a file is corrupt; it counts as missing" in said
     assert "Traceback" not in said
     assert "something else" not in said
+
+
+def test_the_store_of_launched_ranks_listens_on_the_loopback_interface_only():
+    store = processes.host_store()
+    dist.TCPStore(processes.HOST, store.port, None, False).set("key", "value")
+    assert store.get("key") == b"value"
+    with pytest.raises(ConnectionRefusedError):  # another address of this machine
+        socket.create_connection(("127.0.0.2", store.port), timeout=10)

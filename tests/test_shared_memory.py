@@ -2,6 +2,11 @@
 
 import contextlib
 import json
+import mmap
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -59,24 +64,96 @@ def test_rows_are_read_where_they_are_written_and_no_file_stays_open(refuses):
             assert torch.equal(row, expected)
 
 
-@pytest.mark.parametrize("case", ["right", "secret", "file", "process"])
-def test_only_the_file_that_was_meant_is_opened(case, tmp_path):
+LENGTH = 8192
+
+
+def unsealed(stack):
+    """Returns a file in memory as `_make` makes it, but without seals, with the secret of no letters but f."""
+    file = os.memfd_create(shared_memory.NAME)
+    stack.callback(os.close, file)
+    os.ftruncate(file, LENGTH)
+    os.pwrite(file, b"f" * 32, 0)
+    return file
+
+
+def notes_of(note, other, without_seals):
+    """Returns notes by what is wrong with them."""
+    pid, file, secret = json.loads(note)
+    places = {
+        "secret": [pid, file, "0" * len(secret)],
+        "no secret": [pid, file, ""],
+        "half a secret": [pid, file, secret[:16]],
+        "secret of another type": [pid, file, list(secret)],
+        "another file": [pid, other, secret],
+        "no seals": [pid, without_seals, "f" * 32],
+        "no process": [2**22 + 1, file, secret],
+        "path as process": ["self", file, secret],
+        "path up": [f"1/../{pid}", file, secret],
+        "number as text": [str(pid), file, secret],
+        "negative process": [-pid, file, secret],
+        "True as process": [True, file, secret],
+        "fraction": [float(pid), file, secret],
+        "path as file": [pid, f"../fd/{file}", secret],
+        "huge number": [10**400, file, secret],
+        "too few": [pid, file],
+        "too many": [pid, file, secret, 1],
+        "no list": 7,
+    }
+    return {name: json.dumps(place) for name, place in places.items()} | {"no JSON": note[:-1], "empty": ""}
+
+
+def test_only_the_file_that_was_meant_is_opened(tmp_path):
     with contextlib.ExitStack() as stack, (tmp_path / "other").open("w") as other:
-        _, note = shared_memory._make(4096, stack)
-        pid, file, secret = json.loads(note)
-        note = {
-            "right": note,
-            "secret": json.dumps([pid, file, "0" * len(secret)]),
-            "file": json.dumps([pid, other.fileno(), secret]),
-            "process": json.dumps([2**22 + 1, file, secret]),
-        }[case]
-        assert (shared_memory._opened(note, stack) is not None) == (case == "right")
-        assert shared_memory._opened("", stack) is None
+        _, _, note = shared_memory._make(LENGTH, stack)
+        assert shared_memory._opened(note, LENGTH, stack) is not None
+        assert shared_memory._opened(note, LENGTH + 1, stack) is None
+        for name, wrong in notes_of(note, other.fileno(), unsealed(stack)).items():
+            assert shared_memory._opened(wrong, LENGTH, stack) is None, name
+
+
+def test_nobody_changes_the_size_and_only_the_owner_writes():
+    with contextlib.ExitStack() as stack:
+        file, memory, note = shared_memory._make(LENGTH, stack)
+        for length in (0, LENGTH - 1, LENGTH + 1):
+            with pytest.raises(PermissionError):
+                os.ftruncate(file, length)
+        writable = os.open(f"/proc/self/fd/{file}", os.O_RDWR)
+        stack.callback(os.close, writable)
+        with pytest.raises(PermissionError):
+            os.pwrite(writable, b"x", 5000)
+        with pytest.raises(PermissionError):
+            mmap.mmap(writable, LENGTH)
+        seen = shared_memory._mapped(shared_memory._opened(note, LENGTH, stack), LENGTH)
+    memory[5000] = 7  # the files are closed: mappings stay
+    assert seen[5000] == 7
+    assert "memfd" in Path("/proc/self/maps").read_text()
+    del seen, memory
+    assert "memfd" not in Path("/proc/self/maps").read_text()
+
+
+WRITES = """
+import contextlib
+from gut_fast.distributed import shared_memory
+with contextlib.ExitStack() as stack:
+    _, _, note = shared_memory._make(8192, stack)
+    seen = shared_memory._mapped(shared_memory._opened(note, 8192, stack), 8192)
+    print(int(seen.sum()) > 0, flush=True)
+    seen[5000] = 1
+    print("written")
+"""
+
+
+def test_a_row_cannot_be_written_by_who_only_reads_it():
+    done = subprocess.run([sys.executable, "-c", WRITES], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (-signal.SIGSEGV, "True\n")
 
 
 def some_share(rank, size, cases, steps):
-    """Does as `rank_run`, but rank 1 shares no memory."""
-    return rank_run(rank, size, [(*case[:3], case[3] | {"shared_memory": rank != 1}) for case in cases], steps)
+    """Does as `rank_run`, but rank 1 is on a system that has no files in memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        if rank == 1:
+            patch.delattr(os, "memfd_create")
+        return rank_run(rank, size, cases, steps)
 
 
 @pytest.mark.filterwarnings("ignore:.* unstable on")

@@ -10,6 +10,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -109,14 +110,14 @@ def _wait_for_the_end() -> None:
 def launch(size: int, threads: int, function: Callable[..., object], *arguments: Any) -> None:
     """Calls ``function(*arguments, process_group)`` in `size` processes with `threads` threads each, and waits.
 
-    The store over which the ranks meet lives in this process, so no rank takes it along when it dies. The ranks agree
-    among themselves after which step they stop.
+    The store over which the ranks meet lives in this process, so no rank takes it along when it dies; it can be reached
+    from this machine only. The ranks agree among themselves after which step they stop.
 
     Raises:
         RankError: one of them failed.
         KeyboardInterrupt: Ctrl-C was pressed, and all have stopped; pressed twice, all have been killed.
     """
-    store = TCPStore(HOST, 0, None, True, wait_for_workers=False)
+    store = host_store()
     ranks: list[Child] = []
     try:
         ranks.extend(
@@ -128,6 +129,17 @@ def launch(size: int, threads: int, function: Callable[..., object], *arguments:
         for child in ranks:
             child.process.kill()
             child.process.join()
+
+
+def host_store() -> TCPStore:
+    """Starts a store in this process, which listens on this machine's loopback interface only: it trusts all callers.
+
+    A store that opens its port itself listens on every interface.
+    """
+    with socket.create_server((HOST, 0)) as server:
+        port = server.getsockname()[1]
+        owned_by_the_store = server.detach()
+        return TCPStore(HOST, port, None, True, wait_for_workers=False, master_listen_fd=owned_by_the_store)
 
 
 def _be_rank(
