@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
-from gut_fast.distributed import MismatchError, PeerError
+from gut_fast.distributed import Group, MismatchError, PeerError
 from gut_fast.rules import RULES
 from gut_fast.verify.lockstep import seeded
 
@@ -83,7 +84,8 @@ GRAPHS = [
 """(number of ranks, graph, number of agents)."""
 
 OPTIONS = [
-    {"bucket_bytes": buckets, "shared_memory": shared} for buckets, shared in itertools.product((400, 1 << 20), (0, 1))
+    {"bucket_bytes": buckets, "shared_memory": shared}
+    for buckets, shared in itertools.product((400, 1 << 20), (False, True))
 ]
 
 
@@ -189,12 +191,17 @@ def differing(rank, size, odd):
         weaker = gf.topology.from_matrix(graph.lazy(0.5).matrix(), name="ring(4)")
         odd_ones = {"W": {"topology": weaker}, "rule": {"rule": "d2"}, "lr": {"lr": 0.2}}
         odd_ones |= {"bucket": {"bucket_bytes": 7}, "wire": {"wire_dtype": torch.bfloat16}}
-        odd_ones |= {"policy": {"on_peer_failure": "continue"}}
+        odd_ones |= {"policy": {"on_peer_failure": "continue"}, "agents": {"agents_per_rank": 2}}
+        odd_ones |= {"backend": {"backend": "torch"}, "state": {"state_dtype": torch.bfloat16}}
+        odd_ones |= {"timeout": {"timeout": 7.5}, "memory": {"shared_memory": False}, "overlap": {"overlap": True}}
+        odd_ones |= {"initial": {"sync_initial": True}, "drift": {"drift_memory": 0.5}}
         options |= odd_ones.get(odd, {})
         shape = (2, 3) if odd == "shape" else shape
     parameters = [nn.Parameter(torch.zeros(4)), nn.Parameter(torch.zeros(shape))]
+    began = time.monotonic()
     with pytest.raises(MismatchError) as caught:
         gf.GossipOptimizer(parameters, process_group=dist.group.WORLD, **options)
+    assert time.monotonic() - began < 30.0  # at once, and not after the time limit
     return str(caught.value)
 
 
@@ -203,9 +210,17 @@ DIFFERENCES = {
     "rule": "differ in their rule: gut on ranks [0, 1, 3]; d2 on ranks [2]",
     "lr": "'lr': 0.2, 'weight_decay': 0.0, 'maximize': False, 'drift_memory': 0.95, 'mu': 0.9}\"] on ranks [2]",
     "shape": "parameters: ['group 0, parameter 1: (3, 2) torch.float32'] on ranks [0, 1, 3]; ",
-    "bucket": "bucket_bytes: automatic without overlap on ranks [0, 1, 3]; 7 on ranks [2]",
+    "bucket": "bucket_bytes: automatic on ranks [0, 1, 3]; 7 on ranks [2]",
     "wire": "wire_dtype: None on ranks [0, 1, 3]; torch.bfloat16 on ranks [2]",
     "policy": "on_peer_failure: raise on ranks [0, 1, 3]; continue on ranks [2]",
+    "agents": "agents_per_rank: 1 on ranks [0, 1, 3]; 2 on ranks [2]",
+    "backend": "backend: auto on ranks [0, 1, 3]; torch on ranks [2]",
+    "state": "state_dtype: ['group 0: torch.float32'] on ranks [0, 1, 3]; ['group 0: torch.bfloat16'] on ranks [2]",
+    "timeout": "timeout: 60 s on ranks [0, 1, 3]; 7.5 s on ranks [2]",
+    "memory": "shared_memory: True on ranks [0, 1, 3]; False on ranks [2]",
+    "overlap": "overlap: False on ranks [0, 1, 3]; True on ranks [2]",
+    "initial": "sync_initial: False on ranks [0, 1, 3]; True on ranks [2]",
+    "drift": "'drift_memory': 0.95, 'mu': 0.9}\"] on ranks [0, 1, 3]",
 }
 
 
@@ -214,9 +229,40 @@ def all_differences(rank, size):
 
 
 def test_differences_between_ranks_are_named_by_all():
-    for said in ranks.run(4, all_differences):
-        for odd, text in DIFFERENCES.items():
-            assert text in said[odd]
+    first, *others = ranks.run(4, all_differences)
+    assert others == [first] * 3
+    for odd, text in DIFFERENCES.items():
+        assert text in first[odd]
+
+
+def fail_alone(rank, size):
+    """Rank 1 cannot make its optimizer, before and after the ranks have met; then all can. Returns what is raised."""
+    parameter, ring, world = nn.Parameter(torch.zeros(4)), gf.topology.ring(size), dist.group.WORLD
+    given, said = Group(ranks.store, rank, range(size)), []
+    bad = [{"mu": 2.0}, {"bucket_bytes": 0}, {"wire_dtype": torch.int8}, {"params": [torch.zeros(4)] * 2}, {"mu": -1}]
+    for number, odd in enumerate(bad):
+        options = {"params": [parameter], "process_group": given if number == len(bad) - 1 else world}
+        began = time.monotonic()
+        with pytest.raises((ValueError, TypeError, PeerError)) as caught:
+            gf.GUT(lr=0.1, topology=ring, **(options | (odd if rank == 1 else {})))
+        assert time.monotonic() - began < 30.0
+        said.append((type(caught.value), str(caught.value)))
+    with pytest.raises((TypeError, PeerError)) as caught:
+        gf.Gossip(None if rank == 1 else torch.optim.Adam([parameter]), topology=ring, process_group=world)
+    said.append((type(caught.value), str(caught.value)))
+    for group in (world, given):
+        gf.GUT([parameter], 0.1, topology=ring, process_group=group).step()
+    return said
+
+
+def test_a_rank_that_cannot_make_its_optimizer_tells_the_others_at_once():
+    first, odd, last = ranks.run(3, fail_alone)
+    for k, (kind, text) in enumerate(odd):
+        assert issubclass(kind, (ValueError, TypeError))
+        for other, said in (first[k], last[k]):
+            assert other is PeerError
+            assert said.startswith("rank 1 does not come to ")
+            assert said.endswith(f"it has failed: {kind.__name__}: {text}")
 
 
 def absent(rank, size):

@@ -315,9 +315,10 @@ def host_stops(rank, size, policy):
         ranks.store.set("port", str(store.port))
     else:
         store = dist.TCPStore("127.0.0.1", int(ranks.store.get("port")), None, False)
-    group = Group(store, rank, range(size), timeout=2.0 if rank == 2 else 1.0)  # it hears that its neighbour gave up
+    group = Group(store, rank, range(size), timeout=1.0)
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = gf.GUT([parameter], 0.1, topology=gf.topology.ring(size), process_group=group, on_peer_failure=policy)
+    group.timeout = 2.0 if rank == 2 else 1.0  # it hears that its neighbour gave up
     for step in range(20):
         if (rank, step) == (0, 5):
             ranks.store.set("ready", "")

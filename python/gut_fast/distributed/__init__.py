@@ -1,5 +1,6 @@
 """Agents on several ranks: the same optimizers over `torch.distributed`, what they exchange, and what may go wrong."""
 
+from gut_fast.distributed.agreement import telling_the_others
 from gut_fast.distributed.checkpoints import Checkpoints
 from gut_fast.distributed.consolidation import consolidate
 from gut_fast.distributed.exchange import Exchange
@@ -18,4 +19,5 @@ __all__ = [
     "RankOptions",
     "consolidate",
     "rejoin",
+    "telling_the_others",
 ]

@@ -13,16 +13,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gut_fast.distributed.group import Group, PeerError
-from gut_fast.distributed.membership import (
-    JOIN_EVERY,
-    RankOptions,
-    admit,
-    check_agreement,
-    check_welcome,
-    regroup,
-    settings_of,
-)
+from gut_fast.distributed.agreement import check_agreement, check_welcome, fixed_settings, group_settings
+from gut_fast.distributed.group import Group, PeerError, Welcome
+from gut_fast.distributed.membership import JOIN_EVERY, RankOptions, admit, regroup
 from gut_fast.distributed.overlap import Overlap
 from gut_fast.distributed.starts import Meeting, begin_alike
 from gut_fast.distributed.traffic import Bucket, Route, Traffic, make_route, plan_buckets
@@ -59,7 +52,7 @@ class Exchange:
 
     Raises:
         TypeError, ValueError: a bad argument, or the topology has not `agents_per_rank` agents for each rank.
-        PeerError: not all ranks came.
+        MismatchError, PeerError: the ranks differ, or not all came: see `check_agreement`.
     """
 
     def __init__(
@@ -72,22 +65,23 @@ class Exchange:
     ) -> None:
         options.check()
         self.options, self.agents_per_rank = options, options.agents_per_rank or 1
-        size = Group.size_of(process_group)
-        if size * self.agents_per_rank != topology.num_agents:
-            raise ValueError(
-                f"{topology} has {topology.num_agents} agents, but {size} ranks with {self.agents_per_rank} each have "
-                f"{size * self.agents_per_rank}; give a topology of that many, or agents_per_rank="
-            )
         group = Group.of(process_group, options.timeout)
+        group.check_free()
+        self._traffic = Traffic(group, self.agents_per_rank)
+        self._settings: dict[str, Any] = {}
+        self._agree(fixed_settings(rule, topology, backend, group.timeout, options), group.welcome)
+        if group.everyone * self.agents_per_rank != topology.num_agents:
+            raise ValueError(
+                f"{topology} has {topology.num_agents} agents, but {group.everyone} ranks with {self.agents_per_rank} "
+                f"each have {group.everyone * self.agents_per_rank}; give a topology of that many, or agents_per_rank="
+            )
         if options.on_peer_failure == "continue" and not group.is_own:
             raise ValueError('on_peer_failure="continue" needs a gloo process group; others cannot lose a rank')
         self._rule, self._backend, self._whole = rule, backend, topology
-        self._traffic = Traffic(group, self.agents_per_rank)
         self.topology = self._topology_of_members()
         self.buckets: list[Bucket] = []
         self.bytes_sent: Counter[tuple[int, int]] = Counter()
         self.overlap: Overlap | None = None
-        self._settings: dict[str, Any] = {}
         self._routes: dict[int, Route] = {}
         self._num_compared = 0  # parameter groups
         self._alone_until = 0
@@ -132,15 +126,11 @@ class Exchange:
         Raises:
             MismatchError, PeerError: the ranks differ, or not all came: see `check_agreement`.
         """
-        is_first, settings = not self._settings, settings_of(self._rule, self._whole, groups, self.options)
-        welcome = self.group.welcome if is_first else None
-        if is_first:
+        welcome = None
+        if not self._num_compared:
             self.group.take()
-        if welcome is None:
-            check_agreement(self.group, f"settings {next(self.group.occasions)}", settings)
-        else:
-            check_welcome(self.group, welcome, settings)
-        self._settings = settings
+            welcome = self.group.welcome
+        self._agree(group_settings(self._rule, groups, steps), welcome)
         self._plan_buckets(steps)
         if welcome is None:
             new = [parameter for group in groups[self._num_compared :] for parameter in group["params"]]
@@ -153,6 +143,14 @@ class Exchange:
         self.overlap = Overlap(self.buckets, [group["params"] for group in groups]) if self.options.overlap else None
         self._num_compared = len(groups)
         return meeting
+
+    def _agree(self, settings: Mapping[str, Any], welcome: Welcome | None) -> None:
+        """Compares settings with the other ranks, which do the same, or with those that they let a newcomer know."""
+        if welcome is None:
+            check_agreement(self.group, settings)
+        else:
+            check_welcome(self.group, welcome, settings)
+        self._settings |= settings
 
     def _plan_buckets(self, steps: Sequence[GossipStep | None]) -> None:
         """Plans buckets of the size that the user set, or else as many as suit a model of this size."""

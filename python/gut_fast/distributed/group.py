@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
+import json
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -28,6 +29,10 @@ __all__ = ["DEFAULT_TIMEOUT", "Group", "MismatchError", "PeerError", "Transfer",
 
 DEFAULT_TIMEOUT = 60.0
 """The limit of any wait, in seconds, unless the user gives one."""
+FIRST_EPOCH, PRESENT = "epoch 0", "present"
+"""Where the ranks of a new group leave their first notes."""
+DECLINED = "/declined"
+"""Where, on an occasion, a rank that does not come says why: see `Group.decline`."""
 _numbers: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # counts the Groups of each process group
 
 atexit.register(settle)  # as early as this: what others register later, such as destroy_process_group, runs before it
@@ -127,9 +132,9 @@ class Group:
         self.timeout, self.epoch, self.welcome = timeout, epoch, welcome
         self.everyone = len(self.members) if everyone is None else everyone
         self.occasions, self._is_taken = itertools.count(1), False
-        self._notes = Notes(store, f"epoch {epoch}", timeout)
+        self._notes = Notes(store, f"epoch {epoch}" if epoch else FIRST_EPOCH, timeout)
         self.marks = marks or {}
-        self.marks = dict(zip(self.members, self.gather("present", own_mark()), strict=True))
+        self.marks = dict(zip(self.members, self.gather(PRESENT, own_mark()), strict=True))
         self._channel: _Gloo | _Given = (
             _Given(process_group) if process_group is not None else _Gloo(self._notes.store, rank, self.size, timeout)
         )
@@ -148,8 +153,7 @@ class Group:
         rank = dist.get_rank(process_group)
         if rank < 0:
             raise ValueError("process_group: this process is not one of its ranks")
-        number = next(_numbers.setdefault(process_group, itertools.count()))
-        store = PrefixStore(f"gut_fast/{number}", c10d._get_process_group_store(process_group))
+        store = _next_store(process_group)
         backends = c10d.get_backend_config(process_group).split(",")  # such as cpu:gloo,cuda:nccl
         is_gloo = all(backend.endswith("gloo") for backend in backends)
         return Group(store, rank, members, timeout=timeout, process_group=None if is_gloo else process_group)
@@ -166,14 +170,36 @@ class Group:
             )
         return int(process_group.size())
 
-    def take(self) -> None:
-        """Makes this the group of one optimizer.
+    @staticmethod
+    def decline(process_group: Any, reason: str) -> None:
+        """Has the ranks that come to meet this one, or will, raise an error with this reason instead of waiting.
 
-        Raises:
-            ValueError: another optimizer has taken the group: their messages would meet.
+        Args:
+            process_group: a group in which this rank would have made an optimizer; anything else is passed over.
+            reason: why it has not.
         """
+        if isinstance(process_group, Group):
+            notes, what = process_group._notes, process_group.occasion()
+            rank = process_group.members[process_group.rank]
+        elif isinstance(process_group, dist.ProcessGroup) and (rank := dist.get_rank(process_group)) >= 0:
+            notes, what = Notes(_next_store(process_group), FIRST_EPOCH, DEFAULT_TIMEOUT), PRESENT
+        else:
+            return
+        with contextlib.suppress(RuntimeError):  # the store may be gone
+            notes.briefly().set(what + DECLINED, json.dumps([rank, reason]))
+
+    def occasion(self) -> str:
+        """Returns the name of the next occasion on which the ranks compare settings."""
+        return f"settings {next(self.occasions)}"
+
+    def check_free(self) -> None:
+        """Raises ValueError if another optimizer has taken the group: their messages would meet."""
         if self._is_taken:
             raise ValueError("this Group serves another optimizer; make each its own, of a PrefixStore of its own")
+
+    def take(self) -> None:
+        """Makes this the group of one optimizer. Raises as `check_free` does."""
+        self.check_free()
         self._is_taken = True
 
     @property
@@ -199,7 +225,8 @@ class Group:
             note: the note of this rank.
 
         Raises:
-            PeerError: not all notes were there in time, or a rank has ended; the message names the missing ranks.
+            PeerError: not all notes were there in time, or a rank has ended or declined; the message names the ranks
+                that are missing.
         """
         keys = [f"{what}/{place}" for place in range(self.size)]
         self._notes.set(keys[self.rank], note)
@@ -207,15 +234,25 @@ class Group:
         def missing() -> list[int]:
             return [number for number, key in zip(self.members, keys, strict=True) if not self._notes.check(key)]
 
-        if not self._notes.wait(keys, lambda: any(map(self.has_ended, missing()))) and (absent := missing()):
-            if ended := [number for number in absent if self.has_ended(number)]:
-                raise PeerError(f"ranks {ended} have ended before they came to {what!r}", ended[0], is_gone=True)
-            raise PeerError(
-                f"ranks {absent} have not come to {what!r} within {self.timeout:g} s; are they running, and do they "
-                "make their optimizers in the same order?",
-                absent[0],
-            )
+        def is_vain() -> bool:
+            return self._notes.check(what + DECLINED) or any(map(self.has_ended, missing()))
+
+        if not self._notes.wait(keys, is_vain) and (absent := missing()):
+            raise self._absence(what, absent)
         return [self._notes.get(key) for key in keys]
+
+    def _absence(self, what: str, absent: Sequence[int]) -> PeerError:
+        """Makes the error about ranks that have not come to an occasion."""
+        if self._notes.check(what + DECLINED):
+            rank, reason = json.loads(self._notes.get(what + DECLINED))
+            return PeerError(f"rank {rank} does not come to {what!r}, it has failed: {reason}", rank)
+        if ended := [number for number in absent if self.has_ended(number)]:
+            return PeerError(f"ranks {ended} have ended before they came to {what!r}", ended[0], is_gone=True)
+        return PeerError(
+            f"ranks {absent} have not come to {what!r} within {self.timeout:g} s; are they running, and do they "
+            "make their optimizers in the same order?",
+            absent[0],
+        )
 
     def has_ended(self, number: int) -> bool:
         """Returns whether a rank's process is known to have ended."""
@@ -269,6 +306,12 @@ class Group:
     def close(self) -> None:
         """Breaks the connections, if they are our own: whoever waits for this rank notices at once."""
         self._channel.close()
+
+
+def _next_store(process_group: dist.ProcessGroup) -> Store:
+    """Returns the store of the next `Group` of a process group, the same part of it on all ranks."""
+    number = next(_numbers.setdefault(process_group, itertools.count()))
+    return PrefixStore(f"gut_fast/{number}", c10d._get_process_group_store(process_group))
 
 
 class _Gloo:

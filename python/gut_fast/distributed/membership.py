@@ -1,6 +1,4 @@
-"""Who belongs to a run: equal settings at the start, going on after ranks have died, letting ranks in again.
-
-At the start the ranks compare their settings, so that a difference is an error and not a wrong number.
+"""Who belongs to a run: going on after ranks have died, letting ranks in again.
 
 Every rank that meets a broken connection, or waits too long, leaves a note in the store and then breaks its own
 connections, so that the news spreads along the graph. Once there is a note from each rank, or a note that it is gone,
@@ -13,12 +11,9 @@ first one to look decides for all, again in one atomic operation.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -26,28 +21,21 @@ import torch.distributed as dist
 from torch.distributed import Store  # type: ignore[attr-defined]
 
 from gut_fast.arguments import as_integer, as_number
-from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, MismatchError, PeerError, Welcome
+from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, PeerError, Welcome
 from gut_fast.distributed.notes import Notes
-from gut_fast.rules import UpdateRule
-from gut_fast.topology import Topology
 
 __all__ = [
     "JOIN_EVERY",
     "RankOptions",
     "admit",
-    "check_agreement",
-    "check_welcome",
     "regroup",
     "rejoin",
-    "settings_of",
 ]
 
 POLL = 0.01
 """The pause between two looks for a decision, in seconds."""
 JOIN_EVERY = 10
 """The number of steps between two looks for ranks that want to join."""
-COMPARED_STEPS = 64
-"""How many steps of a topology are compared; of one that repeats earlier, a period."""
 LONGEST_TIMEOUT = 1e6
 
 STORE_IS_GONE = (
@@ -78,8 +66,9 @@ class RankOptions(NamedTuple):
             raise ValueError(f"timeout must be a number of seconds {limit}, got {self.timeout!r}")
         if self.on_peer_failure not in ("raise", "continue"):
             raise ValueError(f"on_peer_failure must be 'raise' or 'continue', got {self.on_peer_failure!r}")
-        if not isinstance(self.sync_initial, bool):
-            raise TypeError(f"sync_initial must be True or False, got {self.sync_initial!r}")
+        for name in ("overlap", "shared_memory", "sync_initial"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
         wire = self.wire_dtype
         if wire is not None and not (isinstance(wire, torch.dtype) and wire.is_floating_point):
             raise TypeError(f"wire_dtype must be a floating-point torch.dtype, got {wire!r}")
@@ -89,90 +78,6 @@ class RankOptions(NamedTuple):
         defaults = RankOptions()._asdict()
         if given := [f"{key}=" for key, value in self._asdict().items() if value != defaults[key]]:
             raise ValueError(f"{name}: {', '.join(given)} needs process_group=; this optimizer holds all agents itself")
-
-
-def settings_of(
-    rule: UpdateRule, topology: Topology, groups: Sequence[Mapping[str, Any]], options: RankOptions
-) -> dict[str, Any]:
-    """Returns what ranks compare at the start, and newcomers later: settings of an optimizer, by name."""
-    names = ("lr", "weight_decay", "maximize", "drift_memory", *rule.hyperparameters)
-    return {
-        "versions": f"gut_fast {version('gut_fast')}, torch {torch.__version__}",
-        "rule": rule.name,
-        "hyper-parameters": [f"group {k}: { ({n: group[n] for n in names}) }" for k, group in enumerate(groups)],
-        "parameters": [
-            f"group {k}, parameter {p}: {tuple(tensor.shape)} {tensor.dtype}"
-            for k, group in enumerate(groups)
-            for p, tensor in enumerate(group["params"])
-        ],
-        "agents_per_rank": options.agents_per_rank or 1,
-        "wire_dtype": str(options.wire_dtype),
-        "bucket_bytes": options.bucket_bytes or f"automatic with{'' if options.overlap else 'out'} overlap",
-        "on_peer_failure": options.on_peer_failure,
-        "sync_initial": options.sync_initial,
-        "topology": str(topology),
-        "rows of W": _digests(topology),
-    }
-
-
-def _digests(topology: Topology) -> list[str]:
-    """Returns a short digest of each row of W over the first steps."""
-    steps = min(topology.period or COMPARED_STEPS, COMPARED_STEPS)
-    digests = [hashlib.sha256() for _ in range(topology.num_agents)]
-    for step in range(steps):
-        W = topology.csr(step)
-        starts = W.row_start.tolist()
-        neighbor, weight = W.neighbor.numpy(), W.weight.numpy()
-        for digest, start, end in zip(digests, starts, starts[1:], strict=False):
-            digest.update(neighbor[start:end].tobytes() + weight[start:end].tobytes())
-    return [digest.hexdigest()[:16] for digest in digests]
-
-
-def check_agreement(group: Group, occasion: str, settings: dict[str, Any]) -> None:
-    """Compares the settings of all ranks.
-
-    Raises:
-        MismatchError: they differ; the message names the setting, the ranks and what each has.
-        PeerError: a rank did not come.
-    """
-    notes = [json.loads(note) for note in group.gather(occasion, json.dumps(settings))]
-    _compare(dict(zip(group.members, notes, strict=True)))
-
-
-def check_welcome(group: Group, welcome: Welcome, settings: dict[str, Any]) -> None:
-    """Compares a newcomer's settings with the others', but for hyper-parameters, which schedules change.
-
-    Raises:
-        MismatchError: they differ.
-    """
-    mine = {**json.loads(json.dumps(settings)), "hyper-parameters": welcome.settings["hyper-parameters"]}
-    _compare({welcome.sponsor: welcome.settings, group.members[group.rank]: mine})
-
-
-def _compare(notes: dict[int, dict[str, Any]]) -> None:
-    """Raises MismatchError, about the first difference, unless the settings of all ranks are the same."""
-    for name in {name: None for note in notes.values() for name in note}:
-        ranks_with = defaultdict(list)
-        for rank, note in notes.items():
-            ranks_with[json.dumps(note.get(name))].append(rank)
-        if len(ranks_with) > 1:
-            raise MismatchError(_difference(name, {ranks[0]: ranks for ranks in ranks_with.values()}, notes))
-
-
-def _difference(name: str, camps: dict[int, list[int]], notes: dict[int, dict[str, Any]]) -> str:
-    """Describes a setting in which ranks differ; `camps` are the ranks that agree, by the first of them."""
-    values: dict[int, Any] = {first: notes[first].get(name) for first in camps}
-    if name == "rows of W":
-        rows = list(zip(*values.values(), strict=True))
-        differing = [agent for agent, digests in enumerate(rows) if len(set(digests)) > 1]
-        said = ", ".join(f"ranks {ranks}" for ranks in camps.values())
-        return f"the mixing matrices of {said} differ in rows {differing[:8]}; give all ranks the same topology"
-    if all(isinstance(value, list) for value in values.values()):  # the first entries that are not the same everywhere
-        places = range(max(map(len, values.values())))
-        wrong = [k for k in places if len({tuple(value[k : k + 1]) for value in values.values()}) > 1][:3]
-        values = {first: [entry for k in wrong for entry in value[k : k + 1]] for first, value in values.items()}
-    said = "; ".join(f"{values[first]} on ranks {ranks}" for first, ranks in camps.items())
-    return f"the ranks differ in their {name}: {said}"
 
 
 class Decision(NamedTuple):

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gut_fast.arguments import shown
-from gut_fast.distributed import DEFAULT_TIMEOUT, Group
+from gut_fast.distributed import DEFAULT_TIMEOUT, Group, telling_the_others
 from gut_fast.kernels import validation
 from gut_fast.optim.local import check_inner_state, why_not_local
 from gut_fast.optim.optimizer import GossipOptimizer
@@ -85,14 +85,15 @@ class Gossip(GossipOptimizer):
         sync_initial: bool = False,
         **hyperparameters: Any,
     ) -> None:
-        if not isinstance(optimizer, Optimizer):
-            raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        reason = "it mixes the agents itself" if isinstance(optimizer, GossipOptimizer) else why_not_local(optimizer)
-        if reason:
-            raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
-        for option, reason in NOT_AROUND.items():
-            if hyperparameters.pop(option, None):
-                raise ValueError(f"Gossip: no {option}=; {reason}")
+        with telling_the_others(lambda: process_group):
+            if not isinstance(optimizer, Optimizer):
+                raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+            mixes = isinstance(optimizer, GossipOptimizer)
+            if reason := "it mixes the agents itself" if mixes else why_not_local(optimizer):
+                raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
+            for option, reason in NOT_AROUND.items():
+                if hyperparameters.pop(option, None):
+                    raise ValueError(f"Gossip: no {option}=; {reason}")
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
         groups = [{"params": group["params"], "lr": _own(group["lr"])} for group in optimizer.param_groups]

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gut_fast import analysis
-from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions
+from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions, telling_the_others
 from gut_fast.kernels import ops, validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
@@ -120,33 +120,36 @@ class GossipOptimizer(KeepsState):
         sync_initial: bool = False,
         **hyperparameters: Any,
     ) -> None:
-        if not isinstance(topology, Topology):
-            raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
-        if isinstance(params, torch.nn.Module):  # whose iteration, if it has one, is of something else
-            raise TypeError(f"{self._name}: give the parameters of the module, {type(params).__name__}.parameters()")
-        self.rule, self.topology, self.backend = get_rule(rule), topology, backend
-        check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
-        check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
-        if capturable:
-            checks.check_capturable(topology, process_group is not None, drift_memory, self._name)
-        self.state_dtype, self.capturable = state_dtype, capturable
-        self._eager_steps = 0
-        # CUDA graphs lose a number's change, so their steps are counted in a tensor.
-        self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._prepared: list[Prepared] = []  # one per group
-        self._views = Views()
-        self._number = register(self)
-        memory = drift_memory if drift_memory is not None else 0.0 if capturable else DRIFT_MEMORY
-        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "drift_memory": memory}
-        hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
         options = RankOptions(
             agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure, shared_memory, sync_initial
         )
-        if process_group is None:
-            options.check_alone(self._name)
-        else:
-            self._exchange = Exchange(process_group, topology, self.rule, backend, options)
-        super().__init__(params, {**defaults, **hyperparameters})
+        with telling_the_others(lambda: process_group if self._exchange is None else self._exchange.group):
+            if not isinstance(topology, Topology):
+                raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
+            if isinstance(params, torch.nn.Module):  # whose iteration, if it has one, is of something else
+                raise TypeError(
+                    f"{self._name}: give the parameters of the module, {type(params).__name__}.parameters()"
+                )
+            self.rule, self.topology, self.backend = get_rule(rule), topology, backend
+            check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
+            check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
+            if capturable:
+                checks.check_capturable(topology, process_group is not None, drift_memory, self._name)
+            self.state_dtype, self.capturable = state_dtype, capturable
+            self._eager_steps = 0
+            # CUDA graphs lose a number's change, so their steps are counted in a tensor.
+            self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
+            self._prepared: list[Prepared] = []  # one per group
+            self._views = Views()
+            self._number = register(self)
+            memory = drift_memory if drift_memory is not None else 0.0 if capturable else DRIFT_MEMORY
+            defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "drift_memory": memory}
+            hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
+            if process_group is None:
+                options.check_alone(self._name)
+            else:
+                self._exchange = Exchange(process_group, topology, self.rule, backend, options)
+            super().__init__(params, {**defaults, **hyperparameters})
         self._is_made = True
         self._warn_if_unstacked()
         self._meet()
