@@ -14,6 +14,7 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.distributed import Group, MismatchError, PeerError, rejoin
+from gut_fast.distributed.group import _wait
 from gut_fast.verify.lockstep import seeded
 
 
@@ -325,6 +326,21 @@ def given(rank, size, ends):
 @pytest.mark.parametrize(("ends", "what"), [(False, "was not ready within 0.5 s"), (True, "which is gone")])
 def test_the_users_own_group_is_not_waited_for_longer(ends, what):
     assert what in ranks.run(2, given, ends)[1]
+
+
+class Late:
+    """A work that nobody answers; gloo waits for whole milliseconds."""
+
+    def wait(self, limit):
+        time.sleep(int(limit.total_seconds() * 1000) / 1000)
+        raise RuntimeError("Timed out waiting for recv operation to complete")
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
+def test_a_rank_that_is_late_is_not_said_to_be_gone(fraction):
+    for _ in range(5):
+        with pytest.raises(TimeoutError):
+            _wait(Late(), time.monotonic() + (10 + fraction) / 1000)
 
 
 def add_after_joining(rank, size):

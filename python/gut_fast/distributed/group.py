@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import itertools
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -417,7 +418,8 @@ def _wait(work: Any, deadline: float) -> None:
     if isinstance(work, RuntimeError):
         raise ConnectionError(str(work)) from work
     try:
-        work.wait(timedelta(seconds=max(deadline - time.monotonic(), 1e-3)))
+        left = math.ceil(1e3 * (deadline - time.monotonic()))  # gloo cuts milliseconds off, and would be too early
+        work.wait(timedelta(milliseconds=max(left, 1)))
     except RuntimeError as error:
         if time.monotonic() < deadline:
             raise ConnectionError(str(error)) from error
