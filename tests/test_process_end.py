@@ -1,7 +1,13 @@
 """The end of a process whose gloo threads still have to let go of tensors."""
 
+import contextlib
+import json
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
 
 SCRIPT = """
 import os
@@ -59,3 +65,83 @@ def test_a_process_whose_thread_still_owns_the_last_work_ends_cleanly_20_times()
     command = [sys.executable, "-c", LAST_WORK, "20"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
+
+
+RUNS = """
+import os, runpy, sys
+os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+import json, sklearn.datasets, torch, torch._dynamo, torch.distributed
+import gut_fast
+
+ports, *sys.argv = sys.argv[1:]
+torch.set_num_threads(1)
+codes = []
+for run, port in enumerate(ports.split()):
+    ranks = []
+    for rank in range(2):
+        if not (child := os.fork()):
+            where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2}
+            where |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": True}
+            os.environ.update({name: str(value) for name, value in where.items()})
+            sys.argv = [each.replace("RUN", str(run)) for each in sys.argv]
+            sys.stdout = open(os.devnull, "w")
+            runpy.run_path(sys.argv[0], run_name="__main__")
+            sys.exit()  # the interpreter ends as after any script
+        ranks.append(child)
+    codes += [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in ranks]
+print(json.dumps(codes))
+"""
+
+PLAIN = """
+import torch, torch.distributed as dist
+import gut_fast as gf
+
+dist.init_process_group("gloo")
+parameter = torch.nn.Parameter(torch.zeros(1000))
+ring = gf.topology.ring(dist.get_world_size())
+optimizer = gf.GUT([parameter], 0.1, 0.5, topology=ring, process_group=dist.group.WORLD)
+for _ in range(20):
+    parameter.grad = parameter.detach() - dist.get_rank()
+    optimizer.step()
+dist.all_reduce(torch.ones(1000))
+dist.destroy_process_group()
+"""
+
+EXAMPLE = str(Path(__file__).parent.parent / "examples" / "distributed.py")
+
+
+@contextlib.contextmanager
+def load():
+    """Two busy loops beside what is tested."""
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    try:
+        yield
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+
+
+def exit_codes(runs, script, *arguments):
+    """Returns the exit codes, and what was said, of two ranks that run a script so many times, under load."""
+    stores = [dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) for _ in range(runs)]
+    ports = " ".join(str(store.port) for store in stores)
+    command = [sys.executable, "-c", RUNS, ports, script, *arguments]
+    with load():
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180 + 30 * runs)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+@pytest.mark.slow
+def test_the_example_ends_cleanly_20_times_on_a_busy_machine(tmp_path):
+    codes, said = exit_codes(20, EXAMPLE, "--steps", "60", "--folder", str(tmp_path / "RUN"))
+    assert codes == [0] * 40, said
+
+
+@pytest.mark.slow
+def test_a_plain_script_ends_cleanly_20_times_on_a_busy_machine(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN)
+    codes, said = exit_codes(20, str(script))
+    assert codes == [0] * 40, said
