@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 FLOORS = [
-    {"arguments", "coefficients", "randomness", "_core", "_cuda"},
+    {"arguments", "coefficients", "files", "randomness", "_core", "_cuda"},
     {"rules", "topology", "data", "models"},
     {"reference", "analysis", "kernels"},
     {"agents", "distributed", "verify"},

@@ -746,10 +746,10 @@ def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     old = path.read_bytes()
 
     def save_half(content, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(files.torch, "save", save_half)
+    monkeypatch.setattr(files.torch_files, "save", save_half)
     with pytest.raises(OSError, match="no space left"):
         sim.save_checkpoint(path)
     assert path.read_bytes() == old

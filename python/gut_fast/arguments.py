@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["all_known", "as_integer", "as_number", "nearest", "shown"]
+__all__ = ["abbreviated", "all_known", "as_integer", "as_number", "nearest", "shown"]
 
 
 def as_integer(value: Any, what: str, minimum: int | None) -> int:
@@ -77,3 +77,9 @@ def shown(value: Any) -> str:
     shorten = _Shown()
     shorten.maxstring, shorten.maxdict = 120, 8
     return shorten.repr(value)
+
+
+def abbreviated(value: Any, length: int = 200) -> str:
+    """The value as `shown`, but text as it is, and all of it at most so long: values from a file may be huge."""
+    text = value if isinstance(value, str) else shown(value)
+    return text if len(text) <= length else f"{text[: length - 1]}…"

@@ -18,7 +18,7 @@ from gut_fast import analysis
 from gut_fast.cli.options import DataFolder, Download, prepare_data
 from gut_fast.cli.sweep_progress import Display, title
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
-from gut_fast.distributed.files import replacing
+from gut_fast.files import replacing
 from gut_fast.rules import get_rule
 from gut_fast.study import summary
 from gut_fast.study.results import LINES, TABLE, read_results

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from gut_fast.cli.terminal import BadArgumentError, as_bad_argument, console_of_text, writing
-from gut_fast.distributed.files import replacing
+from gut_fast.files import replacing
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
 from gut_fast.rules import RULES, get_rule

@@ -26,16 +26,9 @@ from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr
 
 from gut_fast.arguments import as_integer
 from gut_fast.distributed.consolidation import given_group
-from gut_fast.distributed.files import (
-    DamagedError,
-    Shard,
-    check_loadable,
-    read_shard,
-    remove_leftovers,
-    sync,
-    write_shard,
-)
+from gut_fast.distributed.files import DamagedError, Shard, check_loadable, read_shard, write_shard
 from gut_fast.distributed.group import Group
+from gut_fast.files import remove_leftovers, sync
 
 __all__ = ["Checkpoints"]
 

@@ -1,14 +1,12 @@
-"""Files that are written whole or not at all, and shards: one rank's part of a checkpoint in such a file.
+"""Shards: one rank's part of a checkpoint, in a file that is written whole or not at all.
 
 A shard is what `torch.save` writes, followed by its SHA-256: `torch.load` reads such a file too, and does not notice.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,62 +15,17 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    "DamagedError",
-    "Shard",
-    "check_loadable",
-    "read_shard",
-    "remove_leftovers",
-    "replacing",
-    "sync",
-    "write_shard",
-]
+from gut_fast.distributed import torch_files
+from gut_fast.files import FileError, replacing
+
+__all__ = ["DamagedError", "Shard", "check_loadable", "read_shard", "write_shard"]
 
 FORMAT = "gut_fast shard 1"
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHUNK = 1 << 20
 
 
-@contextlib.contextmanager
-def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
-    """Gives a temporary file to write beside `path`, which takes its place if the block ends without an error.
-
-    A killed process leaves `path` as it was, or whole. With `durable` so does a power failure, and once the block has
-    ended the new file is there to stay. Of a symbolic link the file is replaced that it leads to.
-    """
-    path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        if durable:
-            sync(temporary)
-        temporary.replace(path)
-        if durable:
-            sync(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-def sync(path: str | Path) -> None:
-    """Waits until a file's content, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def remove_leftovers(path: str | Path) -> None:
-    """Removes the temporary files of processes that were killed within `replacing`; none may be writing `path` now."""
-    path = Path(os.path.realpath(path))
-    for leftover in path.parent.iterdir():
-        pid = leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp")
-        if leftover.name == f".{path.name}.{pid}.tmp" and pid.isdecimal():
-            leftover.unlink(missing_ok=True)
-
-
-class DamagedError(RuntimeError):
+class DamagedError(FileError):
     """A file is truncated, corrupt or no shard."""
 
 
@@ -99,12 +52,7 @@ class Shard(NamedTuple):
 def write_shard(path: Path, shard: Shard) -> None:
     """Writes the file, whole or not at all; once this returns it is there to stay. Raises OSError if that fails."""
     with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
-        writer = _HashingWriter(file)
-        try:
-            torch.save({"format": FORMAT, **shard._asdict()}, writer)  # type: ignore[arg-type]
-        except RuntimeError as error:  # torch's own about a write that failed, which does not say why
-            raise writer.error or error from error
-        file.write(writer.hash.digest())
+        file.write(torch_files.save({"format": FORMAT, **shard._asdict()}, file))
 
 
 def read_shard(path: Path) -> Shard:
@@ -116,33 +64,16 @@ def read_shard(path: Path) -> Shard:
     """
     with path.open("rb") as file:
         _check_digest(file, path)
-        file.seek(0)
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
-            if content.pop("format") != FORMAT:
-                raise ValueError("another format")
-            return Shard(**content)
-        except Exception as error:  # torch.load raises half a dozen types
-            raise DamagedError(f"{path} is no shard of a checkpoint ({type(error).__name__}: {error})") from error
-
-
-class _HashingWriter:
-    """A file to write that computes the SHA-256 of what is written, and keeps the error of a write that failed."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.hash = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        self.hash.update(data)
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
+            content = torch_files.load(file, file.seek(0, io.SEEK_END) - DIGEST_BYTES, path)
+        except FileError as error:
+            raise DamagedError(f"{path} is no shard of a checkpoint: {error}") from error
+    kinds = {"format": str, "step": int, "rank": int, "everyone": int, "origin": str, "num_saved": int, "state": dict}
+    if not isinstance(content, dict) or {name: type(value) for name, value in content.items()} != kinds:
+        raise DamagedError(f"{path} is no shard of a checkpoint: it does not hold {', '.join(kinds)}")
+    if content.pop("format") != FORMAT:
+        raise DamagedError(f"{path} is a shard of another format, not {FORMAT!r}")
+    return Shard(**content)
 
 
 def _check_digest(file: BinaryIO, path: Path) -> None:
@@ -162,8 +93,7 @@ def check_loadable(value: Any, where: str) -> None:
     try:
         buffer = io.BytesIO()
         torch.save(_without_numbers(value), buffer)
-        buffer.seek(0)
-        torch.load(buffer, weights_only=True)
+        torch_files.load(buffer, len(buffer.getvalue()), where)
     except Exception as error:
         for key, child in _children(value):
             check_loadable(child, f"{where}[{key!r}]")

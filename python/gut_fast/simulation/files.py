@@ -20,9 +20,11 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gut_fast.distributed import Group
+from gut_fast.arguments import abbreviated
+from gut_fast.distributed import Group, torch_files
 from gut_fast.distributed.checkpoints import Checkpoints
-from gut_fast.distributed.files import replacing
+from gut_fast.files import FileError, remove_leftovers, replacing
+from gut_fast.simulation.structure import described
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
 
@@ -106,8 +108,8 @@ def write_checkpoint(content: Mapping[str, Any], path: str | Path, group: Group 
     if group is not None:
         Checkpoints(path, group).save(content["step"], {"format": FORMAT, **content})
         return
-    with replacing(path, durable=True) as temporary:
-        torch.save({"format": FORMAT, **content}, temporary)
+    with replacing(path, durable=True) as temporary, temporary.open("wb") as file:
+        torch_files.save({"format": FORMAT, **content}, file)
 
 
 def read_checkpoint(path: str | Path, group: Group | None = None) -> dict[str, Any]:
@@ -115,25 +117,23 @@ def read_checkpoint(path: str | Path, group: Group | None = None) -> dict[str, A
 
     Raises:
         OSError: the file cannot be read.
-        RuntimeError: the file is truncated, corrupt or not a checkpoint of the simulator.
+        FileError: the file is truncated, corrupt or not a checkpoint of the simulator; it is a RuntimeError too.
     """
     content = _read_file(path) if group is None else _read_folder(path, group)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise RuntimeError(f"{path} is not a checkpoint of gut_fast's simulator ({FORMAT!r})")
+        raise FileError(f"{path} is not a checkpoint of gut_fast's simulator ({FORMAT!r})")
     return content
 
 
 def _read_file(path: str | Path) -> Any:
+    remove_leftovers(path)
     with Path(path).open("rb") as file:
         try:
+            content = torch_files.load(file, file.seek(0, os.SEEK_END), path)
             _check_sums(file)
-            return torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            # Depending on the damaged byte torch raises one of half a dozen types, OSError among them.
-            raise RuntimeError(
-                f"{path} cannot be read as a checkpoint; it is truncated, corrupt or another file "
-                f"({type(error).__name__})"
-            ) from error
+        except (FileError, zipfile.BadZipFile) as error:
+            raise FileError(f"{path} cannot be read as a checkpoint: {error}") from error
+    return content
 
 
 def _read_folder(path: str | Path, group: Group) -> Any:
@@ -149,7 +149,6 @@ def _check_sums(file: BinaryIO) -> None:
         damaged = archive.testzip()
     if damaged is not None:
         raise zipfile.BadZipFile(f"the check sum of {damaged} is wrong")
-    file.seek(0)
 
 
 def digest(tensors: Iterable[Tensor]) -> str:
@@ -168,12 +167,24 @@ def mixing_digest(topology: Topology) -> str:
     return state.hexdigest()
 
 
-def check_configuration(saved: Mapping[str, Any], own: Mapping[str, Any], path: str | Path) -> None:
+def check_configuration(saved: Any, own: Mapping[str, Any], path: str | Path) -> None:
     """Raises ValueError with the differences between a checkpoint's configuration and the simulator's own."""
+    if not isinstance(saved, dict):
+        raise FileError(f"{path} is no checkpoint of a simulator: its configuration is {described(saved)}")
     differences = [
-        f"{name} is {saved.get(name)!r} there, {own.get(name)!r} here"
+        f"{abbreviated(name)} is {_shown(saved.get(name))} there, {_shown(own.get(name))} here"
         for name in dict.fromkeys((*own, *saved))
-        if saved.get(name) != own.get(name)
+        if not _equal(saved.get(name), own.get(name))
     ]
     if differences:
-        raise ValueError(f"{path} is of another configuration: {'; '.join(differences)}")
+        raise ValueError(f"{path} is of another configuration: {'; '.join(differences[:20])}")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return described(one) == described(other) and torch.equal(one.cpu(), other.cpu())
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
+
+
+def _shown(value: Any) -> str:
+    return abbreviated(repr(value) if isinstance(value, str) else value)

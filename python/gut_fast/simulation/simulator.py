@@ -30,6 +30,7 @@ from gut_fast.simulation.objective import Loss, Metric, ModelLoss
 from gut_fast.simulation.samples import joined, number_of_parts, training_and_test
 from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
+from gut_fast.simulation.structure import check_structure
 from gut_fast.simulation.timetable import Timetable
 from gut_fast.topology import Topology
 
@@ -323,7 +324,11 @@ class Simulator:
 
         With a process_group all ranks call `save_checkpoint`, and `path` is a folder.
         """
-        content = {
+        write_checkpoint(self._content(), path, self._everyone.group)
+
+    def _content(self) -> dict[str, Any]:
+        """The content of a checkpoint."""
+        return {
             "configuration": self._configuration,
             "step": self.step,
             "history": self.history,
@@ -334,7 +339,6 @@ class Simulator:
             "random_state": self._random_state,
             **self._tally.state_dict(),
         }
-        write_checkpoint(content, path, self._everyone.group)
 
     def load_checkpoint(self, path: str | Path) -> None:
         """Continues from the step at which `path` was written; this simulator must have been made with equal arguments.
@@ -344,11 +348,12 @@ class Simulator:
 
         Raises:
             OSError: the file cannot be read.
-            RuntimeError: the file is truncated, corrupt or not a checkpoint.
+            FileError: the file is truncated, corrupt or not a checkpoint of such a simulator; it is a RuntimeError too.
             ValueError: the checkpoint has another configuration; the message says what differs. Nothing has changed.
         """
         content = read_checkpoint(path, self._everyone.group)
-        check_configuration(content["configuration"], self._configuration, path)
+        check_configuration(content.get("configuration"), self._configuration, path)
+        check_structure(content, self._content(), self.optimizer, path)
         self.optimizer.load_state_dict(content["optimizer"])
         self.stacked.load_state_dict(content["model"])
         if isinstance(self._engine, AutoEngine) and content["engine"] is not None:

@@ -21,7 +21,7 @@ from typing import Any
 import pandas as pd
 import zstandard
 
-from gut_fast.distributed.files import replacing
+from gut_fast.files import replacing
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
 from gut_fast.simulation.files import json_line

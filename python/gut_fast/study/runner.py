@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from gut_fast.distributed.files import remove_leftovers, replacing
+from gut_fast.files import remove_leftovers, replacing
 from gut_fast.simulation import Simulator
 from gut_fast.study.processes import INTERRUPTED, Child, ToldError
 from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, remove_half_written, write_table

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gut_fast.distributed.files import replacing
+from gut_fast.files import replacing
 
 __all__ = ["about_file", "read_yaml", "write_yaml"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gut_fast.distributed.files import replacing
+from gut_fast.files import replacing
 from gut_fast.study.report import tables
 from gut_fast.study.report.pictures import Picture, draw_accuracies, draw_agents, draw_curves, draw_differences
 from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval, mean
