@@ -30,7 +30,7 @@ from gut_fast.simulation.objective import Loss, Metric, ModelLoss
 from gut_fast.simulation.samples import joined, number_of_parts, training_and_test
 from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
-from gut_fast.simulation.structure import check_structure
+from gut_fast.simulation.structure import as_file_error, check_structure
 from gut_fast.simulation.timetable import Timetable
 from gut_fast.topology import Topology
 
@@ -354,7 +354,8 @@ class Simulator:
         content = read_checkpoint(path, self._everyone.group)
         check_configuration(content.get("configuration"), self._configuration, path)
         check_structure(content, self._content(), self.optimizer, path)
-        self.optimizer.load_state_dict(content["optimizer"])
+        with as_file_error(path):
+            self.optimizer.load_state_dict(content["optimizer"])
         self.stacked.load_state_dict(content["model"])
         if isinstance(self._engine, AutoEngine) and content["engine"] is not None:
             self._engine.load_state_dict(content["engine"])

@@ -6,7 +6,9 @@ the shape and the dtype that this simulator would write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,16 +18,13 @@ from torch.optim import Optimizer
 from gut_fast.arguments import abbreviated
 from gut_fast.files import FileError
 
-__all__ = ["check_like", "check_structure", "described"]
+__all__ = ["as_file_error", "check_like", "check_structure", "described"]
 
 PLAIN = (str, int, float, bool, complex, type(None))
 """The types of values that hold no others."""
 
-MAX_DEPTH = 8
+MAX_DEPTH = 16
 """The most levels of lists and dicts in each other."""
-
-FACTORED = ("row_var", "col_var")
-"""Entries of Adafactor's state, which have one number for each row or column."""
 
 
 def check_structure(content: Mapping[str, Any], own: Mapping[str, Any], optimizer: Optimizer, path: object) -> None:
@@ -37,7 +36,7 @@ def check_structure(content: Mapping[str, Any], own: Mapping[str, Any], optimize
         optimizer: the simulator's optimizer.
         path: the name of the file for errors.
     """
-    try:
+    with as_file_error(path):
         if missing := [name for name in own if name not in content]:
             raise ValueError(f"there is no entry {missing[0]!r}")
         _check_plain(content["configuration"], "configuration", dict)
@@ -50,8 +49,16 @@ def check_structure(content: Mapping[str, Any], own: Mapping[str, Any], optimize
         _check_engine(content["engine"])
         _check_random_state(content["random_state"], own["random_state"])
         _check_optimizer(content["optimizer"], optimizer)
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise FileError(f"{path} is no checkpoint of this simulator: {abbreviated(str(error), 400)}") from error
+
+
+@contextlib.contextmanager
+def as_file_error(path: object) -> Iterator[None]:
+    """Turns the errors about what a checkpoint holds into a `FileError` that names the file."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise FileError(f"{path} is no checkpoint of this simulator: {abbreviated(reason, 400)}") from error
 
 
 def check_like(saved: Any, own: Any, where: str) -> None:
@@ -78,6 +85,10 @@ def _check_plain(value: Any, where: str, kind: Any, depth: int = 0) -> None:
     """Raises ValueError unless a value is of that kind and holds plain values alone, or tensors, not too deep."""
     if not isinstance(value, kind):
         raise ValueError(f"{where} is {described(value)}")
+    if isinstance(value, Tensor):
+        size = value.numel() * value.element_size()
+        if value.layout != torch.strided or value.is_meta or size > value.untyped_storage().nbytes():
+            raise ValueError(f"{where} is {described(value)} without memory of its own")
     if depth > MAX_DEPTH:
         raise ValueError(f"{where} is nested more than {MAX_DEPTH} levels deep")
     children = (
@@ -122,39 +133,66 @@ def _check_random_state(saved: Any, own: Mapping[str, Tensor]) -> None:
 
 
 def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
-    """Checks what the optimizers themselves do not: the state of torch's own, which may be within one of ours."""
-    if type(saved) is not dict:
-        raise ValueError(f"optimizer is {described(saved)}")
+    """Checks what the optimizers themselves do not: types, and the state of torch's own, which may be within ours."""
+    _check_plain(saved, "optimizer", dict)
     inner = getattr(optimizer, "inner", None)
     if isinstance(inner, Optimizer):
         _check_optimizer(saved.get("inner"), inner)
-    if not type(optimizer).__module__.startswith("torch.optim"):
-        return
     if type(saved.get("state")) is not dict or type(saved.get("param_groups")) is not list:
         raise ValueError("optimizer does not hold a state and groups")
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
         raise ValueError("the groups of the optimizer hold other parameters")
-    for group, expected in zip(saved["param_groups"], own, strict=True):
-        _check_plain(group, "a group of the optimizer", dict)
-        for name in group.keys() & expected.keys() - {"params"}:
-            if group[name] is not None and expected[name] is not None:
-                check_like(group[name], expected[name], f"option {name} of the optimizer")
-    for index, entries in saved["state"].items():
-        if type(index) is not int or not 0 <= index < len(parameters) or type(entries) is not dict:
-            raise ValueError(f"the optimizer has no parameter {abbreviated(index)}")
-        for name, value in entries.items():
-            _check_entry(value, name, parameters[index])
+    indices = {index for group in own for index in group["params"]}
+    if wrong := [index for index in saved["state"] if type(index) is not int or index not in indices]:
+        raise ValueError(f"the optimizer has no parameter {abbreviated(wrong[0])}")
+    is_of_torch = type(optimizer).__module__.startswith("torch.optim")
+    for group, expected, live in zip(saved["param_groups"], own, optimizer.param_groups, strict=True):
+        _check_options(group, expected)
+        for index, parameter in zip(expected["params"], live["params"], strict=True):
+            if is_of_torch and index in saved["state"]:
+                _check_state(saved["state"][index], _after_a_step(optimizer, group, parameter), index)
 
 
-def _check_entry(value: Any, name: Any, parameter: Tensor) -> None:
-    """Raises ValueError unless an entry of a state is a number, or a tensor like its parameter."""
-    where = f"the optimizer's {abbreviated(name)}"
-    if not isinstance(value, Tensor):
-        _check_plain(value, where, PLAIN)
-    else:
-        is_shaped = value.ndim == 0 or name in FACTORED or value.shape == parameter.shape
-        is_of_dtype = value.ndim == 0 or value.is_floating_point() == parameter.is_floating_point()
-        if value.layout != torch.strided or not (is_shaped and is_of_dtype):
-            raise ValueError(f"{where} is {described(value)}, expected {described(parameter)}")
+def _check_options(saved: Any, own: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the options of a group have the types of this optimizer's, and its switches."""
+    for name, value in own.items():
+        is_switch = isinstance(value, (bool, str, type(None)))
+        if name not in saved and not is_switch:
+            raise ValueError(f"a group of the optimizer has no {name}")
+        if isinstance(value, (bool, str)) and saved.get(name, value) != value:
+            raise ValueError(f"option {name} of the optimizer is {abbreviated(saved[name])}, expected {value}")
+        if name != "params" and not is_switch and saved[name] is not None:
+            check_like(saved[name], value, f"option {name} of the optimizer")
+
+
+def _after_a_step(optimizer: Optimizer, options: Mapping[str, Any], parameter: Tensor) -> Any:
+    """The state that such an optimizer has after a step of such a parameter; None if it cannot be known."""
+    known = inspect.signature(type(optimizer)).parameters
+    stand_in = torch.zeros_like(parameter, requires_grad=True)
+    stand_in.grad = torch.zeros_like(parameter)
+    make: Any = type(optimizer)
+    made = make([stand_in], **{name: value for name, value in options.items() if name in known and name != "params"})
+    try:
+        made.step()
+    except (TypeError, RuntimeError):  # it wants a closure, or other gradients
+        return None
+    return dict(made.state[stand_in])
+
+
+def _check_state(saved: Any, own: Any, index: int) -> None:
+    """Raises ValueError unless the entries of a parameter's state are those after a step, as numbers or tensors."""
+    where = f"the optimizer's state of parameter {index}"
+    if type(saved) is not dict:
+        raise ValueError(f"{where} is {described(saved)}")
+    if own is None:
+        return
+    check_like(dict.fromkeys(saved), dict.fromkeys(own), where)
+    for name, value in own.items():
+        is_number = not isinstance(value, Tensor) or value.ndim == 0
+        if is_number and not isinstance(saved[name], (int, float, Tensor, type(None))):
+            raise ValueError(f"{where}: {name} is {described(saved[name])}, expected a number")
+        if isinstance(saved[name], Tensor):
+            check_like(saved[name], value if isinstance(value, Tensor) else torch.zeros(()), f"{where}: {name}")
+        elif not is_number and saved[name] is not None:
+            raise ValueError(f"{where}: {name} is {described(saved[name])}, expected {described(value)}")
