@@ -295,7 +295,7 @@ def test_a_picture_that_cannot_be_written_after_all_is_one_line(gut_fast_command
 
     monkeypatch.setattr(topology_command.plots, "draw_topology", full)
     code, _, err = gut_fast_command("topology", "ring:4", "--out", "ring.png")
-    assert (code, err) == (2, "gut-fast: error: cannot write: [Errno 28] No space left on device\n")
+    assert (code, err) == (1, "gut-fast: error: cannot write: [Errno 28] No space left on device\n")
 
 
 @pytest.mark.parametrize("entry", ["topology: 5", "steps: x", "hyperparameters: [1]", "channels_last: 1"])

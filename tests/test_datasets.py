@@ -15,7 +15,6 @@ import threading
 import weakref
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +38,7 @@ from gut_fast import data
 from gut_fast.data import RandomCropFlip, RandomResizedCropFlip, catalog, cifar, image_files, imagenette, sources
 from gut_fast.data import idx as idx_module
 from gut_fast.data.sources import FOLDER_VARIABLE, Download
+from gut_fast.files import read_within
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
 from gut_fast.simulation.samples import FileSamples, TensorSamples
@@ -315,14 +315,13 @@ def test_what_is_unpickled_are_the_bytes_that_were_checked(monkeypatch, tmp_path
     """Each file is read once, so a file that is exchanged after the check is never opened."""
     base_folder, files = publish_cifar_like(monkeypatch, name)
     write(tmp_path / base_folder, files)
-    read_bytes = Path.read_bytes
 
-    def read_and_exchange(path):
-        content = read_bytes(path)
+    def read_and_exchange(path, limit):
+        content = read_within(path, limit)
         path.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
         return content
 
-    monkeypatch.setattr(Path, "read_bytes", read_and_exchange)
+    monkeypatch.setattr(cifar, "read_within", read_and_exchange)
     assert data.load(name, folder=tmp_path).source.endswith("md5 of every file correct")
     assert not (tmp_path / "sprung").exists()
     assert all((tmp_path / base_folder / file).stat().st_size < 200 for file in files)

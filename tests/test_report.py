@@ -496,4 +496,4 @@ def test_what_cannot_be_reported_is_one_line(command, tmp_path):
     (folder / "runs.jsonl").write_text("not JSON\n" * 3)
     code, _, err = command(folder)
     assert (code, err.count("\n")) == (2, 1)
-    assert "runs.jsonl, line 1: not JSON" in err
+    assert "runs.jsonl, line 1: this is not the head of a run" in err

@@ -1,5 +1,6 @@
 """The results of a sweep: two tables, and the files that keep them."""
 
+import hashlib
 import json
 import math
 
@@ -7,6 +8,7 @@ import pandas as pd
 import pytest
 
 from gut_fast.study import Experiment, Run
+from gut_fast.study.records import FORMAT, FORMAT_WITHOUT_END
 from gut_fast.study.results import (
     LINES,
     TABLE,
@@ -32,6 +34,23 @@ def made_up(seed=3, rows=ROWS, method="QG-DSGDm β+μ", **settings):
     experiment = Experiment(seed=seed, **settings)
     task = Task(method, {"alpha": 0.1, "milestones": [0.5], "try": 2}, experiment, "QG-GUTm")
     return task, Run(experiment, list(rows), "vmap", 1.25)
+
+
+def lines_without_end(run):
+    """The lines of a run as earlier versions wrote them."""
+    return lines_of(*run).replace(FORMAT, FORMAT_WITHOUT_END).splitlines(keepends=True)[:-1]
+
+
+def sealed(text):
+    """Records with their last lines as they would be if the others had been written so."""
+    records = text.split('{"end"')
+    heads = [record.partition("}\n")[2] if number else record for number, record in enumerate(records[:-1])]
+    return "".join(map(ended, heads))
+
+
+def ended(lines):
+    digest = hashlib.sha256(lines.encode()).hexdigest()
+    return f'{lines}{{"end": {lines.count(chr(10))}, "sha256": "{digest}"}}\n'
 
 
 @pytest.fixture
@@ -84,7 +103,7 @@ def test_the_table_takes_in_lines_and_files_of_earlier_versions_once(folder):
         append_run(folder, lines_of(*made_up(seed)))
     (folder / "runs").mkdir()
     for seed in (5, 6):
-        head, *rows = lines_of(*made_up(seed)).splitlines(keepends=True)
+        head, *rows = lines_without_end(made_up(seed))
         old = {name: value for name, value in json.loads(head).items() if name != "rows"}
         (folder / "runs" / f"β{seed}.jsonl").write_text("".join([json.dumps(old) + "\n", *rows]))
     assert sorted(read_results(folder).runs["seed"]) == [3, 4, 5, 6]
@@ -111,7 +130,7 @@ def test_a_run_that_a_kill_left_half_written_is_dropped(folder):
 
 def test_a_rule_that_is_not_known_here_is_taken_as_it_was(folder):
     text = (folder / LINES).read_text().replace('"d2"', '"my_own"')
-    (folder / LINES).write_text(text.replace('"hyperparameters": {}', '"hyperparameters": {"kappa": 0.5}'))
+    (folder / LINES).write_text(sealed(text.replace('"hyperparameters": {}', '"hyperparameters": {"kappa": 0.5}')))
     for _ in range(2):
         results = read_results(folder)
         experiment = results.experiments[results.runs.index[0]]
@@ -120,25 +139,72 @@ def test_a_rule_that_is_not_known_here_is_taken_as_it_was(folder):
         write_table(folder)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda text: "[1]\n", "line 1: expected an object, got list"),
-        (lambda text: '{"format": "another"}\n', "line 1: this is not the head of a run"),
-        (lambda text: text[text.index("\n") + 1 :], "line 1: this is not the head of a run"),
-        (lambda text: text.replace('"step": 5', '"step" 5'), "line 2: not JSON"),
-        (lambda text: "\n".join(text.splitlines()[i] for i in (0, 1, 3, 4, 5)) + "\n", "line 1: .* has 1 rows, not 2"),
-        (lambda text: text.replace('"method"', '"methods"'), "line 1: KeyError 'method'"),
-        (lambda text: text.replace('"engine": "vmap"', '"motor": 1'), "line 1: KeyError 'engine'"),
-        (lambda text: text.replace('"seed": 3', '"sed": 3'), "line 4: TypeError .*'sed'"),
-        (lambda text: text.replace('"step": 5', '"stop": 5'), "line 1: KeyError 'step'"),
-    ],
-)
-def test_a_broken_file_of_lines_is_named_with_its_line(folder, change, message):
-    (folder / LINES).write_text(change((folder / LINES).read_text()))
+@pytest.mark.parametrize("content", ["[1]\n", '{"format": "another"}\n', "not JSON\n", "\n" * 5])
+def test_a_file_without_any_record_is_named_and_stays(folder, content):
+    (folder / LINES).write_text(content)
     for act in (read_results, finished_runs, write_table):
-        with pytest.raises(ResultsError, match=f"runs.jsonl, {message}"):
+        with pytest.raises(ResultsError, match=r"runs.jsonl, line 1: this is not the head of a run"):
             act(folder)
+    assert (folder / LINES).read_text() == content
+
+
+DAMAGES = {
+    "line 1: the record of this run is damaged": lambda text: text.replace('"step": 5', '"step": 6', 1),
+    "line 1: not JSON": lambda text: text.replace('"method"', '"method', 1),
+    "line 1: KeyError 'method'": lambda text: sealed(text.replace('"method"', '"methods"', 1)),
+    "line 1: KeyError 'engine'": lambda text: sealed(text.replace('"engine": "vmap"', '"motor": 1', 1)),
+    "line 1: TypeError .*'sed'": lambda text: sealed(text.replace('"seed": 4', '"sed": 4', 1)),
+    "line 1: KeyError 'step'": lambda text: sealed(text.replace('"step": 5', '"stop": 5', 1)),
+    "line 1: .* has 1 rows, not 2": lambda text: sealed("\n".join(text.split("\n")[:1] + text.split("\n")[2:])),
+    "line 2: expected an object, got list": lambda text: sealed(text.replace('{"step": 5', '[1]\n{"step": 5', 1)),
+    "line 1: this is not the head of a run": lambda text: "\n".join(text.split("\n")[1:]),
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_a_damaged_record_is_reported_not_read_and_run_again(folder, message):
+    (folder / LINES).write_text(DAMAGES[message]((folder / LINES).read_text()))
+    with pytest.warns(UserWarning, match=rf"runs.jsonl, {message}.*; it is not read, and the sweep runs it again"):
+        assert list(read_results(folder).runs["seed"]) == [3]
+    remove_half_written(folder)
+    append_run(folder, lines_of(*made_up(4)))
+    assert_same(read_results(folder), results_of([made_up(3), made_up(4)]))
+
+
+def test_records_of_earlier_versions_are_read(folder):
+    text = "".join(line for seed in (3, 4) for line in lines_without_end(made_up(seed)))
+    (folder / LINES).write_text(text)
+    assert_same(read_results(folder), results_of([made_up(3), made_up(4)]))
+    for size in (len(text) - 1, len(text) - 40):
+        (folder / LINES).write_text(text[:size])
+        assert list(read_results(folder).runs["seed"]) == [3]
+    (folder / LINES).write_text(text.replace('"step": 5', '"step" 5', 1))
+    with pytest.warns(UserWarning, match=r"runs.jsonl, line 2: not JSON"):
+        assert list(read_results(folder).runs["seed"]) == [4]
+
+
+LABELS = [
+    "\u2028\u2029\x85\x0c",
+    "a\rb\n",
+    "\x00\x1b[2J",
+    "\"a\", 'b'",
+    "nan",
+    "\ufeffa ",
+    "\\u2028",
+    "\U0010ffff",
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_any_text_survives(tmp_path, label):
+    _, run = made_up(model=label)
+    task = Task(label, {"model": label}, run.experiment, label)
+    expected = results_of([(task, run)])
+    append_run(tmp_path, lines_of(task, run))
+    assert len((tmp_path / LINES).read_text().splitlines()) == 4
+    assert_same(read_results(tmp_path), expected)
+    write_table(tmp_path)
+    assert_same(read_results(tmp_path), expected)
 
 
 def test_a_broken_table_is_named(folder):

@@ -328,7 +328,8 @@ def test_a_place_that_cannot_be_written_is_one_line(gut_fast, tmp_path, monkeypa
 
     monkeypatch.setattr("shutil.copyfile", full)
     code, out, err = gut_fast("sweep", "sweep.yaml", "--out", "out")
-    assert (code, out, err) == (2, "", "gut-fast: error: [Errno 28] No space left on device\n")
+    message = f"cannot write: [Errno 28] No space left on device: '{tmp_path / 'out' / 'sweep.yaml'}'"
+    assert (code, out, err) == (1, "", f"gut-fast: error: {message}\n")
 
 
 def test_instability_is_told_once_for_each_method(gut_fast, tmp_path, monkeypatch):

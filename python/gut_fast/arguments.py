@@ -5,11 +5,15 @@ from __future__ import annotations
 import difflib
 import numbers
 import operator
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["abbreviated", "all_known", "as_integer", "as_number", "nearest", "shown"]
+__all__ = ["CONTROLS", "abbreviated", "all_known", "as_integer", "as_number", "nearest", "printable", "shortened", "shown"]
+
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Characters that a terminal obeys, or that change the order of others, but for tabs and ends of lines."""
 
 
 def as_integer(value: Any, what: str, minimum: int | None) -> int:
@@ -79,7 +83,21 @@ def shown(value: Any) -> str:
     return shorten.repr(value)
 
 
-def abbreviated(value: Any, length: int = 200) -> str:
-    """The value as `shown`, but text as it is, and all of it at most so long: values from a file may be huge."""
-    text = value if isinstance(value, str) else shown(value)
+def abbreviated(value: Any) -> str:
+    """The `repr` of a value as an error shows it: at most 200 characters, and nested values only so deep.
+
+    A value from a file may be huge, or hold itself a thousand times over, and its own `repr` never end.
+    """
+    return shortened(shown(value))
+
+
+def shortened(text: str, length: int = 200) -> str:
+    """The text, its end left out if it is longer."""
     return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def printable(text: str) -> str:
+    """The text with control characters as escape sequences, so that a terminal shows and does not obey them."""
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 12

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["FileError", "FileTypeError", "read_within", "remove_leftovers", "replacing", "sync"]
+__all__ = ["FileError", "FileTypeError", "read_within", "remove_leftovers", "replacing", "sync", "write_text"]
 
 LEFTOVER = re.compile(r"[0-9a-f]{16}|[0-9]+")
 """The part of a temporary file's name that differs between files; earlier versions put the process there."""
@@ -61,6 +61,12 @@ def replacing(path: str | Path, *, durable: bool = False) -> Iterator[Path]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a text as UTF-8, whole or not at all. Raises OSError as `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _permissions(path: Path) -> int | None:
@@ -133,7 +139,8 @@ def read_within(path: str | Path, limit: int) -> bytes:
         FileError: it is larger.
     """
     with Path(path).open("rb") as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        is_larger = os.fstat(file.fileno()).st_size > limit
+        content = b"" if is_larger else file.read(limit + 1)
+    if is_larger or len(content) > limit:
         raise FileError(f"{path} is larger than {limit:,} bytes, the most that is read of such a file")
     return content

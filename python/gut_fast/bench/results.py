@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gut_fast.arguments import shortened
 from gut_fast.bench.timing import Quantiles
+from gut_fast.files import FileError, read_within, write_text
 
 __all__ = ["Measurement", "Result", "add", "case_table", "describe", "kind_of", "load", "markdown", "save", "summary"]
 
@@ -116,10 +118,14 @@ def kind_of(name: str) -> str:
     return name.partition(",")[0]
 
 
+MAX_BYTES = 64 << 20
+"""The most bytes that are read of a file of results."""
+
+
 def save(results: Sequence[Result], path: Path) -> None:
     """Writes results as JSON, one line for each."""
     lines = (json.dumps(dataclasses.asdict(each), allow_nan=False, ensure_ascii=False) for each in results)
-    path.write_text('{"results": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+    write_text(path, '{"results": [\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def load(path: Path) -> list[Result]:
@@ -127,18 +133,18 @@ def load(path: Path) -> list[Result]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is not such a file.
+        FileError: it is not such a file.
     """
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        results = json.loads(read_within(path, MAX_BYTES))["results"]
         for fields in results:
             for name, each in fields["measurements"].items():
                 times = {key: each[key] and Quantiles(**each[key]) for key in ("seconds", "busy")}
                 fields["measurements"][name] = Measurement(**{**each, **times})
         return [Result(**fields) for fields in results]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"{path} holds no results of gut-fast bench ({error!r}); name another file or folder"
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise FileError(
+            f"{path} holds no results of gut-fast bench ({shortened(repr(error))}); name another file or folder"
         ) from None
 
 
@@ -156,7 +162,7 @@ def add(results: Sequence[Result], folder: Path) -> Path:
     old = load(file) if file.exists() else []
     together = list({result.key: result for result in (*old, *results)}.values())
     save(together, file)
-    file.with_suffix(".md").write_text(markdown(together), encoding="utf-8")
+    write_text(file.with_suffix(".md"), markdown(together))
     return file
 
 

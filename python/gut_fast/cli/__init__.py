@@ -1,11 +1,13 @@
 """The entry of the command ``gut-fast``, and how it speaks of errors.
 
 The commands themselves are in `gut_fast.cli.app`. An error in what the user typed is one line on stderr and exit code
-2; any other exception is a bug and keeps its traceback.
+2; a full disk, or an output that nobody reads any more, is one line and exit code 1. Any other exception is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import io
@@ -16,13 +18,18 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["main", "say"]
+from gut_fast.arguments import printable
+
+__all__ = ["CANNOT_WRITE", "main", "say"]
 
 MODULES = ("typer", "rich", "jinja2", "matplotlib", "pandas", "scipy", "yaml", "zstandard")
 """The modules that the extra ``cli`` brings."""
 
-INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C has ended."""
+FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
+"""The exit codes of a program that has failed, that was called in a wrong way, and that Ctrl-C has ended."""
+
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
+"""The errors of a full or broken disk, and of an output that was closed."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return int(app(given, standalone_mode=False, prog_name="gut-fast") or 0)
+        code = int(app(given, standalone_mode=False, prog_name="gut-fast") or 0)
+        sys.stdout.flush()
+        return code
     except BadArgumentError as error:
         return _complain(str(error))
     except usage_error as error:
@@ -56,21 +65,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
+    except SystemExit:  # typer and rich end so when the output was closed
+        return _cannot_write("the output was closed")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in CANNOT_WRITE:
             raise
-        return _complain(f"cannot write: {error.strerror}")
+        return _cannot_write(str(error))
 
 
-def _complain(message: str) -> int:
-    """Prints the message on stderr and returns the exit code of a bad argument."""
+def _complain(message: str, code: int = BAD_ARGUMENT) -> int:
+    """Prints the message on stderr and returns the exit code."""
     say(f"gut-fast: error: {message}")
-    return 2
+    return code
+
+
+def _cannot_write(reason: str) -> int:
+    """Says why, and makes Python forget what is left to be written, which it would try once more at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    with contextlib.suppress(OSError, ValueError):
+        _complain(f"cannot write: {reason}")
+    return FAILED
 
 
 def say(message: str) -> None:
     """Prints a message on stderr: one line, which a terminal wraps between words."""
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     if sys.stderr.isatty():
         width = shutil.get_terminal_size().columns
         line = textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json, writing
+from gut_fast.files import write_text
 from gut_fast.study import plots, summary
 from gut_fast.study.network import COLUMNS, MAX_AGENTS_COMPLETE, METHODS, Network, Question, compare, measured
 from gut_fast.study.quadratics import Quadratics
@@ -177,5 +178,5 @@ def write_sizes(console: Console, sizes: list[int], question: Question, picture:
     plots.draw_costs(costs.assign(method=costs["method"].map(METHODS)), picture)
     table = picture.with_suffix(".csv")
     ordered = [*COLUMNS[:-2], "bytes_to_target", "seconds_to_target", "lr", "mu"]
-    costs.to_csv(table, columns=ordered, index=False)
+    write_text(table, costs.to_csv(columns=ordered, index=False))
     console.print(f"wrote {picture} and {table}")

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from gut_fast.arguments import printable
 from gut_fast.cli.options import AsJson
 from gut_fast.cli.sweep import FILE
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json
@@ -126,5 +127,5 @@ def _terminal_table(table: Table) -> RichTable:
     result = plain_table(table.title, *table.header)
     for row, cells in enumerate(table.rows):
         styles = ["bold" if (row, column) in table.best else "" for column in range(len(cells))]
-        result.add_row(*(Text(cell, style) for cell, style in zip(cells, styles, strict=True)))
+        result.add_row(*(Text(printable(cell), style) for cell, style in zip(cells, styles, strict=True)))
     return result

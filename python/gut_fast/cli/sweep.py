@@ -18,7 +18,7 @@ from gut_fast import analysis
 from gut_fast.cli.options import DataFolder, Download, prepare_data
 from gut_fast.cli.sweep_progress import Display, title
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, writing
-from gut_fast.files import replacing
+from gut_fast.files import replacing, write_text
 from gut_fast.rules import get_rule
 from gut_fast.study import summary
 from gut_fast.study.results import LINES, TABLE, read_results
@@ -96,7 +96,7 @@ def tune(
     tuned = out / "tuned.yaml"
     with writing():
         write_yaml(tuned_content(content, choices), tuned)
-        tries.round({"score": 6}).to_csv(out / "tries.csv", index=False)
+        write_text(out / "tries.csv", tries.round({"score": 6}).to_csv(index=False))
     console = console_of_text()
     _print_choices(choices, tuning.metric, tuning.tries, console)
     console.print(f"wrote {tuned}; run it with: gut-fast sweep {tuned} --out ...")

@@ -14,10 +14,13 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.padding import Padding
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand, TyperGroup
 
-from gut_fast.cli import say
+from gut_fast.arguments import CONTROLS, printable
+from gut_fast.cli import CANNOT_WRITE, say
 from gut_fast.study.summary import UNBOUNDED
 
 __all__ = [
@@ -126,24 +129,40 @@ def _warnings_in_a_line(in_words: Callable[[str], str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_bad_argument() -> Iterator[None]:
-    """Turns the errors that the library raises while it takes in arguments into `BadArgumentError`."""
+    """Turns the errors that the library raises while it takes in arguments into `BadArgumentError`.
+
+    The errors of a full disk or a closed output go on: they are no fault of the arguments.
+    """
     try:
         yield
-    except BrokenPipeError:
-        raise
     except (TypeError, ValueError, OSError, ImportError, RuntimeError) as error:
+        if getattr(error, "errno", None) in CANNOT_WRITE:
+            raise
         raise BadArgumentError(str(error)) from error
 
 
 @contextlib.contextmanager
 def writing() -> Iterator[None]:
-    """Turns the errors of a full disk, or of a folder that has become read-only, into `BadArgumentError`."""
+    """Turns the errors of a folder that has become read-only, or is gone, into `BadArgumentError`."""
     try:
         yield
-    except BrokenPipeError:
-        raise
     except OSError as error:
+        if error.errno in CANNOT_WRITE:
+            raise
         raise BadArgumentError(f"cannot write: {error}") from error
+
+
+class _Console(Console):
+    """A console that shows the control characters of what it prints, and does not send them to the terminal."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Makes a text of a string."""
+        return super().render_str(printable(text), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Makes pieces of a line of what is printed; those that move the cursor are rich's own."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
 
 def console_of_text(*, stderr: bool = False) -> Console:
@@ -151,7 +170,7 @@ def console_of_text(*, stderr: bool = False) -> Console:
 
     It is as wide as the terminal. Where the output is no terminal and COLUMNS says nothing, no line is wrapped.
     """
-    console = Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+    console = _Console(stderr=stderr, highlight=False, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = UNBOUNDED
     return console
@@ -170,7 +189,8 @@ def facts_grid(facts: Mapping[str, str]) -> Table:
 
 def print_json(content: Any) -> None:
     """Prints the content as one JSON document; numbers that are not finite are null."""
-    typer.echo(json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False))
+    text = json.dumps(_finite(content), indent=1, allow_nan=False, ensure_ascii=False)
+    typer.echo(CONTROLS.sub(lambda match: f"\\u{ord(match[0]):04x}", text))
 
 
 def _finite(content: Any) -> Any:

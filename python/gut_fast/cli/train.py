@@ -14,12 +14,13 @@ import typer
 
 from gut_fast import data, models, rules
 from gut_fast.analysis.choice import AUTO
-from gut_fast.arguments import all_known
+from gut_fast.arguments import all_known, printable
 from gut_fast.cli.options import JSON_HELP, DataFolder, Download
 from gut_fast.cli.sweep import FILE, console_of_runs, execute, missing_runs
 from gut_fast.cli.sweep_progress import Display
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json, writing
 from gut_fast.cli.topology import GAMMA_HELP, SPECS
+from gut_fast.files import write_text
 from gut_fast.kernels import machine, ops
 from gut_fast.kernels.backends import BACKENDS
 from gut_fast.simulation.engines import ENGINES
@@ -159,7 +160,7 @@ def train(
         _check_on_peer_failure(on_peer_failure, launch)
         about = _what_is_trained(tasks[0].experiment, launch)
     if not as_json:
-        typer.echo(about)
+        typer.echo(printable(about))
 
     def run() -> list[Failure]:
         if content is not None:
@@ -361,8 +362,8 @@ def _show_results(out: Path, tasks: Sequence[Task], as_json: bool) -> None:
     history, summaries, picture = (out / name for name in WRITTEN)
     seeds = results.runs[["seed"]].loc[names]
     with writing():
-        seeds.join(results.history.set_index("run")).to_csv(history, index=False)
-        seeds.join(results.final()).to_csv(summaries, index=False)
+        write_text(history, seeds.join(results.history.set_index("run")).to_csv(index=False))
+        write_text(summaries, seeds.join(results.final()).to_csv(index=False))
         plots.draw_training({tasks[0].method: runs}, samples_per_class(experiment), title, picture)
     if as_json:
         print_json({"experiment": experiment.as_dict(), "runs": list(map(_document, runs)), "folder": str(out)})

@@ -17,10 +17,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from gut_fast.cli.terminal import BadArgumentError, as_bad_argument, console_of_text, writing
-from gut_fast.files import replacing
+from gut_fast.files import write_text
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS
 from gut_fast.rules import RULES, get_rule
+from gut_fast.simulation.files import check_target
 from gut_fast.study import summary
 from gut_fast.verify import comparison
 from gut_fast.verify.cases import THREADS
@@ -64,8 +65,8 @@ def verify(
     _show(result, request, seconds, console)
     if json_file is not None:
         text = json.dumps(as_json(result, seconds, seed, full), indent=1, allow_nan=False, ensure_ascii=False)
-        with writing(), replacing(json_file) as temporary:
-            temporary.write_text(text + "\n", encoding="utf-8")
+        with writing():
+            write_text(json_file, text + "\n")
     if not result.passed:
         raise typer.Exit(1)
 
@@ -105,8 +106,7 @@ def _check_file(path: Path | None) -> None:
     if path is not None and path.is_dir():
         raise IsADirectoryError(f"--json {path}: this is a folder, expected the name of a file")
     if path is not None:
-        with replacing(path) as temporary:
-            temporary.touch()
+        check_target(path)
 
 
 @contextlib.contextmanager

@@ -15,8 +15,12 @@ from torch import Tensor
 
 from gut_fast.data.datasets import Dataset, standardised
 from gut_fast.data.sources import Download, Source
+from gut_fast.files import FileError, read_within
 
 __all__ = ["cifar10", "cifar100"]
+
+MAX_BYTES = 160_000_000
+"""The most bytes of a file; the largest is CIFAR-100's training set, 50,000 images of 3,072 bytes and their labels."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,11 @@ def _load(name: str, folder: str | Path | None, download: bool) -> Dataset:
 
 
 def _read(source: Source, path: Path, md5: str) -> bytes:
-    """The content of a file; raises RuntimeError unless its check sum is `md5`."""
-    content = path.read_bytes()
+    """The content of a file; raises FileError if it is larger than any of theirs, or its check sum is not `md5`."""
+    try:
+        content = read_within(path, MAX_BYTES)
+    except FileError as error:
+        raise source.damaged(path, f"is larger than {MAX_BYTES:,} bytes") from error
     actual = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if actual != md5:
         raise source.damaged(path, f"has the md5 {actual}, expected {md5}")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import os
 import signal
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from gut_fast.arguments import shortened
 from gut_fast.data.augmentation import RandomResizedCropFlip
+from gut_fast.files import FileError, read_within
 
-__all__ = ["ImageFiles", "check_can_read_images"]
+__all__ = ["ImageFiles", "check_can_read_images", "read_image"]
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """The mean and standard deviation of ImageNet's pixels, between 0 and 1, channel by channel."""
@@ -27,6 +31,12 @@ RESIZED_PER_CROPPED = 256 / 224
 """The shorter side of a resized image over the side of the square that is cut out."""
 
 MAX_WORKERS = 8
+
+FORMATS = ("JPEG", "PNG")
+"""The formats of the images in data sets."""
+
+MAX_BYTES, MAX_PIXELS = 64 << 20, 64 << 20
+"""The most bytes and the most pixels of an image; ImageNet's largest have some twenty million."""
 
 CPU = torch.device("cpu")
 
@@ -53,7 +63,7 @@ class ImageFiles:
     image is resized until its shorter side is size · 256 / 224, and the square in its middle is cut out.
 
     Args:
-        paths: the files, in any format that PIL reads.
+        paths: the files, JPEG or PNG.
         size: sides of the squares, in pixels.
         workers: number of processes that read ahead; 0 reads in this process. Results do not depend on it.
         device, dtype, memory_format: device, dtype and layout of the batches.
@@ -117,7 +127,7 @@ class ImageFiles:
             ahead: number of batches that are read ahead at least.
 
         Raises:
-            RuntimeError: a file is missing or cannot be decoded; the message names it.
+            FileError: a file is missing, too large, in another format or damaged; the message names it.
         """
         loader = DataLoader(
             _Reader(self.paths, self.size, augment),
@@ -131,7 +141,7 @@ class ImageFiles:
         )
         for images in loader:
             if isinstance(images, str):
-                raise RuntimeError(images)
+                raise FileError(images)
             yield self._standardise(images)
 
     def _standardise(self, images: Tensor) -> Tensor:
@@ -149,7 +159,6 @@ class _Reader(TorchDataset):
     augment: RandomResizedCropFlip | None
 
     def __getitem__(self, request: Request) -> Tensor | str:
-        from PIL import Image
         from torchvision.transforms.functional import pil_to_tensor
 
         indices, draws = request
@@ -159,20 +168,40 @@ class _Reader(TorchDataset):
             path = self.paths[index]
             try:
                 images.append(pil_to_tensor(self._square(path, seed)))
-            # PIL raises any of these for a damaged file.
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                return f"{path} cannot be read as an image ({error}); get the data set again"
+            except (FileError, OSError) as error:
+                return str(error)
         return torch.stack(images)
 
     def _square(self, path: Path, seed: int) -> Any:
-        from PIL import Image
         from torchvision.transforms.functional import center_crop, resize
 
-        with Image.open(path) as file:
-            image = file.convert("RGB")
+        image = read_image(path)
         if self.augment is not None:
             return self.augment.crop(image, seed, (self.size, self.size))
         return center_crop(resize(image, [round(self.size * RESIZED_PER_CROPPED)]), [self.size])
+
+
+def read_image(path: Path) -> Any:
+    """Reads a JPEG or PNG file as a `PIL.Image.Image` of colours.
+
+    PIL knows some forty formats, and starts other programs for some of them; it is let try these two alone.
+
+    Raises:
+        FileError: the file is missing, too large, of another format, or damaged; the message names it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        content = read_within(path, MAX_BYTES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=FORMATS) as file:
+                if file.width * file.height > MAX_PIXELS:
+                    raise ValueError(f"it says that it has {file.width} × {file.height} pixels")
+                return file.convert("RGB")
+    except Exception as error:  # depending on the damaged byte one of a dozen types
+        reason = "it is neither JPEG nor PNG" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise FileError(f"{path} cannot be read as an image ({shortened(reason)}); get the data set again") from error
 
 
 def _num_cores() -> int:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gut_fast.files import FileError
+
 __all__ = ["Download", "Source"]
 
 FOLDER_VARIABLE = "GUT_FAST_DATA"
@@ -105,9 +107,9 @@ class Source:
         path = place / name
         return path if path.exists() else place / f"{name}.gz"
 
-    def damaged(self, path: Path, reason: str) -> RuntimeError:
+    def damaged(self, path: Path, reason: str) -> FileError:
         """The error for a file that is damaged or another one, with what to do."""
-        return RuntimeError(f"{self.name}: {path} {reason}. Remove it, then {self._advice}")
+        return FileError(f"{self.name}: {path} {reason}. Remove it, then {self._advice}")
 
     @property
     def _advice(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from gut_fast.arguments import abbreviated
+from gut_fast.arguments import abbreviated, shortened
 from gut_fast.files import FileError
 
 __all__ = ["load", "save"]
@@ -77,7 +77,7 @@ def load(file: BinaryIO, size: int, path: object) -> Any:
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # depending on the damaged byte one of a dozen types, OSError among them
-        reason = f"{type(error).__name__}: {abbreviated(str(error))}"
+        reason = f"{type(error).__name__}: {shortened(str(error))}"
         raise FileError(f"{path} cannot be read; it is truncated, corrupt or another file ({reason})") from error
 
 
@@ -165,7 +165,7 @@ class _Structure(pickle._Unpickler):
             return name
         if full.startswith("torch._utils _rebuild_") or f"{module}.{name}" in self._users:
             return type(name, (_Opaque,), {})
-        raise ValueError(f"it holds a {abbreviated(f'{module}.{name}')}, which is not read")
+        raise ValueError(f"it holds a {shortened(f'{module}.{name}')}, which is not read")
 
     def persistent_load(self, pid: Any) -> Any:
         kind, storage, key, _, count = pid

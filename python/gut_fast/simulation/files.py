@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -59,12 +60,17 @@ def write_json_lines(history: Sequence[Mapping[str, Any]], path: str | Path) -> 
         file.writelines(map(json_line, history))
 
 
+ENDS_OF_LINES = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+"""Characters that some readers take for the end of a line, and halves of pairs, which cannot be written as UTF-8."""
+
+
 def json_line(row: Mapping[str, Any]) -> str:
-    """The row as a line of JSON, with null for NaN and infinity."""
+    """The row as a line of JSON, with null for NaN and infinity; any text is read again as it was."""
     content = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()
     }
-    return json.dumps(content, allow_nan=False, ensure_ascii=False) + "\n"
+    line = json.dumps(content, allow_nan=False, ensure_ascii=False)
+    return ENDS_OF_LINES.sub(lambda match: f"\\u{ord(match[0]):04x}", line) + "\n"
 
 
 def check_target(path: str | Path, *, is_folder: bool = False) -> None:
@@ -172,7 +178,7 @@ def check_configuration(saved: Any, own: Mapping[str, Any], path: str | Path) ->
     if not isinstance(saved, dict):
         raise FileError(f"{path} is no checkpoint of a simulator: its configuration is {described(saved)}")
     differences = [
-        f"{abbreviated(name)} is {_shown(saved.get(name))} there, {_shown(own.get(name))} here"
+        f"{abbreviated(name)} is {abbreviated(saved.get(name))} there, {abbreviated(own.get(name))} here"
         for name in dict.fromkeys((*own, *saved))
         if not _equal(saved.get(name), own.get(name))
     ]
@@ -184,7 +190,3 @@ def _equal(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         return described(one) == described(other) and torch.equal(one.cpu(), other.cpu())
     return not isinstance(one, Tensor) and not isinstance(other, Tensor) and bool(one == other)
-
-
-def _shown(value: Any) -> str:
-    return abbreviated(repr(value) if isinstance(value, str) else value)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gut_fast.arguments import abbreviated
+from gut_fast.arguments import abbreviated, shortened
 from gut_fast.files import FileError
 
 __all__ = ["as_file_error", "check_like", "check_structure", "described"]
@@ -58,7 +58,7 @@ def as_file_error(path: object) -> Iterator[None]:
         yield
     except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-        raise FileError(f"{path} is no checkpoint of this simulator: {abbreviated(reason, 400)}") from error
+        raise FileError(f"{path} is no checkpoint of this simulator: {shortened(reason, 400)}") from error
 
 
 def check_like(saved: Any, own: Any, where: str) -> None:

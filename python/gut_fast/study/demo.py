@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from gut_fast.files import write_text
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
 from gut_fast.study import plots, summary
@@ -213,7 +214,7 @@ def _write_numbers(groups: Mapping[str, Sequence[Run]], differences: Mapping[str
         "methods": {label: [_plain(run) for run in runs] for label, runs in groups.items()},
         "paired differences in points": dict(differences),
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def _plain(run: Run) -> dict[str, Any]:

@@ -17,6 +17,8 @@ import networkx as nx
 import numpy as np
 from torch import Tensor
 
+from gut_fast.arguments import printable
+from gut_fast.files import replacing
 from gut_fast.study.experiment import Experiment
 from gut_fast.study.run import Run
 from gut_fast.study.summary import MEGABYTE
@@ -42,6 +44,7 @@ __all__ = [
     "plot_graph",
     "plot_spectrum",
     "set_percent_axis",
+    "shown_label",
 ]
 
 COLORS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -113,7 +116,13 @@ def new_figure(path: str | Path, size: tuple[float, float], dpi: float = 150) ->
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         yield figure
-        figure.savefig(path, dpi=dpi)
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=dpi, format=Path(path).suffix[1:].lower() or "png")
+
+
+def shown_label(text: str) -> str:
+    """A text as matplotlib draws it: it takes what stands between two signs of dollar for mathematics."""
+    return printable(text).replace("$", r"\$")
 
 
 def draw_training(groups: Mapping[str, Sequence[Run]], histogram: Tensor, title: str, path: str | Path) -> None:
@@ -135,7 +144,7 @@ def draw_training(groups: Mapping[str, Sequence[Run]], histogram: Tensor, title:
     )
     with new_figure(path, (12, 8.4)) as figure:
         axes = figure.subplots(2, 2, width_ratios=(1.15, 1))
-        figure.suptitle(title, fontweight="bold", fontsize=13)
+        figure.suptitle(shown_label(title), fontweight="bold", fontsize=13)
         for panel, (metric, heading, name) in zip(axes.flat, panels, strict=False):
             plot_curves(panel, histories, metric, heading, name, decays=decays_of(first.experiment))
         plot_class_histogram(axes[1, 1], histogram, f"Training samples of each agent (seed {first.experiment.seed})")
@@ -188,7 +197,7 @@ def plot_curves(
         values *= 100 if is_accuracy else 1
         color, style = line_look(index)
         means.append(values.mean(axis=0))
-        axes.plot(places, means[-1], color=color, linestyle=style, linewidth=1.8, label=label)
+        axes.plot(places, means[-1], color=color, linestyle=style, linewidth=1.8, label=shown_label(label))
         if bands:
             axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=color, alpha=0.1, linewidth=0)
     axes.set(title=title, xlabel="step" if is_step else "MB sent by each agent", ylabel=name)
@@ -222,7 +231,7 @@ def plot_class_histogram(axes: Axes, histogram: Tensor, title: str) -> None:
     num_agents, num_classes = counts.shape
     image = axes.imshow(counts, cmap="Blues", aspect="auto", vmin=0)
     axes.grid(visible=False)
-    axes.set(title=title, xlabel="class", ylabel="agent")
+    axes.set(title=shown_label(title), xlabel="class", ylabel="agent")
     axes.set_xticks(range(num_classes) if num_classes <= 20 else range(0, num_classes, 10))
     axes.set_yticks(range(num_agents) if num_agents <= MAX_AGENTS_WITH_NUMBERS else range(0, num_agents, 10))
     if num_agents <= MAX_AGENTS_WITH_NUMBERS and num_classes <= 20:
@@ -280,7 +289,7 @@ def _plot_lowest(axes: Axes, costs: pd.DataFrame, value: str) -> None:
             style: dict[str, Any] = {"color": "#888888", "linestyle": ALLREDUCE_STYLES[str(name)]}
         else:
             style = {"color": next(colors), "marker": "o", "markersize": 4}
-        axes.plot(lowest.index, lowest, label=name, linewidth=1.8, **style)
+        axes.plot(lowest.index, lowest, label=shown_label(str(name)), linewidth=1.8, **style)
 
 
 def plot_graph(axes: Axes, topology: Topology, *, numbered: bool | None = None) -> None:
@@ -298,7 +307,8 @@ def plot_graph(axes: Axes, topology: Topology, *, numbered: bool | None = None) 
     nx.draw_networkx_nodes(graph, positions, ax=axes, node_color="#56B4E9", edgecolors="#0072B2", node_size=size)
     if numbered:
         nx.draw_networkx_labels(graph, positions, ax=axes, font_size=9)
-    axes.set(title=topology.name if topology.is_static else f"{topology.name}, all steps together")
+    name = shown_label(topology.name)
+    axes.set(title=name if topology.is_static else f"{name}, all steps together")
     places = np.array(list(positions.values()))
     reach = 1.15 * np.abs(places - places.mean(axis=0)).max() or 1.0
     x, y = places.mean(axis=0)

@@ -1,18 +1,22 @@
 """The finished runs of a sweep as two tables, and the files that keep them.
 
-While a sweep runs, every run that ends is appended to ``runs.jsonl``: a line of JSON that says what was run and with
-what, then a line for each row of its history. When the sweep is complete, ``runs.csv.zst`` takes the place of that
-file: one row for each row of a history, with the columns of its run before it. `pandas.read_csv` reads it alone.
-`read_results` reads both, and the folder ``runs`` of earlier versions, which holds a file of such lines for each run.
+While a sweep runs, every run that ends is appended to ``runs.jsonl``, as a record of lines of JSON
+(`gut_fast.study.records`). When the sweep is complete, ``runs.csv.zst`` takes the place of that file: one row for each
+row of a history, with the columns of its run before it. `pandas.read_csv` reads it alone. `read_results` reads both,
+and the folder ``runs`` of earlier versions, which holds a file of such lines for each run.
+
+A damaged record is reported by a warning and not read, so the sweep runs it again.
 """
 
 from __future__ import annotations
 
+import csv
 import io
 import itertools
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +25,12 @@ from typing import Any
 import pandas as pd
 import zstandard
 
-from gut_fast.files import replacing
+from gut_fast.arguments import abbreviated
+from gut_fast.files import read_within, remove_leftovers, replacing
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
-from gut_fast.simulation.files import json_line
 from gut_fast.study.experiment import Experiment
+from gut_fast.study.records import HEAD, Record, ResultsError, object_of, record_lines, records_in
 from gut_fast.study.run import Run
 from gut_fast.study.sweep import Task
 
@@ -45,17 +50,15 @@ __all__ = [
 
 TABLE = "runs.csv.zst"
 LINES = "runs.jsonl"
-FORMAT = "gut_fast run 1"
+MAX_BYTES = 1 << 30
+"""The most bytes that are read of ``runs.jsonl``, or of the table once it is unpacked: a million rows of histories."""
+
 JSON_COLUMNS = ("point", "experiment", "versions")
 RUN_COLUMNS = ("run", "method", "control_of", "seed", *JSON_COLUMNS, "engine", "seconds", "machine")
 """The columns of a run in ``runs.csv.zst``; those of the history follow."""
 
 Row = Mapping[str, Any]
 """One row of a history, as `Simulator.evaluate` makes it."""
-
-
-class ResultsError(ValueError):
-    """A file does not hold what a sweep has written; the message names the file and the line."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +94,11 @@ class Results:
 
 def lines_of(task: Task, run: Run) -> str:
     """The run as lines of JSON: what was run, with which versions, on this machine; then the rows of its history."""
-    return "".join(map(json_line, (_head(task, run), *run.history)))
+    return record_lines(_head(task, run), run.history)
 
 
 def _head(task: Task, run: Run) -> dict[str, Any]:
     return {
-        "format": FORMAT,
         "method": task.method,
         "point": dict(task.point),
         "control_of": task.control_of,
@@ -110,22 +112,34 @@ def _head(task: Task, run: Run) -> dict[str, Any]:
 
 
 def append_run(folder: Path, lines: str) -> None:
-    """Appends the lines of a finished run; the caller is the folder's sole user."""
-    with (folder / LINES).open("a", encoding="utf-8") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    """Appends the lines of a finished run, all or none; the caller is the folder's sole user.
+
+    Raises:
+        OSError: writing failed; the file is as it was.
+    """
+    with (folder / LINES).open("ab", buffering=0) as file:
+        size, content = file.tell(), memoryview(lines.encode())
+        try:
+            while content:
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+        except OSError as error:
+            file.truncate(size)
+            raise OSError(error.errno, error.strerror, str(folder / LINES)) from error
 
 
 def remove_half_written(folder: Path) -> None:
-    """Removes the last run of ``runs.jsonl`` where a killed process has left it half written.
-
-    Raises:
-        ResultsError: the file is broken in another place.
-    """
+    """Removes the records of ``runs.jsonl`` that are damaged, or that a killed process has left half written."""
     file = folder / LINES
-    if file.exists() and (size := _read_lines(file)[1]) < file.stat().st_size:
-        os.truncate(file, size)
+    remove_leftovers(file)
+    remove_leftovers(folder / TABLE)
+    if not file.exists():
+        return
+    records = records_in(read_within(file, MAX_BYTES), file)
+    whole = [record for record in records if isinstance(_run_of(record), _Found)]
+    if len(whole) < len(records):
+        with replacing(file, durable=True) as temporary:
+            temporary.write_bytes(b"".join(line + b"\n" for record in whole for line in record.lines))
 
 
 def finished_runs(folder: Path) -> set[str]:
@@ -142,8 +156,11 @@ def write_table(folder: Path) -> None:
     experiments = {name: json.dumps(one.as_dict(), ensure_ascii=False) for name, one in results.experiments.items()}
     runs = results.runs.assign(experiment=pd.Series(experiments)).reset_index()[list(RUN_COLUMNS)]
     with replacing(folder / TABLE, durable=True) as temporary:
-        text = runs.merge(results.history, on="run", validate="one_to_many").to_csv(index=False)
-        temporary.write_bytes(zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text.encode()))
+        text = runs.merge(results.history, on="run", validate="one_to_many").to_csv(
+            index=False, quoting=csv.QUOTE_NONNUMERIC
+        )
+        packed = zstandard.ZstdCompressor(level=19, write_checksum=True).compress(text.encode())
+        temporary.write_bytes(packed)
     (folder / LINES).unlink(missing_ok=True)
 
 
@@ -153,15 +170,18 @@ def read_results(folder: str | Path) -> Results:
     Raises:
         FileNotFoundError: there are none.
         OSError: a file cannot be read.
-        ResultsError: a file is broken; the message names the file and the line.
+        ResultsError: a file is broken as a whole; the message names the file and the line.
+
+    Warns:
+        UserWarning: the record of a run is damaged, which counts as not run.
     """
     folder = Path(folder)
     sources: list[Iterable[_Found]] = []
     if (folder / TABLE).exists():
         sources.append(_read_table(folder / TABLE))
     if (folder / LINES).exists():
-        sources.append(_read_lines(folder / LINES)[0])
-    sources += [_read_old_file(file) for file in sorted((folder / "runs").glob("*.jsonl"))]
+        sources.append(_read_lines(folder / LINES))
+    sources += [_read_lines(file) for file in sorted((folder / "runs").glob("*.jsonl"))]
     found: dict[str, _Found] = {}
     for run in itertools.chain(*sources):
         found.setdefault(run.name, run)
@@ -209,19 +229,16 @@ def _results(found: Sequence[_Found]) -> Results:
 
 def _read_table(path: Path) -> Iterator[_Found]:
     try:
-        stream = zstandard.ZstdDecompressor().decompressobj()
-        text = stream.decompress(path.read_bytes())
-        if not stream.eof:
-            raise ValueError("it is truncated")
+        text = _unpacked(path)
         table = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, index_col=False)
-    except (zstandard.ZstdError, ValueError) as error:
+    except (zstandard.ZstdError, ValueError, OverflowError) as error:
         raise ResultsError(f"{path} cannot be read as a table of runs: {error}") from error
     if missing := [name for name in (*RUN_COLUMNS, "step") if name not in table]:
         raise ResultsError(f"{path}, line 1: this is not a table of runs; there is no column {', '.join(missing)}")
     numbers = table.columns.drop(list(RUN_COLUMNS))
     for _, part in table.groupby("run", sort=False):
         head, place = part.iloc[0].to_dict(), f"{path}, line {part.index[0] + 2}"
-        head |= {name: _object(head[name], place) for name in JSON_COLUMNS}
+        head |= {name: object_of(head[name], place) for name in JSON_COLUMNS}
         head |= {"control_of": head["control_of"] or None, "seconds": _number(head["seconds"], place)}
         rows = [
             {name: _number(text, f"{path}, line {index + 2}") for name, text in zip(numbers, row, strict=True)}
@@ -230,47 +247,56 @@ def _read_table(path: Path) -> Iterator[_Found]:
         yield _found(head, rows, place)
 
 
+def _unpacked(path: Path) -> bytes:
+    """The content of a compressed file, whose check sum is right. Raises zstandard.ZstdError or ValueError."""
+    packed = read_within(path, MAX_BYTES)
+    with zstandard.ZstdDecompressor().stream_reader(packed) as reader:
+        if len(reader.read(MAX_BYTES + 1)) > MAX_BYTES:
+            raise ValueError(f"it holds more than {MAX_BYTES:,} bytes")
+    stream = zstandard.ZstdDecompressor().decompressobj()
+    text = stream.decompress(packed)
+    if not stream.eof:
+        raise ValueError("it is truncated")
+    return text
+
+
 def _number(text: str, place: str) -> Any:
     """The number exactly as it was written, an integer if it was one; NaN for nothing."""
     try:
-        return json.loads(text) if text else math.nan
-    except ValueError as error:
-        raise ResultsError(f"{place}: {text!r} is not a number") from error
+        number = json.loads(text) if text else math.nan
+    except (ValueError, RecursionError):
+        number = None
+    if type(number) not in (int, float):
+        raise ResultsError(f"{place}: {abbreviated(text)} is not a number")
+    return number
 
 
-def _read_old_file(path: Path) -> list[_Found]:
-    found, size = _read_lines(path)
-    if size < path.stat().st_size or not found:
-        raise ResultsError(f"{path} does not hold a whole run; delete it, and the sweep runs it again")
-    return found
+def _read_lines(path: Path) -> list[_Found]:
+    """The whole runs of a file of records. A kill may have left half a run at the end; other damage gives a warning.
+
+    Raises:
+        OSError: the file cannot be read.
+        ResultsError: it is no file of records at all.
+    """
+    runs = [(record, _run_of(record)) for record in records_in(read_within(path, MAX_BYTES), path)]
+    for record, run in runs:
+        if isinstance(run, ResultsError):
+            if not any(HEAD.match(line) for each, _ in runs for line in each.lines) and record.lines:
+                raise run
+            if record is not runs[-1][0] or record.has_end:
+                warnings.warn(f"{run}; it is not read, and the sweep runs it again", stacklevel=2)
+    return [run for _, run in runs if isinstance(run, _Found)]
 
 
-def _read_lines(path: Path) -> tuple[list[_Found], int]:
-    """The whole runs of a file of lines, and how many bytes they take: a kill may have left half a run at the end."""
-    content = path.read_bytes()
-    starts: list[tuple[int, int, dict[str, Any], list[dict[str, Any]]]] = []
-    position = 0
-    for number, line in enumerate(content.split(b"\n")[:-1], 1):
-        entry = _object(line, f"{path}, line {number}")
-        if entry.get("format") == FORMAT:
-            starts.append((number, position, entry, []))
-        elif not starts:
-            raise ResultsError(f"{path}, line {number}: this is not the head of a run ({FORMAT!r})")
-        else:
-            starts[-1][3].append({name: math.nan if value is None else value for name, value in entry.items()})
-        position += len(line) + 1
-    if starts:
-        _, start, head, rows = starts[-1]
-        is_cut_off = position < len(content)
-        if len(rows) < head.get("rows", len(rows) + is_cut_off):
-            position = start
-            starts.pop()
-    return [_found(head, rows, f"{path}, line {number}") for number, _, head, rows in starts], position
+def _run_of(record: Record) -> _Found | ResultsError:
+    """The run of a record, or what is wrong with it."""
+    try:
+        return _found(*record.content(), record.place)
+    except ResultsError as error:
+        return error
 
 
 def _found(head: Row, rows: list[dict[str, Any]], place: str) -> _Found:
-    if len(rows) < head.get("rows", 1):
-        raise ResultsError(f"{place}: the history of this run has {len(rows)} rows, not {head.get('rows', 1)}")
     try:
         found = _Found(head, _experiment(head["experiment"]), rows)
         steps = [row["step"] for row in rows]
@@ -289,13 +315,3 @@ def _experiment(entries: Row) -> Experiment:
     for name in ("rule", "hyperparameters"):
         object.__setattr__(experiment, name, entries[name])
     return experiment
-
-
-def _object(text: str | bytes, place: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise ResultsError(f"{place}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ResultsError(f"{place}: expected an object, got {type(content).__name__}")
-    return content

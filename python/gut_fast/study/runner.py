@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from gut_fast.files import remove_leftovers, replacing
+from gut_fast.files import remove_leftovers, write_text
 from gut_fast.simulation import Simulator
 from gut_fast.study.processes import INTERRUPTED, Child, ToldError
 from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, remove_half_written, write_table
@@ -250,8 +250,7 @@ def _train(
 
     def save_seconds() -> None:
         if is_first:
-            with replacing(seconds) as temporary:
-                temporary.write_text(f"{before + time.perf_counter() - start:.3f}")
+            write_text(seconds, f"{before + time.perf_counter() - start:.3f}")
 
     show_last_row(simulator.step)
     try:

@@ -30,11 +30,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gut_fast.arguments import nearest
+from gut_fast.arguments import abbreviated, nearest
 from gut_fast.rules import get_rule
 from gut_fast.study.experiment import as_setting, number_if_text, seeds_of
 from gut_fast.study.results import Results
-from gut_fast.study.sweep import Sweep, Task, make_sweep, named_methods, section_of
+from gut_fast.study.sweep import Sweep, Task, check_count, make_sweep, named_methods, section_of
 
 __all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tried", "tuned_content"]
 
@@ -59,7 +59,7 @@ class Range:
         for name in ("low", "high"):
             value = number_if_text(getattr(self, name))
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {value!r}")
+                raise TypeError(f"{name} must be a number, got {abbreviated(value)}")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.log, bool):
             raise TypeError(f"log must be true or false, got {self.log!r}")
@@ -105,11 +105,12 @@ class Tuning:
 
     def __post_init__(self) -> None:
         if isinstance(self.tries, bool) or not isinstance(self.tries, int) or not 1 <= self.tries <= MAX_TRIES:
-            raise ValueError(f"tune: tries must be an integer from 1 to {MAX_TRIES:,}, got {self.tries!r}")
+            raise ValueError(f"tune: tries must be an integer from 1 to {MAX_TRIES:,}, got {abbreviated(self.tries)}")
         if self.metric not in METRICS:
-            raise ValueError(f"tune: metric must be one of {', '.join(METRICS)}, got {self.metric!r}")
+            raise ValueError(f"tune: metric must be one of {', '.join(METRICS)}, got {abbreviated(self.metric)}")
         if not (isinstance(self.validation, float) and 0 < self.validation < 1):
-            raise ValueError(f"tune: validation must be a fraction between 0 and 1, got {self.validation!r}")
+            raise ValueError(f"tune: validation must be a fraction between 0 and 1, got {abbreviated(self.validation)}")
+        check_count(self.tries * len(self.sweep.methods) * len(self.sweep.points) * len(self.seeds), "runs")
         for label in self.sweep.methods:
             self._check_different(label)
         self.tasks()
@@ -133,13 +134,13 @@ class Tuning:
                 {name: _value(space[name], fraction) for name, fraction in zip(space, row, strict=True)}
                 for row in fractions.tolist()
             ]
-        combinations = [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
-        if len(combinations) != self.tries:
+        count = math.prod(map(len, lists.values()))
+        if count != self.tries:
             raise ValueError(
-                f"method {label!r} has {len(combinations)} combinations to try, but every method gets {self.tries} "
+                f"method {label!r} has {count} combinations to try, but every method gets {self.tries} "
                 "tries; name as many, or give a range: {low: ..., high: ...}"
             )
-        return combinations
+        return [dict(zip(lists, values, strict=True)) for values in itertools.product(*lists.values())]
 
     def tasks(self) -> list[Task]:
         """All runs of all tries; the number of the try is part of the point."""
@@ -209,7 +210,7 @@ def make_tuning(content: Mapping[str, Any]) -> Tuning:
     """The tuning that the content of a sweep's file describes. Raises as `Tuning` and `make_sweep`."""
     section = content.get("tune")
     if not isinstance(section, Mapping) or "tries" not in section or "space" not in section:
-        raise TypeError(f"section 'tune' must have tries and a space, got {section!r}")
+        raise TypeError(f"section 'tune' must have tries and a space, got {abbreviated(section)}")
     known = ("tries", "space", "seeds", "validation", "metric")
     for name in section:
         if name not in known:
@@ -253,20 +254,20 @@ def _spaces(methods: Mapping[str, Mapping[str, Any]], space: Any, settings: Mapp
 
 def _space(place: str, section: Any) -> dict[str, Range | Sequence[Any]]:
     if not isinstance(section, Mapping):
-        raise TypeError(f"{place} must hold names with ranges or lists, got {section!r}")
+        raise TypeError(f"{place} must hold names with ranges or lists, got {abbreviated(section)}")
     return {str(name): _values(f"{place}: {name}", str(name), values) for name, values in section.items()}
 
 
 def _values(place: str, name: str, values: Any) -> Range | Sequence[Any]:
     if isinstance(values, Mapping):
         if not {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
-            raise TypeError(f"{place} must have low, high and perhaps log, got {values!r}")
+            raise TypeError(f"{place} must have low, high and perhaps log, got {abbreviated(values)}")
         try:
             return Range(**values)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{place}: {error}") from error
     if not isinstance(values, list) or not values:
-        raise TypeError(f"{place} must be a list or {{low: ..., high: ...}}, got {values!r}")
+        raise TypeError(f"{place} must be a list or {{low: ..., high: ...}}, got {abbreviated(values)}")
     return [as_setting(name, value) for value in values]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +14,16 @@ import networkx as nx
 import numpy as np
 
 from gut_fast import topology
-from gut_fast.arguments import all_known
+from gut_fast.arguments import all_known, shortened
+from gut_fast.files import read_within
 from gut_fast.topology import Topology
 
 __all__ = ["TOPOLOGIES", "Form", "parse_topology"]
 
 MAX_AGENTS = 100_000
+MAX_GRAPH_BYTES, MAX_MATRIX_BYTES = 64 << 20, 512 << 20
+"""The most bytes of the file of a graph, and of a matrix."""
+
 MAX_AGENTS_ALL_PAIRS = 4_000
 """The limit for graphs in which every pair of agents may be an edge: 8 million edges."""
 
@@ -125,13 +131,28 @@ def _from_graph_file(file: str) -> Topology:
     if path.suffix not in GRAPH_READERS:
         raise ArgumentError(f"{file!r} does not end in {', '.join(GRAPH_READERS)}")
     try:
-        graph = GRAPH_READERS[path.suffix](path)
-    except (nx.NetworkXException, ValueError, TypeError, LookupError, SyntaxError) as error:
-        # XML that is not well-formed raises a SyntaxError.
-        raise ArgumentError(f"{file} cannot be read as a graph ({error})") from error
+        graph = GRAPH_READERS[path.suffix](io.BytesIO(read_within(path, MAX_GRAPH_BYTES)))
+    except OSError:
+        raise
+    except Exception as error:  # networkx and the parser of XML raise a dozen types
+        raise ArgumentError(f"{file} cannot be read as a graph ({shortened(str(error))})") from error
     if set(graph) == {str(agent) for agent in range(len(graph))}:
         graph = nx.relabel_nodes(graph, int)
     return topology.from_networkx(graph, name=f"from_networkx({path.name})")
+
+
+def _matrix(content: bytes, suffix: str) -> np.ndarray[Any, Any]:
+    """The matrix in a file. Raises ValueError if it declares more than it holds, before anything is allocated."""
+    stream = io.BytesIO(content)
+    if suffix != ".npy":
+        return np.loadtxt(stream, delimiter="," if suffix == ".csv" else None)
+    version = np.lib.format.read_magic(stream)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(stream)
+    if math.prod(shape) * dtype.itemsize > len(content):
+        raise ValueError(f"it says that it holds an array of shape {shape}, but has {len(content):,} bytes")
+    stream.seek(0)
+    return np.asarray(np.load(stream))
 
 
 def _from_matrix_file(file: str) -> Topology:
@@ -139,13 +160,9 @@ def _from_matrix_file(file: str) -> Topology:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # numpy warns of a text without numbers
-            W = (
-                np.load(path)
-                if path.suffix == ".npy"
-                else np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None)
-            )
-    except (ValueError, EOFError, UserWarning) as error:
-        raise ArgumentError(f"{file} cannot be read as a matrix ({error})") from error
+            W = _matrix(read_within(path, MAX_MATRIX_BYTES), path.suffix)
+    except (ValueError, TypeError, EOFError, UserWarning, RecursionError, MemoryError) as error:
+        raise ArgumentError(f"{file} cannot be read as a matrix ({shortened(str(error))})") from error
     return topology.from_matrix(W, name=f"from_matrix({path.name})")
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from gut_fast.files import replacing
 from gut_fast.study import plots
-from gut_fast.study.plots import History, line_look
+from gut_fast.study.plots import History, line_look, shown_label
 from gut_fast.study.report.study import ACCURACIES, Study, interval, mean
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ def draw_agents(study: Study, path: Path) -> Picture:
             panels = strip.subplots(*size, squeeze=False, sharex=True, sharey=True)
             for axes, (name, runs) in zip(panels.flat, groups[point].items(), strict=False):
                 _plot_agents(axes, runs, colors[name])
-                axes.set(title=name)
+                axes.set(title=shown_label(name))
                 axes.tick_params(labelbottom=True)
             for axes in panels.flat[len(groups[point]) :]:
                 axes.set_axis_off()
@@ -148,14 +149,15 @@ def _small_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
         yield figure
     with Image.open(path) as image:
         small = image.convert("RGB").quantize(NUM_COLORS, dither=Image.Dither.NONE)
-    small.save(path, optimize=True)
+    with replacing(path) as temporary:
+        small.save(temporary, "PNG", optimize=True)
 
 
 def _strips(figure: Figure, titles: Sequence[str], heights: Sequence[float] | None = None) -> Iterator[tuple[str, Any]]:
     """A strip of the figure for each title, one below the other, with the title over it."""
     strips: Any = figure.subfigures(len(titles), 1, squeeze=False, height_ratios=heights)
     for title, strip in zip(titles, strips[:, 0], strict=True):
-        strip.suptitle(title, fontweight="bold", fontsize=12)
+        strip.suptitle(shown_label(title), fontweight="bold", fontsize=12)
         yield title, strip
 
 
@@ -206,7 +208,7 @@ def _draw_dots(
                 axes.set_xlim(_limits([one for _, one in numbers], bars, zero=zero))
                 _plot_dots(axes, numbers, bars, zero=zero)
                 axes.set(title=heading, xlabel=name)
-            panels[0].set_yticks(range(len(lines)), [label for label, _, _ in lines])
+            panels[0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
             panels[0].set_ylim(len(lines) - 0.4, -0.6)
 
 

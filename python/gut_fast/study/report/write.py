@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from gut_fast.files import replacing
+from gut_fast.files import write_text
 from gut_fast.study.report import tables
 from gut_fast.study.report.pictures import Picture, draw_accuracies, draw_agents, draw_curves, draw_differences
 from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval, mean
@@ -74,8 +74,7 @@ def write_report(study: Study, source: Source, folder: Path) -> list[Path]:
     numbers = {"runs.csv": study.values, "methods.csv": means(study), "differences.csv": paired(study)}
     texts |= {name: table.to_csv(float_format="%.6g", lineterminator="\n") for name, table in numbers.items()}
     for name, text in texts.items():
-        with replacing(folder / name) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        write_text(folder / name, text)
     pictures = [part.path for section in sections for part in section.parts if isinstance(part, Picture)]
     return [*(folder / name for name in texts), *pictures]
 
