@@ -38,7 +38,7 @@ from gut_fast import data
 from gut_fast.data import RandomCropFlip, RandomResizedCropFlip, catalog, cifar, image_files, imagenette, sources
 from gut_fast.data import idx as idx_module
 from gut_fast.data.sources import FOLDER_VARIABLE, Download
-from gut_fast.files import read_within
+from gut_fast.files import FileError, read_within
 from gut_fast.simulation import Simulator
 from gut_fast.simulation.batches import STEPS_PER_BLOCK, Batches
 from gut_fast.simulation.samples import FileSamples, TensorSamples
@@ -488,6 +488,33 @@ def test_a_file_that_cannot_be_decoded_is_named_and_the_next_call_tries_again(sm
     assert torch.equal(
         repaired, Batches(FileSamples(files, small_imagenette.train_labels), [torch.arange(30)], 30)(0)[0]
     )
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "EPS", "ICO", "PPM", "WEBP"])
+def test_no_format_but_those_of_data_sets_is_opened(tmp_path, kind):
+    path = tmp_path / "image.JPEG"
+    Image.new("RGB", (16, 16)).save(path, kind)
+    with pytest.raises(FileError, match=r"image.JPEG cannot be read as an image \(it is neither JPEG nor PNG\)"):
+        image_files.read_image(path)
+
+
+def test_an_image_is_refused_by_its_declared_size(tmp_path, monkeypatch):
+    path = tmp_path / "image.png"
+    Image.new("L", (9000, 9000)).save(path)
+    with pytest.raises(FileError, match=r"image.png .*it says that it has 9000 × 9000 pixels"):
+        image_files.read_image(path)
+    monkeypatch.setattr(image_files, "MAX_BYTES", 1000)
+    with pytest.raises(FileError, match=r"image.png is larger than 1,000 bytes"):
+        image_files.read_image(path)
+
+
+def test_a_file_of_cifar_is_not_read_beyond_the_size_of_theirs(tmp_path, monkeypatch):
+    base_folder, files = publish_cifar_like(monkeypatch, "cifar10")
+    folder = write(tmp_path / base_folder, files)
+    with (folder / "data_batch_2").open("wb") as file:
+        file.truncate(6 << 30)
+    with pytest.raises(FileError, match=r"data_batch_2 is larger than 160,000,000 bytes"):
+        data.load("cifar10", folder=tmp_path)
 
 
 def test_workers_outlive_an_interrupt(small_imagenette):

@@ -450,6 +450,34 @@ def store(folder, runs):
     return folder
 
 
+HOSTILE = {
+    "mathematics": r"$\foo$ $x_1$ $",
+    "a terminal's commands": "a\x1b[2J\x07\u202eb",
+    "the page's own language": "<script>alert(1)</script>&lt;",
+    "Markdown": "[a](javascript:b) `c` *d* _e_ | ````",
+    "ends of lines": "a\u2028b\r\nc",
+}
+
+
+@pytest.mark.parametrize("label", HOSTILE.values(), ids=HOSTILE)
+def test_labels_are_shown_and_never_interpreted(command, tmp_path, label):
+    runs = [finished("DSGD", 0, label=label, model=label), finished("GUT", 0, model=label)]
+    runs = [(replace(task, point={"model": label}), run) for task, run in runs]
+    folder = store(tmp_path / "a", runs)
+    (folder / "sweep.yaml").write_text("# ````\n# <b>\n")
+    code, out, err = command(folder, "--title", label)
+    assert (code, err.count("\n")) == (0, 1)
+    page, text = ((folder / "report" / name).read_text() for name in ("report.html", "report.md"))
+    text = text.split("## How it was run")[0]  # the command is in a block of code
+    for written in (out, page, text):
+        assert not set("\x1b\x07\u202e\u2028") & set(written)
+    assert "<script>" not in page + text
+    assert "](javascript" not in text
+    if label.startswith("$"):
+        assert label in page
+        assert label in out
+
+
 SWEEP_FILE = """\
 settings: {topology: ring:4, steps: 40, eval_every: 10, milestones: [0.5]}
 methods:

@@ -2,13 +2,15 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from gut_fast.files import FileError
 from gut_fast.study import Experiment
-from gut_fast.study.experiment import MAX_SEEDS, make_experiment, seeds_of
+from gut_fast.study.experiment import ENTRIES, MAX_SEEDS, make_experiment, seeds_of
 from gut_fast.study.sweep import Sweep, make_sweep, read_sweep
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
@@ -252,6 +254,43 @@ def test_a_bad_file_is_named(tmp_path, content, message):
     file.write_bytes(content)
     with pytest.raises((TypeError, ValueError), match=f"(?s){message}"):
         read_sweep(file)
+
+
+LIMITS = {
+    "it stands for more than 250,000 names and values": "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(
+        f"{name}: &{name} [{', '.join([f'*{last}'] * 9)}]\n" for last, name in zip("abcdefgh", "bcdefghi", strict=True)
+    ),
+    "it stands for more than 250,000 names and values, or for itself": "a: &a [*a]\n",
+    "it is nested more than 20 levels deep": f"a: {'[' * 30_000}{']' * 30_000}\n",
+    "is longer than 10,000 characters": f"a: 1{':1' * 100_000}\n",
+    "is larger than 4,194,304 bytes": "#" * (5 << 20),
+    "these are 10000000000 runs; a sweep may have at most 50,000": "methods: {g: {rule: gut}}\ngrid:\n"
+    + "".join(f"  {name}: [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]\n" for name in list(ENTRIES)[:10]),
+    "seeds must be how many": f"methods: {{g: {{rule: gut}}}}\nseeds: [{'[' * 15}{']' * 15}]\n",
+}
+
+
+@pytest.mark.parametrize("message", LIMITS)
+def test_a_file_that_stands_for_too_much_is_refused_at_once(tmp_path, message):
+    file = tmp_path / "sweep.yaml"
+    file.write_text(LIMITS[message])
+    start = time.monotonic()
+    with pytest.raises(FileError, match=re.escape(message)) as caught:
+        read_sweep(file)
+    assert time.monotonic() - start < 5
+    assert len(str(caught.value)) < 1000 + len(str(file))
+
+
+def test_as_many_names_take_as_many_times_as_long(tmp_path):
+    def seconds(count):
+        (tmp_path / "names.yaml").write_text("".join(f"n{number}: 1\n" for number in range(count)))
+        start = time.perf_counter()
+        assert len(read_yaml(tmp_path / "names.yaml")) == count
+        return time.perf_counter() - start
+
+    seconds(100)
+    assert seconds(8000) < 60 * seconds(400)  # 20 times as long; with a look at all names for each 400 times
 
 
 def test_methods_may_differ_in_schedule_clipping_and_inner_optimizer():

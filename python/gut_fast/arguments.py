@@ -100,4 +100,3 @@ def printable(text: str) -> str:
     """The text with control characters as escape sequences, so that a terminal shows and does not obey them."""
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
-_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 12

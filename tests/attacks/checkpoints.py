@@ -1,6 +1,7 @@
 """Attacks on checkpoints: bytes that changed, structures that changed under a right check sum, and archives that lie.
 
-`attack` is called by the tests, and by whoever wants more of it: ``python tests/attacks/checkpoints.py SEED COUNT``.
+`attack` is called by the tests, and by whoever wants more of it: in the folder of the
+tests, ``python -m attacks.checkpoints SEED COUNT``.
 """
 
 import copy

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from gut_fast import topology
 from gut_fast.arguments import all_known, shortened
-from gut_fast.files import read_within
+from gut_fast.files import FileError, FileTypeError, read_within
 from gut_fast.topology import Topology
 
 __all__ = ["TOPOLOGIES", "Form", "parse_topology"]
@@ -138,7 +139,8 @@ def _from_graph_file(file: str) -> Topology:
         raise ArgumentError(f"{file} cannot be read as a graph ({shortened(str(error))})") from error
     if set(graph) == {str(agent) for agent in range(len(graph))}:
         graph = nx.relabel_nodes(graph, int)
-    return topology.from_networkx(graph, name=f"from_networkx({path.name})")
+    with _about(file):
+        return topology.from_networkx(graph, name=f"from_networkx({path.name})")
 
 
 def _matrix(content: bytes, suffix: str) -> np.ndarray[Any, Any]:
@@ -161,9 +163,21 @@ def _from_matrix_file(file: str) -> Topology:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # numpy warns of a text without numbers
             W = _matrix(read_within(path, MAX_MATRIX_BYTES), path.suffix)
-    except (ValueError, TypeError, EOFError, UserWarning, RecursionError, MemoryError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # numpy and Python's tokenizer, which reads the header, raise a dozen types
         raise ArgumentError(f"{file} cannot be read as a matrix ({shortened(str(error))})") from error
-    return topology.from_matrix(W, name=f"from_matrix({path.name})")
+    with _about(file):
+        return topology.from_matrix(W, name=f"from_matrix({path.name})")
+
+
+@contextlib.contextmanager
+def _about(file: str) -> Iterator[None]:
+    """Errors about the graph or the matrix in a file name the file."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise (FileTypeError if isinstance(error, TypeError) else FileError)(f"{file}: {error}") from error
 
 
 TOPOLOGIES: dict[str, Form] = {

@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from gut_fast.arguments import printable
+
 __all__ = ["in_markdown", "listed", "point_name", "schedule", "shown", "without_folders"]
 
 SYMBOLS = {"alpha": "α", "mu": "μ", "gamma": "γ"}
@@ -58,5 +60,6 @@ def without_folders(text: str) -> str:
 
 
 def in_markdown(text: str) -> str:
-    """The text in one line of Markdown, its special characters as themselves."""
-    return re.sub(r"([\\|*`])", r"\\\1", " ".join(text.split())).replace("<", "&lt;")
+    """The text in one line of Markdown, its special characters as themselves, control characters as escapes."""
+    line = printable(" ".join(text.split())).replace("&", "&amp;").replace("<", "&lt;")
+    return re.sub(r"([\\|*`$~]|(?<!\w)_|_(?!\w)|(?<=\])\()", r"\\\1", line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from gut_fast.arguments import printable
 from gut_fast.files import write_text
 from gut_fast.study.report import tables
 from gut_fast.study.report.pictures import Picture, draw_accuracies, draw_agents, draw_curves, draw_differences
@@ -139,6 +141,7 @@ def _template() -> Any:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,
     )
     return environment.get_template(TEMPLATE)
 
@@ -180,7 +183,8 @@ def _markdown(study: Study, source: Source, sections: Sequence[Section]) -> Iter
     yield from (f"- {in_markdown(line)}" for line in _computed_with(study))
     for language, text in (("console", source.command), ("yaml", source.configuration)):
         if text:
-            yield from ("", f"````{language}", text.rstrip(), "````")
+            fence = "`" * max([4, *(len(run) + 1 for run in re.findall("`+", text))])
+            yield from ("", f"{fence}{language}", printable(text.rstrip()), fence)
 
 
 def _markdown_part(part: Part) -> Iterator[str]:
