@@ -148,21 +148,28 @@ def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
         raise ValueError(f"the optimizer has no parameter {abbreviated(wrong[0])}")
     is_of_torch = type(optimizer).__module__.startswith("torch.optim")
     for group, expected, live in zip(saved["param_groups"], own, optimizer.param_groups, strict=True):
-        _check_options(group, expected)
+        _check_options(group, expected, optimizer.defaults)
         for index, parameter in zip(expected["params"], live["params"], strict=True):
             if is_of_torch and index in saved["state"]:
                 _check_state(saved["state"][index], _after_a_step(optimizer, group, parameter), index)
 
 
-def _check_options(saved: Any, own: Mapping[str, Any]) -> None:
-    """Raises ValueError unless the options of a group have the types of this optimizer's, and its switches."""
+def _check_options(saved: Any, own: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raises ValueError unless the options of a group have the types of this optimizer's, and its switches.
+
+    What is none of its arguments, such as the learning rate of the last step, may be None at the start.
+    """
     for name, value in own.items():
         is_switch = isinstance(value, (bool, str, type(None)))
         if name not in saved and not is_switch:
             raise ValueError(f"a group of the optimizer has no {name}")
-        if isinstance(value, (bool, str)) and saved.get(name, value) != value:
-            raise ValueError(f"option {name} of the optimizer is {abbreviated(saved[name])}, expected {value}")
-        if name != "params" and not is_switch and saved[name] is not None:
+        if value is None and not isinstance(saved.get(name), PLAIN):
+            raise ValueError(f"option {name} of the optimizer is {described(saved[name])}, expected a plain value")
+        given = saved.get(name, value)
+        if isinstance(value, (bool, str)) and (type(given) is not type(value) or given != value):
+            raise ValueError(f"option {name} of the optimizer is {described(saved[name])}, expected {value}")
+        may_be_none = name not in defaults and saved.get(name) is None
+        if name != "params" and not is_switch and not may_be_none:
             check_like(saved[name], value, f"option {name} of the optimizer")
 
 

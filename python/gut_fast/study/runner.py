@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import shutil
 import time
@@ -24,7 +25,7 @@ from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from gut_fast.files import remove_leftovers, write_text
+from gut_fast.files import read_within, remove_leftovers, write_text
 from gut_fast.simulation import Simulator
 from gut_fast.study.processes import INTERRUPTED, Child, ToldError
 from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, remove_half_written, write_table
@@ -129,7 +130,8 @@ def sole_user(folder: Path) -> Iterator[None]:
         BlockingIOError: another process is at work in the folder.
         OSError: the folder cannot be written.
     """
-    with (folder / ".lock").open("w") as file:
+    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with os.fdopen(descriptor, "r+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -240,7 +242,7 @@ def _train(
     is_first = show is not None
     for file in (checkpoint, seconds) if is_first else ():
         remove_leftovers(file)
-    before = float(seconds.read_text()) if checkpoint.exists() and seconds.exists() else 0.0
+    before = _seconds_in(seconds) if checkpoint.exists() and seconds.exists() else 0.0
     start = time.perf_counter()
     simulator = _simulator_at(checkpoint, task, process_group)
 
@@ -266,6 +268,17 @@ def _train(
         save_seconds()
         show_last_row(simulator.step)
     return replace(run, seconds=before + run.seconds)
+
+
+def _seconds_in(file: Path) -> float:
+    """How long a run has taken before. Raises ToldError if the file does not say so."""
+    try:
+        seconds = float(read_within(file, 100))
+    except ValueError as error:
+        raise ToldError(f"{file} does not hold a number of seconds; remove it") from error
+    if not 0 <= seconds < math.inf:
+        raise ToldError(f"{file} holds {seconds} seconds; remove it")
+    return seconds
 
 
 def _simulator_at(checkpoint: Path, task: Task, process_group: dist.ProcessGroup | None) -> Simulator:
