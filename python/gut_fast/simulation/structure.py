@@ -148,21 +148,24 @@ def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
         raise ValueError(f"the optimizer has no parameter {abbreviated(wrong[0])}")
     is_of_torch = type(optimizer).__module__.startswith("torch.optim")
     for group, expected, live in zip(saved["param_groups"], own, optimizer.param_groups, strict=True):
-        _check_options(group, expected, optimizer.defaults)
+        _check_options(group, expected, optimizer.defaults, is_ours=not is_of_torch)
         for index, parameter in zip(expected["params"], live["params"], strict=True):
             if is_of_torch and index in saved["state"]:
                 _check_state(saved["state"][index], _after_a_step(optimizer, group, parameter), index)
 
 
-def _check_options(saved: Any, own: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+def _check_options(saved: Any, own: Mapping[str, Any], defaults: Mapping[str, Any], *, is_ours: bool) -> None:
     """Raises ValueError unless the options of a group have the types of this optimizer's, and its switches.
 
-    What is none of its arguments, such as the learning rate of the last step, may be None at the start.
+    What is none of its arguments may be None at the start. Our own optimizers know what older states lack, and torch's
+    the switches of newer versions.
     """
     for name, value in own.items():
         is_switch = isinstance(value, (bool, str, type(None)))
-        if name not in saved and not is_switch:
-            raise ValueError(f"a group of the optimizer has no {name}")
+        if name not in saved:
+            if not is_switch and not is_ours:
+                raise ValueError(f"a group of the optimizer has no {name}")
+            continue
         if value is None and not isinstance(saved.get(name), PLAIN):
             raise ValueError(f"option {name} of the optimizer is {described(saved[name])}, expected a plain value")
         given = saved.get(name, value)
