@@ -148,16 +148,16 @@ def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
         raise ValueError(f"the optimizer has no parameter {abbreviated(wrong[0])}")
     is_of_torch = type(optimizer).__module__.startswith("torch.optim")
     for group, expected, live in zip(saved["param_groups"], own, optimizer.param_groups, strict=True):
-        _check_options(group, expected, optimizer.defaults, is_ours=not is_of_torch)
+        _check_options(group, expected, is_ours=not is_of_torch)
         for index, parameter in zip(expected["params"], live["params"], strict=True):
             if is_of_torch and index in saved["state"]:
                 _check_state(saved["state"][index], _after_a_step(optimizer, group, parameter), index)
 
 
-def _check_options(saved: Any, own: Mapping[str, Any], defaults: Mapping[str, Any], *, is_ours: bool) -> None:
+def _check_options(saved: Any, own: Mapping[str, Any], *, is_ours: bool) -> None:
     """Raises ValueError unless the options of a group have the types of this optimizer's, and its switches.
 
-    What is none of its arguments may be None at the start. Our own optimizers know what older states lack, and torch's
+    Our own optimizers know what older states lack, and torch's
     the switches of newer versions.
     """
     for name, value in own.items():
@@ -171,8 +171,7 @@ def _check_options(saved: Any, own: Mapping[str, Any], defaults: Mapping[str, An
         given = saved.get(name, value)
         if isinstance(value, (bool, str)) and (type(given) is not type(value) or given != value):
             raise ValueError(f"option {name} of the optimizer is {described(saved[name])}, expected {value}")
-        may_be_none = name not in defaults and saved.get(name) is None
-        if name != "params" and not is_switch and not may_be_none:
+        if name != "params" and not is_switch:
             check_like(saved[name], value, f"option {name} of the optimizer")
 
 
