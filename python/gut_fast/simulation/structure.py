@@ -199,7 +199,7 @@ def _check_state(saved: Any, own: Any, index: int) -> None:
     check_like(dict.fromkeys(saved), dict.fromkeys(own), where)
     for name, value in own.items():
         is_number = not isinstance(value, Tensor) or value.ndim == 0
-        if is_number and not isinstance(saved[name], (int, float, Tensor, type(None))):
+        if is_number and value is not None and not isinstance(saved[name], (int, float, Tensor)):
             raise ValueError(f"{where}: {name} is {described(saved[name])}, expected a number")
         if isinstance(saved[name], Tensor):
             check_like(saved[name], value if isinstance(value, Tensor) else torch.zeros(()), f"{where}: {name}")
