@@ -10,7 +10,7 @@ import reprlib
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["CONTROLS", "abbreviated", "all_known", "as_integer", "as_number", "nearest", "printable", "shortened", "shown"]
+__all__ = ["CONTROLS", "all_known", "as_integer", "as_number", "nearest", "printable", "shortened", "shown"]
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Characters that a terminal obeys, or that change the order of others, but for tabs and ends of lines."""
@@ -76,19 +76,11 @@ class _Shown(reprlib.Repr):
 def shown(value: Any) -> str:
     """Shows a value that was given in place of another, for an error message: short, whatever it is.
 
-    A tensor's own text needs its numbers, which may not be there, and a nested list's has no end.
+    A tensor's own text needs its numbers, which may not be there, and that of a value from a file may have no end.
     """
     shorten = _Shown()
     shorten.maxstring, shorten.maxdict = 120, 8
-    return shorten.repr(value)
-
-
-def abbreviated(value: Any) -> str:
-    """The `repr` of a value as an error shows it: at most 200 characters, and nested values only so deep.
-
-    A value from a file may be huge, or hold itself a thousand times over, and its own `repr` never end.
-    """
-    return shortened(shown(value))
+    return shortened(shorten.repr(value))
 
 
 def shortened(text: str, length: int = 200) -> str:
@@ -99,4 +91,3 @@ def shortened(text: str, length: int = 200) -> str:
 def printable(text: str) -> str:
     """The text with control characters as escape sequences, so that a terminal shows and does not obey them."""
     return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
-

@@ -16,7 +16,14 @@ import time
 from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
-COUNTS = {"arguments": 1000, "optimizers": 400, "commands": 60}
+COUNTS = {
+    "arguments": 1000,
+    "optimizers": 400,
+    "state_dicts": 400,
+    "checkpoints": 200,
+    "files": 1000,
+    "commands": 60,
+}
 """The modules of this package, and the size of a batch: some ten seconds."""
 LIMIT = 300
 """The longest that a batch may take, in seconds."""

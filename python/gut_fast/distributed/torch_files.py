@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, ClassVar
 
 import torch
 
-from gut_fast.arguments import abbreviated, shortened
+from gut_fast.arguments import shortened, shown
 from gut_fast.files import FileError
 
 __all__ = ["load", "save"]
@@ -171,7 +171,7 @@ class _Structure(pickle._Unpickler):
         kind, storage, key, _, count = pid
         itemsize = ITEM_BYTES[storage]
         if kind != "storage" or type(count) is not int or self._sizes[f"data/{key}"] != count * itemsize:
-            raise ValueError(f"storage {abbreviated(key)} is not as long as it says")
+            raise ValueError(f"storage {shown(key)} is not as long as it says")
         return _Storage(count, itemsize)
 
 
@@ -183,7 +183,7 @@ def _checked_tensor(storage: _Storage, offset: int, size: Sequence[int], stride:
     itemsize = next((each.itemsize for each in rest if isinstance(each, torch.dtype)), storage.itemsize)
     last = offset + sum((length - 1) * step for length, step in zip(size, stride, strict=True))
     if all(size) and (last + 1) * itemsize > storage.count * storage.itemsize:
-        raise ValueError(f"a tensor of shape {abbreviated(tuple(size))} does not lie within its storage")
+        raise ValueError(f"a tensor of shape {shown(tuple(size))} does not lie within its storage")
     return _Opaque()
 
 

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from gut_fast.arguments import abbreviated, shortened
+from gut_fast.arguments import shortened, shown
 from gut_fast.distributed import Group, torch_files
 from gut_fast.distributed.checkpoints import Checkpoints
 from gut_fast.files import FileError, remove_leftovers, replacing
@@ -178,7 +178,7 @@ def check_configuration(saved: Any, own: Mapping[str, Any], path: str | Path) ->
     if not isinstance(saved, dict):
         raise FileError(f"{path} is no checkpoint of a simulator: its configuration is {described(saved)}")
     differences = [
-        f"{shortened(str(name))} is {abbreviated(saved.get(name))} there, {abbreviated(own.get(name))} here"
+        f"{shortened(str(name))} is {shown(saved.get(name))} there, {shown(own.get(name))} here"
         for name in dict.fromkeys((*own, *saved))
         if not _equal(saved.get(name), own.get(name))
     ]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gut_fast.arguments import abbreviated, shortened
+from gut_fast.arguments import shortened, shown
 from gut_fast.files import FileError
 
 __all__ = ["as_file_error", "check_like", "check_structure", "described"]
@@ -65,7 +65,7 @@ def check_like(saved: Any, own: Any, where: str) -> None:
     """Raises ValueError unless a value has the structure of another: keys, types, shapes and dtypes, at every level."""
     if isinstance(own, Mapping) and isinstance(saved, Mapping):
         if saved.keys() != own.keys():
-            wrong = sorted(map(abbreviated, saved.keys() ^ own.keys()))
+            wrong = sorted(map(shown, saved.keys() ^ own.keys()))
             raise ValueError(f"{where} lacks, or has in excess, {', '.join(wrong[:3])}")
         for name, value in own.items():
             check_like(saved[name], value, f"{where}[{name!r}]")
@@ -97,12 +97,12 @@ def _check_plain(value: Any, where: str, kind: Any, depth: int = 0) -> None:
     for name, child in children:
         if not isinstance(name, (str, int)):
             raise ValueError(f"{where} has a key that is {described(name)}")
-        _check_plain(child, f"{where}[{abbreviated(name)}]", (*PLAIN, Tensor, dict, list, tuple), depth + 1)
+        _check_plain(child, f"{where}[{shown(name)}]", (*PLAIN, Tensor, dict, list, tuple), depth + 1)
 
 
 def _check_history(history: Any, step: Any) -> None:
     if type(step) is not int or step < 0:
-        raise ValueError(f"step is {abbreviated(step)}, expected a number of steps")
+        raise ValueError(f"step is {shown(step)}, expected a number of steps")
     if type(history) is not list or any(type(row) is not dict for row in history):
         raise ValueError("history is no list of rows")
     for number, row in enumerate(history):
@@ -145,7 +145,7 @@ def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
         raise ValueError("the groups of the optimizer hold other parameters")
     indices = {index for group in own for index in group["params"]}
     if wrong := [index for index in saved["state"] if type(index) is not int or index not in indices]:
-        raise ValueError(f"the optimizer has no parameter {abbreviated(wrong[0])}")
+        raise ValueError(f"the optimizer has no parameter {shown(wrong[0])}")
     is_of_torch = type(optimizer).__module__.startswith("torch.optim")
     for group, expected, live in zip(saved["param_groups"], own, optimizer.param_groups, strict=True):
         _check_options(group, expected, is_ours=not is_of_torch)

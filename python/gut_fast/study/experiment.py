@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from gut_fast import analysis
 from gut_fast.analysis.choice import AUTO
-from gut_fast.arguments import abbreviated, all_known, as_number, nearest
+from gut_fast.arguments import all_known, as_number, nearest, shown
 from gut_fast.data.partition import PARTITIONS
 from gut_fast.rules import get_rule
 from gut_fast.simulation.timetable import Timetable
@@ -140,9 +140,7 @@ class Experiment:
         for entry in dataclasses.fields(self):
             kind, value = expected.get(str(entry.type)), getattr(self, entry.name)
             if kind is not None and (not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool)):
-                raise TypeError(
-                    f"{entry.name} must be a {kind.__name__}, got {type(value).__name__} {abbreviated(value)}"
-                )
+                raise TypeError(f"{entry.name} must be a {kind.__name__}, got {type(value).__name__} {shown(value)}")
             if isinstance(value, str) and not value.isprintable():
                 _check_is_text(value, entry.name)
 
@@ -224,7 +222,7 @@ def _gathered(given: Mapping[str, Any], names: Iterable[str], entry: str) -> dic
     """The settings of these names, and after them those of the entry that holds them all, if it is given itself."""
     whole = given.get(entry, {})
     if not isinstance(whole, Mapping):
-        raise TypeError(f"{entry} must hold names and values, got {abbreviated(whole)}")
+        raise TypeError(f"{entry} must hold names and values, got {shown(whole)}")
     return {**{name: as_setting(name, given[name]) for name in names if name in given}, **whole}
 
 
@@ -236,7 +234,7 @@ def as_setting(name: str, value: Any) -> Any:
     """
     if name == "milestones":
         if not isinstance(value, (list, tuple)):
-            raise TypeError(f"milestones must be a list, such as [0.5, 0.75], got {abbreviated(value)}")
+            raise TypeError(f"milestones must be a list, such as [0.5, 0.75], got {shown(value)}")
         return [number_if_text(entry) for entry in value]
     is_number = name not in ENTRIES or str(ENTRIES[name].type).startswith("float")
     return number_if_text(value) if is_number else value
@@ -263,7 +261,7 @@ def seeds_of(value: Any) -> list[int]:
         raise ValueError(f"expected at most {MAX_SEEDS:,} seeds, got {value if is_count else len(value):,}")
     seeds = list(range(value)) if is_count else value
     if not isinstance(seeds, list) or not seeds or any(isinstance(s, bool) or not isinstance(s, int) for s in seeds):
-        raise TypeError(f"seeds must be how many, at least 1, or a list of integers, got {abbreviated(value)}")
+        raise TypeError(f"seeds must be how many, at least 1, or a list of integers, got {shown(value)}")
     if not 0 <= min(seeds) <= max(seeds) < 2**63 or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be from 0 to below 2^63 and none named twice, got {abbreviated(value)}")
+        raise ValueError(f"seeds must be from 0 to below 2^63 and none named twice, got {shown(value)}")
     return seeds

@@ -25,7 +25,7 @@ from typing import Any
 import pandas as pd
 import zstandard
 
-from gut_fast.arguments import abbreviated
+from gut_fast.arguments import shown
 from gut_fast.files import read_within, remove_leftovers, replacing
 from gut_fast.kernels import machine
 from gut_fast.rules import RULES
@@ -267,7 +267,7 @@ def _number(text: str, place: str) -> Any:
     except (ValueError, RecursionError):
         number = None
     if type(number) not in (int, float):
-        raise ResultsError(f"{place}: {abbreviated(text)} is not a number")
+        raise ResultsError(f"{place}: {shown(text)} is not a number")
     return number
 
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from gut_fast.arguments import abbreviated, nearest
+from gut_fast.arguments import nearest, shown
 from gut_fast.study.experiment import ENTRIES, Experiment, as_setting, make_experiment, options_of, seeds_of
 from gut_fast.study.presets import preset_methods, preset_settings
 from gut_fast.study.yaml_files import about_file, read_yaml
@@ -135,7 +135,7 @@ class Sweep:
             task = Task(label, point, experiment)
             control = _control(task) if self.controls else None
         except (TypeError, ValueError) as error:
-            place = f" at {abbreviated(point)}" if point else ""
+            place = f" at {shown(point)}" if point else ""
             raise type(error)(f"method {label!r}{place}: {error}") from error
         return [task] if control is None or control.method in self.methods else [task, control]
 
@@ -143,7 +143,7 @@ class Sweep:
 def check_count(count: int, what: str) -> None:
     """Raises ValueError for more runs than a sweep may have; they are counted before any of them is made."""
     if count > MAX_RUNS:
-        raise ValueError(f"these are {abbreviated(count)} {what}; a sweep may have at most {MAX_RUNS:,}")
+        raise ValueError(f"these are {shown(count)} {what}; a sweep may have at most {MAX_RUNS:,}")
 
 
 def _first_twice(names: Any) -> str | None:
@@ -190,14 +190,14 @@ def make_sweep(content: Mapping[str, Any], also: Sequence[str] = ()) -> Sweep:
     known = sorted(SECTIONS.union(also))
     for name in content:
         if name not in known:
-            raise ValueError(f"there is no section {abbreviated(name)}; {nearest(name, known)}")
+            raise ValueError(f"there is no section {shown(name)}; {nearest(name, known)}")
     of_preset = preset_settings(content["preset"]) if "preset" in content else {}
     settings = section_of(content, "settings", {})
     methods = named_methods(content)
     grid = {name: _values(name, values) for name, values in section_of(content, "grid", {}).items()}
     controls = content.get("controls", True)
     if not isinstance(controls, bool):
-        raise TypeError(f"controls must be true or false, got {abbreviated(controls)}")
+        raise TypeError(f"controls must be true or false, got {shown(controls)}")
     sweep = Sweep({**of_preset, **settings}, methods, grid, seeds_of(content.get("seeds", 1)), controls)
     _check_used(settings, sweep)
     return sweep
@@ -207,7 +207,7 @@ def section_of(content: Mapping[str, Any], name: str, default: Mapping[str, Any]
     """A section of names and values. Raises TypeError if it is something else, or missing without a default."""
     section = content.get(name, default)
     if not isinstance(section, Mapping):
-        raise TypeError(f"section {name!r} must hold names and values, got {abbreviated(section)}")
+        raise TypeError(f"section {name!r} must hold names and values, got {shown(section)}")
     return section
 
 
@@ -221,8 +221,7 @@ def named_methods(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     for label, own in methods.items():
         if not isinstance(own, Mapping) or "rule" not in own:
             raise TypeError(
-                f"method {label!r} must have settings with a rule, such as {{rule: gut, lr: 0.1}}, got "
-                f"{abbreviated(own)}"
+                f"method {label!r} must have settings with a rule, such as {{rule: gut, lr: 0.1}}, got {shown(own)}"
             )
     if twice := _first_twice(map(str, methods)):
         raise ValueError(f"two methods are called {twice!r}")
@@ -231,7 +230,7 @@ def named_methods(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 def _values(name: str, values: Any) -> list[Any]:
     if not isinstance(values, list) or not values:
-        raise TypeError(f"grid: {name} must be a list of at least one value, got {abbreviated(values)}")
+        raise TypeError(f"grid: {name} must be a list of at least one value, got {shown(values)}")
     return [as_setting(name, value) for value in values]
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gut_fast.arguments import abbreviated, nearest
+from gut_fast.arguments import nearest, shown
 from gut_fast.rules import get_rule
 from gut_fast.study.experiment import as_setting, number_if_text, seeds_of
 from gut_fast.study.results import Results
@@ -59,7 +59,7 @@ class Range:
         for name in ("low", "high"):
             value = number_if_text(getattr(self, name))
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"{name} must be a number, got {abbreviated(value)}")
+                raise TypeError(f"{name} must be a number, got {shown(value)}")
             object.__setattr__(self, name, float(value))
         if not isinstance(self.log, bool):
             raise TypeError(f"log must be true or false, got {self.log!r}")
@@ -105,11 +105,11 @@ class Tuning:
 
     def __post_init__(self) -> None:
         if isinstance(self.tries, bool) or not isinstance(self.tries, int) or not 1 <= self.tries <= MAX_TRIES:
-            raise ValueError(f"tune: tries must be an integer from 1 to {MAX_TRIES:,}, got {abbreviated(self.tries)}")
+            raise ValueError(f"tune: tries must be an integer from 1 to {MAX_TRIES:,}, got {shown(self.tries)}")
         if self.metric not in METRICS:
-            raise ValueError(f"tune: metric must be one of {', '.join(METRICS)}, got {abbreviated(self.metric)}")
+            raise ValueError(f"tune: metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
         if not (isinstance(self.validation, float) and 0 < self.validation < 1):
-            raise ValueError(f"tune: validation must be a fraction between 0 and 1, got {abbreviated(self.validation)}")
+            raise ValueError(f"tune: validation must be a fraction between 0 and 1, got {shown(self.validation)}")
         check_count(self.tries * len(self.sweep.methods) * len(self.sweep.points) * len(self.seeds), "runs")
         for label in self.sweep.methods:
             self._check_different(label)
@@ -210,7 +210,7 @@ def make_tuning(content: Mapping[str, Any]) -> Tuning:
     """The tuning that the content of a sweep's file describes. Raises as `Tuning` and `make_sweep`."""
     section = content.get("tune")
     if not isinstance(section, Mapping) or "tries" not in section or "space" not in section:
-        raise TypeError(f"section 'tune' must have tries and a space, got {abbreviated(section)}")
+        raise TypeError(f"section 'tune' must have tries and a space, got {shown(section)}")
     known = ("tries", "space", "seeds", "validation", "metric")
     for name in section:
         if name not in known:
@@ -254,20 +254,20 @@ def _spaces(methods: Mapping[str, Mapping[str, Any]], space: Any, settings: Mapp
 
 def _space(place: str, section: Any) -> dict[str, Range | Sequence[Any]]:
     if not isinstance(section, Mapping):
-        raise TypeError(f"{place} must hold names with ranges or lists, got {abbreviated(section)}")
+        raise TypeError(f"{place} must hold names with ranges or lists, got {shown(section)}")
     return {str(name): _values(f"{place}: {name}", str(name), values) for name, values in section.items()}
 
 
 def _values(place: str, name: str, values: Any) -> Range | Sequence[Any]:
     if isinstance(values, Mapping):
         if not {"low", "high"} <= values.keys() <= {"low", "high", "log"}:
-            raise TypeError(f"{place} must have low, high and perhaps log, got {abbreviated(values)}")
+            raise TypeError(f"{place} must have low, high and perhaps log, got {shown(values)}")
         try:
             return Range(**values)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{place}: {error}") from error
     if not isinstance(values, list) or not values:
-        raise TypeError(f"{place} must be a list or {{low: ..., high: ...}}, got {abbreviated(values)}")
+        raise TypeError(f"{place} must be a list or {{low: ..., high: ...}}, got {shown(values)}")
     return [as_setting(name, value) for value in values]
 
 

@@ -7,7 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from gut_fast.arguments import abbreviated, shortened
+from gut_fast.arguments import shortened, shown
 from gut_fast.files import FileError, FileTypeError, read_within, write_text
 
 __all__ = ["about_file", "read_yaml", "write_yaml"]
@@ -53,7 +53,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
                 name = self.construct_object(key, deep=True)
                 if isinstance(name, Hashable):
                     if name in names:
-                        message = f"{abbreviated(name)} stands twice"
+                        message = f"{shown(name)} stands twice"
                         raise yaml.constructor.ConstructorError(None, None, message, key.start_mark)
                     names.add(name)
             return node
@@ -69,7 +69,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     except (yaml.YAMLError, ValueError, TypeError, OverflowError) as error:
         raise FileError(f"{path} is not YAML: {shortened(str(error), 1000)}") from error
     if not isinstance(found, Mapping):
-        raise FileTypeError(f"{path} must hold names and values, got {abbreviated(found)}")
+        raise FileTypeError(f"{path} must hold names and values, got {shown(found)}")
     return found
 
 
