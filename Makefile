@@ -34,6 +34,7 @@ soak: .venv/dev
 	$(BIN)/python tests/soak/rules.py
 	$(BIN)/python tests/soak/resources.py
 	$(BIN)/python tests/soak/kills.py
+	ENDINGS=20 $(BIN)/pytest tests/test_process_end.py
 
 bench: .venv/dev
 	$(BIN)/pytest benchmarks --benchmark-sort=name

@@ -111,7 +111,7 @@ def reload(rank, size):
         steps(model, optimizer)
         before = copy.deepcopy(optimizer.state_dict())
         with pytest.raises(
-            ValueError, match="the state's residuals (are of shapes|must be a list of lists of tensors, got None)"
+            ValueError, match=r"the state's residuals (are of shapes|must be a list of lists of tensors, got None)"
         ) as caught:
             optimizer.load_state_dict({**good, "step": 99, "residuals": residuals})
         after, said[name] = optimizer.state_dict(), str(caught.value)
