@@ -7,7 +7,6 @@ the shape and the dtype that this simulator would write.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,8 @@ from torch.optim import Optimizer
 
 from gut_fast.arguments import shortened, shown
 from gut_fast.files import FileError
+from gut_fast.optim import GossipOptimizer
+from gut_fast.optim.local import check_inner_state
 
 __all__ = ["as_file_error", "check_like", "check_structure", "described"]
 
@@ -133,75 +134,10 @@ def _check_random_state(saved: Any, own: Mapping[str, Tensor]) -> None:
 
 
 def _check_optimizer(saved: Any, optimizer: Optimizer) -> None:
-    """Checks what the optimizers themselves do not: types, and the state of torch's own, which may be within ours."""
-    _check_plain(saved, "optimizer", dict)
-    inner = getattr(optimizer, "inner", None)
-    if isinstance(inner, Optimizer):
-        _check_optimizer(saved.get("inner"), inner)
-    if type(saved.get("state")) is not dict or type(saved.get("param_groups")) is not list:
-        raise ValueError("optimizer does not hold a state and groups")
-    own = optimizer.state_dict()["param_groups"]
-    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own]:
-        raise ValueError("the groups of the optimizer hold other parameters")
-    indices = {index for group in own for index in group["params"]}
-    if wrong := [index for index in saved["state"] if type(index) is not int or index not in indices]:
-        raise ValueError(f"the optimizer has no parameter {shown(wrong[0])}")
-    is_of_torch = type(optimizer).__module__.startswith("torch.optim")
-    for group, expected, live in zip(saved["param_groups"], own, optimizer.param_groups, strict=True):
-        _check_options(group, expected, is_ours=not is_of_torch)
-        for index, parameter in zip(expected["params"], live["params"], strict=True):
-            if is_of_torch and index in saved["state"]:
-                _check_state(saved["state"][index], _after_a_step(optimizer, group, parameter), index)
+    """Raises ValueError unless the state holds plain values, and one of torch's own optimizers can step with it.
 
-
-def _check_options(saved: Any, own: Mapping[str, Any], *, is_ours: bool) -> None:
-    """Raises ValueError unless the options of a group have the types of this optimizer's, and its switches.
-
-    Our own optimizers know what older states lack, and torch's
-    the switches of newer versions.
+    Ours load their states, and those of the optimizers within them, whole or refuse them whole.
     """
-    for name, value in own.items():
-        is_switch = isinstance(value, (bool, str, type(None)))
-        if name not in saved:
-            if not is_switch and not is_ours:
-                raise ValueError(f"a group of the optimizer has no {name}")
-            continue
-        if value is None and not isinstance(saved.get(name), PLAIN):
-            raise ValueError(f"option {name} of the optimizer is {described(saved[name])}, expected a plain value")
-        given = saved.get(name, value)
-        if isinstance(value, (bool, str)) and (type(given) is not type(value) or given != value):
-            raise ValueError(f"option {name} of the optimizer is {described(saved[name])}, expected {value}")
-        if name != "params" and not is_switch:
-            check_like(saved[name], value, f"option {name} of the optimizer")
-
-
-def _after_a_step(optimizer: Optimizer, options: Mapping[str, Any], parameter: Tensor) -> Any:
-    """The state that such an optimizer has after a step of such a parameter; None if it cannot be known."""
-    known = inspect.signature(type(optimizer)).parameters
-    stand_in = torch.zeros_like(parameter, requires_grad=True)
-    stand_in.grad = torch.zeros_like(parameter)
-    make: Any = type(optimizer)
-    made = make([stand_in], **{name: value for name, value in options.items() if name in known and name != "params"})
-    try:
-        made.step()
-    except (TypeError, RuntimeError):  # it wants a closure, or other gradients
-        return None
-    return dict(made.state[stand_in])
-
-
-def _check_state(saved: Any, own: Any, index: int) -> None:
-    """Raises ValueError unless the entries of a parameter's state are those after a step, as numbers or tensors."""
-    where = f"the optimizer's state of parameter {index}"
-    if type(saved) is not dict:
-        raise ValueError(f"{where} is {described(saved)}")
-    if own is None:
-        return
-    check_like(dict.fromkeys(saved), dict.fromkeys(own), where)
-    for name, value in own.items():
-        is_number = not isinstance(value, Tensor) or value.ndim == 0
-        if is_number and value is not None and not isinstance(saved[name], (int, float, Tensor)):
-            raise ValueError(f"{where}: {name} is {described(saved[name])}, expected a number")
-        if isinstance(saved[name], Tensor):
-            check_like(saved[name], value if isinstance(value, Tensor) else torch.zeros(()), f"{where}: {name}")
-        elif not is_number and saved[name] is not None:
-            raise ValueError(f"{where}: {name} is {described(saved[name])}, expected {described(value)}")
+    _check_plain(saved, "optimizer", dict)
+    if not isinstance(optimizer, GossipOptimizer):
+        check_inner_state(optimizer, saved, type(optimizer).__name__)
