@@ -15,13 +15,13 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path
 
 FLOORS = [
     {"arguments", "coefficients", "files", "randomness", "_core", "_cuda"},
-    {"rules", "topology", "data", "models"},
+    {"update_rule", "published", "topology", "data", "models"},
+    {"rules"},
     {"reference", "analysis", "kernels"},
     {"agents", "distributed", "verify"},
     {"optim"},
     {"simulation"},
-    {"study"},
-    {"bench"},
+    {"study", "bench"},
     {"cli"},
     {"__init__", "__main__"},
 ]

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gut_fast import topology
+from gut_fast.published import KGT, LED, GASLoC
 from gut_fast.reference import PUBLISHED, drift, step, zero_state
 from gut_fast.rules import RULES
 
@@ -33,10 +34,21 @@ SETTINGS = [
     ("qg_dsgdm", {"momentum": 0.9, "nesterov": True}),
     ("gradient_tracking", {}),
     ("momentum_tracking", {"momentum": 0.9}),
+    ("edm", {"momentum": 0.9}),
+    ("extra", {}),
+    ("awc_gut", {"mu": 0.9}),
+    ("decentlam", {"momentum": 0.9}),
+    ("gasloc", {"momentum": 0.9}),
+    ("k_gt", {}),
 ]
 MORE_SETTINGS = [
     ("gut", {"mu": 0.3}),
     ("gut", {"mu": 1.0}),
+    ("gut", {"mu": 0.9, "kappa": 0.3}),
+    ("gut", {"mu": 1.0, "kappa": 0.1}),
+    ("d2", {"kappa": 0.3}),
+    ("edm", {"momentum": 0.5}),
+    ("gasloc", {"momentum": 0.3}),
     ("gutm", {"momentum": 0.0, "mu": 0.5}),
     ("gutm", {"momentum": 0.5, "mu": 0.4}),
     ("qgt", {"momentum": 0.5, "mu": 0.7}),
@@ -95,6 +107,55 @@ def test_rule_form_is_published_form(rule, hyperparameters):
 @pytest.mark.parametrize(("rule", "hyperparameters"), MORE_SETTINGS)
 def test_rule_form_is_published_form_at_other_hyperparameters(rule, hyperparameters):
     assert relative_errors(rule, hyperparameters, TOPOLOGIES["ring"].matrix()).max() <= 1e-10
+
+
+LOCAL = {
+    "dsgd": ({}, lambda W, z, lr, H: GASLoC(W, z, lr, momentum=0.0)),
+    "gasloc": ({"momentum": 0.9}, lambda W, z, lr, H: GASLoC(W, z, lr, momentum=0.9)),
+    "d2": ({}, LED),
+    "gut": ({"mu": 1.0}, LED),
+    "k_gt": ({}, KGT),
+}
+"""Hyper-parameters of a rule, and what makes its published form with local steps."""
+
+
+@pytest.mark.parametrize("local_steps", [1, 2, 5])
+@pytest.mark.parametrize("rule", LOCAL)
+def test_rounds_of_local_steps_are_those_of_the_published_form(rule, local_steps):
+    W, lr, (hyperparameters, published) = TOPOLOGIES["ring"].matrix(), 0.05, LOCAL[rule]
+    gradient = heterogeneous_quadratics(len(W), dim=3)
+    z = randn(3, seed=7).expand(len(W), 3)
+    state, published = zero_state(rule, z), published(W, z, lr, local_steps)
+    for number in range(20 * local_steps):
+        g, is_last = gradient(z), number % local_steps == local_steps - 1
+        options = {"lr": lr, "drift_lr": local_steps * lr} if is_last else {"lr": lr, "is_local": True}
+        z, state = step(rule, {**options, **hyperparameters}, z, state, g, W)
+        (published.step if is_last else published.local_step)(g)
+        assert (z - published.z).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_average_of_a_local_step_moves_as_that_of_a_step(rule):
+    """With a state of mean zero where the rule keeps it so: what the drift feeds alone."""
+    W, lr = TOPOLOGIES["ring"].matrix(), 0.05
+    z, g = randn(5, 3, seed=7), randn(5, 3, seed=8)
+    state = zero_state(rule, z)
+    z, state = step(rule, {"lr": lr}, z, state, g, W)
+    mixed, after = step(rule, {"lr": lr}, z, state, g, W)
+    local, _ = step(rule, {"lr": lr, "is_local": True}, z, state, g, W)
+    if rule == "gasloc":  # whose momentum acts at the end of a round only
+        assert torch.allclose(local.mean(0), (z - lr * g).mean(0), atol=1e-14)
+    else:
+        assert torch.allclose(local.mean(0), mixed.mean(0), atol=1e-14)
+    assert (local - mixed).abs().max() > 1e-4
+    assert all(torch.isfinite(each).all() for each in after.values())
+
+
+def test_a_local_step_of_gut_leaves_what_has_been_learned():
+    z, r, g = (randn(5, 3, seed=seed) for seed in (1, 2, 3))
+    local, after = step("gut", {"lr": 0.1, "mu": 0.5, "is_local": True}, z, {"r": r}, g, TOPOLOGIES["ring"].matrix())
+    assert torch.equal(after["r"], r)
+    assert torch.allclose(local, z - 0.1 * (g + 0.5 * r), atol=1e-15)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -249,7 +310,11 @@ def test_without_mixing_it_is_local_sgd(rule, hyperparameters, sgd):
     torch.testing.assert_close(z, parameter.data, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("rule", "hyperparameters"), SETTINGS)
+BEHIND = "extra", "awc_gut", "gasloc"
+"""The rules that move an agent by its own gradient behind the mixing."""
+
+
+@pytest.mark.parametrize(("rule", "hyperparameters"), [each for each in SETTINGS if each[0] not in BEHIND])
 def test_on_the_complete_graph_it_is_centralised(rule, hyperparameters):
     """Uniform weights average exactly, so all agents stay equal to one agent that has the mean gradient."""
     W = topology.complete(6).matrix()

@@ -20,6 +20,10 @@ from soak import rules as soak
 KEPT = {
     ("d2", ()): [1.0],
     ("gut", (("mu", 1.0),)): [1.0],
+    ("gut", (("mu", 1.0), ("kappa", 0.1))): [1.0],
+    ("edm", ()): [0.0, 1.0],
+    ("extra", ()): [1.0],
+    ("k_gt", ()): [1.0, 0.0],
     ("gutm", (("mu", 1.0),)): [0.0, 1.0],
     ("gradient_tracking", ()): [1.0, -1.0],
     ("momentum_tracking", ()): [1.0, -1.0],

@@ -10,10 +10,16 @@ from gut_fast.rules import RULES, Coefficients, Interval, UpdateRule, get_rule, 
 
 TABLE = {
     "dsgd": ((), {}, 1),
-    "gut": (("r",), {"mu": 0.9}, 1),
+    "gut": (("r",), {"mu": 0.9, "kappa": 1.0}, 1),
     "gutm": (("m", "r"), {"momentum": 0.9, "mu": 0.8}, 1),
     "qgt": (("m",), {"momentum": 0.9, "mu": 1.0}, 1),
-    "d2": (("r",), {}, 1),
+    "d2": (("r",), {"kappa": 1.0}, 1),
+    "edm": (("m", "r"), {"momentum": 0.9}, 1),
+    "extra": (("r",), {}, 1),
+    "awc_gut": (("r",), {"mu": 0.9}, 1),
+    "decentlam": (("m",), {"momentum": 0.9}, 1),
+    "gasloc": (("e",), {"momentum": 0.9}, 1),
+    "k_gt": (("c", "a"), {}, 2),
     "qg_gutm": (("p", "c"), {"momentum": 0.9, "mu": 0.06}, 1),
     "dsgdm": (("m",), {"momentum": 0.9, "nesterov": False}, 1),
     "qg_dsgdm": (("m",), {"momentum": 0.9, "nesterov": False}, 1),
@@ -112,7 +118,7 @@ def test_bad_hyperparameters_are_named(name, hyperparameters, error, message):
 
 
 def test_the_ends_of_the_domain_belong_to_it():
-    assert all(RULES["gut"].check({"mu": mu}) == {"mu": mu} for mu in (0, 0.0, 1, 1.0))
+    assert all(RULES["gut"].check({"mu": mu}) == {"mu": mu, "kappa": 1.0} for mu in (0, 0.0, 1, 1.0))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import math
 import numbers
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 __all__ = ["ANY_NUMBER", "Coefficients", "Interval", "is_number", "plain_gossip"]
@@ -37,12 +37,16 @@ ANY_NUMBER = Interval(-math.inf, math.inf, open_above=True)
 
 @dataclass(frozen=True)
 class Coefficients:
-    """The four matrices of one step: A [M, K], B [K − 1, K], C [K − 1, M], E [K − 1, M], nested sequences of floats."""
+    """The four matrices of one step: A [M, K], B [K − 1, K], C [K − 1, M], E [K − 1, M], nested sequences of floats.
+
+    L [K − 1, K], or None for what `local` makes of the others, is a local step, in which nothing is sent.
+    """
 
     A: Matrix
     B: Matrix
     C: Matrix
     E: Matrix
+    L: Matrix | None = None
 
     def flat(self) -> list[float]:
         """A, B, C, E one after the other, each row by row: the layout every kernel reads."""
@@ -73,6 +77,29 @@ class Coefficients:
             ("E", outputs, drifts),
         ):
             _check_matrix(where, letter, getattr(self, letter), rows, columns)
+        if self.L is not None:
+            if not _is_matrix(self.L):
+                raise TypeError(f"{where}L must be a list of rows or None, got {self.L!r}")
+            _check_matrix(where, "L", self.L, outputs, inputs)
+
+    def local(self) -> Coefficients:
+        """The matrices of a local step, to be taken without neighbours: outputs ``o = L u``.
+
+        Without an L of the rule's own a local step is one whose drift is zero; but a state that the drift feeds and no
+        gradient does, as GUT's r, stays as it is: what it has learned of the others holds until there is news.
+        """
+        B, C = list(self.B), list(self.C)
+        for row in range(len(B)):
+            if self.L is not None:
+                B[row], C[row] = self.L[row], [0.0] * len(self.A)
+            elif row and any(self.E[row]) and not self._from_gradient(row):
+                B[row], C[row] = [float(k == row) for k in range(len(self.A[0]))], [0.0] * len(self.A)
+        return replace(self, B=B, C=C, L=None)
+
+    def _from_gradient(self, row: int) -> float:
+        """The coefficient of the gradient in an output, that in the messages included."""
+        through = sum(c * a[-1] for c, a in zip(self.C[row], self.A, strict=True))
+        return self.B[row][-1] + through
 
     def with_gradient(self, weight_decay: float, maximize: bool) -> Coefficients:
         """The matrices with ±g + weight_decay z in place of g."""
@@ -83,7 +110,8 @@ class Coefficients:
         def fold(matrix: Matrix) -> list[list[float]]:
             return [[row[0] + weight_decay * row[-1], *row[1:-1], sign * row[-1]] for row in matrix]
 
-        return Coefficients(fold(self.A), fold(self.B), self.C, self.E)
+        L = None if self.L is None else fold(self.L)
+        return Coefficients(fold(self.A), fold(self.B), self.C, self.E, L)
 
 
 def plain_gossip(num_inputs: int, num_messages: int) -> Coefficients:
