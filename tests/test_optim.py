@@ -1,5 +1,6 @@
 """The optimizers as torch.optim.Optimizers: against the reference, over groups, schedules, compilers and threads."""
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,11 @@ from gut_fast.kernels import ops
 from gut_fast.verify.lockstep import seeded
 from quadratics import MATCHING, RING, make, parameters, refused, same, set_gradients, snapshot, train, values_of
 
+
+def named(rule):
+    return functools.partial(gf.GossipOptimizer, rule=rule)
+
+
 CLASSES = {
     "dsgd": (gf.DSGD, {}),
     "gut": (gf.GUT, {"mu": 0.7}),
@@ -24,7 +30,14 @@ CLASSES = {
     "qg_dsgdm": (gf.QGDSGDm, {"momentum": 0.8, "nesterov": True}),
     "gradient_tracking": (gf.GradientTracking, {}),
     "momentum_tracking": (gf.MomentumTracking, {"momentum": 0.8}),
+    "edm": (named("edm"), {"momentum": 0.8}),
+    "extra": (named("extra"), {}),
+    "awc_gut": (named("awc_gut"), {"mu": 0.7}),
+    "decentlam": (named("decentlam"), {"momentum": 0.8}),
+    "gasloc": (named("gasloc"), {"momentum": 0.8}),
+    "k_gt": (named("k_gt"), {}),
 }
+"""What makes the optimizer of each rule, by its class or by name, and hyper-parameters."""
 
 SETTINGS = [
     {"backend": "cpu"},

@@ -238,7 +238,7 @@ TORUS = gf.topology.torus(4, 4)
 @pytest.mark.parametrize(
     ("make_one", "message"),
     [
-        (lambda p: gf.GUT(p, 0.1, 0.9, topology=TORUS), r"GUT: mu=0.9 is unstable on torus\(4, 4\)"),
+        (lambda p: gf.GUT(p, 0.1, 0.9, topology=TORUS), r"GUT: mu=0.9, kappa=1 is unstable on torus\(4, 4\)"),
         (lambda p: gf.QGGUTm(p, 0.1, 0.95, 0.1, topology=gf.topology.ring(16)), "must stay below 1"),
         (lambda p: gf.GUTm(p, 0.1, topology=TORUS), r"GUTm: .*unstable on torus\(4, 4\).*use "),
     ],

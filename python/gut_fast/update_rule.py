@@ -18,6 +18,7 @@ __all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "next_
 DOMAINS: Mapping[str, Interval] = {
     "lr": Interval(0.0, math.inf, open_above=True),
     "drift_lr": Interval(0.0, math.inf, open_above=True),
+    "round_lr": Interval(0.0, math.inf, open_above=True),
     "drift_memory": Interval(0.0, 1.0, open_above=True),
     "weight_decay": Interval(0.0, math.inf, open_above=True),
     "mu": Interval(0.0, 1.0),
@@ -28,7 +29,7 @@ DOMAINS: Mapping[str, Interval] = {
 
 
 RESERVED = (
-    *("weight_decay", "maximize", "drift_lr", "drift_memory", "is_local", "local_steps", "mix_state"),
+    *("weight_decay", "maximize", "drift_lr", "drift_memory", "round_lr", "is_local", "local_steps", "mix_state"),
     *("params", "optimizer", "rule", "topology", "backend", "process_group"),
 )
 """Options that every rule and optimizer has; no hyper-parameter can be called so."""

@@ -30,7 +30,7 @@ COMPARED_STEPS = 64
 
 
 def fixed_settings(
-    rule: UpdateRule, topology: Topology, backend: str, timeout: float, options: RankOptions
+    rule: UpdateRule, topology: Topology, backend: str, timeout: float, options: RankOptions, local_steps: int
 ) -> dict[str, Any]:
     """Returns the settings that an optimizer keeps for as long as it lives, by name."""
     return {
@@ -40,6 +40,7 @@ def fixed_settings(
         "topology": str(topology),
         "rows of W": _digests(topology),
         "backend": backend,
+        "local_steps": local_steps,
         "timeout": f"{timeout:g} s",
         "wire_dtype": str(options.wire_dtype),
         "bucket_bytes": options.bucket_bytes or "automatic",

@@ -22,8 +22,7 @@ from gut_fast.distributed.traffic import Bucket, Route, Traffic, make_route, pla
 from gut_fast.kernels import ops
 from gut_fast.kernels.backends import GossipStep, arithmetic
 from gut_fast.rules import UpdateRule
-from gut_fast.topology import Topology
-from gut_fast.topology.mixing import CSR
+from gut_fast.topology import CSR, Topology, nobody
 
 __all__ = ["Exchange"]
 
@@ -43,6 +42,7 @@ class Exchange:
         rule: the update rule; if it tracks, its state is zeroed when ranks leave.
         backend: the name of the backend that computes messages and mixing.
         options: how this process takes part.
+        local_steps: the number of steps in a round; the steps of an exchange are those that end one.
 
     Attributes:
         topology: the topology of the agents that are there.
@@ -62,6 +62,7 @@ class Exchange:
         rule: UpdateRule,
         backend: str,
         options: RankOptions,
+        local_steps: int = 1,
     ) -> None:
         options.check()
         self.options, self.agents_per_rank = options, options.agents_per_rank or 1
@@ -69,7 +70,7 @@ class Exchange:
         group.check_free()
         self._traffic = Traffic(group, self.agents_per_rank)
         self._settings: dict[str, Any] = {}
-        self._agree(fixed_settings(rule, topology, backend, group.timeout, options), group.welcome)
+        self._agree(fixed_settings(rule, topology, backend, group.timeout, options, local_steps), group.welcome)
         if group.everyone * self.agents_per_rank != topology.num_agents:
             raise ValueError(
                 f"{topology} has {topology.num_agents} agents, but {group.everyone} ranks with {self.agents_per_rank} "
@@ -251,7 +252,7 @@ class Exchange:
                 self._regroup(failure, number)
                 steps = [step and self._reset(step, number) for step in steps]
         else:
-            self._step_alone(steps)
+            self.run_local(steps)
             return
         for bucket in self.buckets:
             step = steps[bucket.group]
@@ -262,12 +263,15 @@ class Exchange:
         except PeerError as failure:  # this step is done, so the failure is one of the next step
             self._unsent = failure
 
-    def _step_alone(self, steps: Sequence[GossipStep | None]) -> None:
-        """Takes a step without mixing."""
-        for step in steps:
-            if step is not None:
-                nobody = CSR(torch.zeros_like(step.row_start), step.neighbor[:0], step.weight[:0])
-                ops.prepare(step._replace(**nobody._asdict()), self._backend)()
+    def run_local(self, steps: Sequence[GossipStep | None]) -> None:
+        """Takes a step in which nobody mixes; nothing is changed if one of the groups' steps is bad."""
+        alone = [
+            step._replace(**nobody(step.num_agents, step.row_start.device)._asdict())
+            for step in steps
+            if step is not None
+        ]
+        for run in [ops.prepare(step, self._backend) for step in alone]:
+            run()
 
     def _send_and_receive(self, steps: Sequence[GossipStep | None], number: int) -> None:
         """Sends what has not left yet, and waits for the neighbours' messages."""

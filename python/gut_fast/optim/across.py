@@ -34,6 +34,9 @@ class AcrossRanks(Optimizer):
     _hooks: tuple[RemovableHandle, ...] = ()
     _is_made: bool = False  # once the constructor has added its groups
     _eager_steps: int
+    _rounds: int  # those of eager steps that have mixed
+    _local_before: int  # local steps since then
+    local_steps: int
 
     @property
     @abstractmethod
@@ -47,6 +50,15 @@ class AcrossRanks(Optimizer):
     @abstractmethod
     def num_steps(self) -> int:
         """The number of steps taken."""
+
+    @property
+    @abstractmethod
+    def num_rounds(self) -> int:
+        """The number of steps that have mixed."""
+
+    @property
+    @abstractmethod
+    def _is_local(self) -> bool: ...
 
     @abstractmethod
     def _group_steps(self, grad_scale: Tensor | None) -> list[GossipStep | None]: ...
@@ -62,21 +74,26 @@ class AcrossRanks(Optimizer):
         if self._exchange is not None and self._is_made:
             steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
             meeting = self._exchange.meet(self.param_groups, steps)
-            self._eager_steps = self._eager_steps if meeting.step is None else meeting.step
+            if meeting.step is not None:  # a newcomer comes to the end of a round
+                self._rounds, self._local_before = meeting.step, self.local_steps - 1
+                self._eager_steps = (meeting.step + 1) * self.local_steps - 1
             if meeting.difference and not self.num_steps and not self._exchange.group.rank:
                 said = f"{self._name}: {meeting.difference}"
                 warnings.warn(said, UserWarning, stacklevel=checks.frames_to_the_caller())
             self._listen(self._exchange)
 
-    def _step_across(self, exchange: Exchange, grad_scale: Tensor | None) -> None:
-        """Takes one step of the agents here, with the agents of other ranks."""
+    def _step_across(self, exchange: Exchange, grad_scale: Tensor | None, is_local: bool) -> None:
+        """Takes one step of the agents here, with the agents of other ranks unless it is local."""
         # GradScaler leaves its scale, and whether it found infinities, in attributes of the optimizer.
         found_inf, amp_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         scale = checks.with_amp(grad_scale, found_inf, amp_scale, self._num_here)
         steps = self._group_steps(scale)
         for step in filter(None, steps):
             validation.check(step)
-        exchange.run(steps, self.num_steps, None if scale is None else SCALED)
+        if is_local:
+            exchange.run_local(steps)
+            return
+        exchange.run(steps, self.num_rounds, None if scale is None else SCALED)
         if self.topology is not exchange.topology:
             self.topology = exchange.topology
             for group in self.param_groups:
@@ -97,9 +114,9 @@ class AcrossRanks(Optimizer):
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         """Lets the buckets leave that were waiting for this gradient only."""
-        if self._exchange is not None and self._exchange.overlap is not None:
+        if self._exchange is not None and self._exchange.overlap is not None and not self._is_local:
             for bucket in self._exchange.overlap.completed_by(parameter):
-                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self.num_steps)
+                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self.num_rounds)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

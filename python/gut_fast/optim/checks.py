@@ -78,8 +78,15 @@ def check_state_dtype(settings: Mapping[str, Any], rule: UpdateRule, state: Sequ
         )
 
 
-def check_capturable(topology: Topology, is_across: bool, drift_memory: float | None, name: str) -> None:
+def check_capturable(
+    topology: Topology, is_across: bool, drift_memory: float | None, local_steps: int, name: str
+) -> None:
     """Raises ValueError if a CUDA graph cannot hold the steps of an optimizer with such arguments."""
+    if local_steps > 1:
+        raise ValueError(
+            f"{name}: capturable=True with local_steps={local_steps}: a CUDA graph repeats one step, and local steps "
+            "are others than those that mix"
+        )
     if not topology.is_static:
         raise ValueError(f"capturable=True needs a topology that does not vary with time, got {topology}")
     if is_across:
@@ -110,11 +117,20 @@ def with_amp(
     return factors if grad_scale is None else grad_scale.cpu() * factors
 
 
-def settings_of(group: Mapping[str, Any], rule: UpdateRule, default_lr: Any) -> dict[str, Any]:
+def settings_of(
+    group: Mapping[str, Any], rule: UpdateRule, default_lr: Any, local_before: int | None = 0
+) -> dict[str, Any]:
     """Returns what a group's coefficients depend on, with a learning rate of almost 0 read as 0.
 
     Schedules that end at zero may miss it by a rounding, on either side: below 1e-12 of the group's first one the
-    learning rate is zero. One that is a tensor is read here. ``drift_lr`` is that of the next step.
+    learning rate is zero. One that is a tensor is read here. ``drift_lr`` is what the next step divides the drift by:
+    ρ times the number of steps in its round, as the drift is that of the whole round.
+
+    Args:
+        group: a parameter group.
+        rule: the update rule.
+        default_lr: the optimizer's first learning rate.
+        local_before: how many local steps of its round came before a step that mixes; None for a local step.
     """
     settings = {name: group[name] for name in ("lr", *OPTIONS, *rule.hyperparameters)}
     lr, first, memory = settings["lr"], group.get("initial_lr", default_lr), settings["drift_memory"]
@@ -124,8 +140,11 @@ def settings_of(group: Mapping[str, Any], rule: UpdateRule, default_lr: Any) -> 
         is_known = isinstance(first, (int, float)) or (isinstance(first, Tensor) and first.is_cpu)
         if is_known and abs(lr) < ZERO_RATE * float(first):
             lr = settings["lr"] = 0.0
-        if memory and rule.divides_drift and isinstance(memory, (int, float)):
-            settings["drift_lr"] = next_drift_lr(lr, group["drift_lr"], memory)
+        if local_before is None:
+            settings["is_local"] = True
+        elif (memory or local_before) and rule.divides_drift and isinstance(memory, (int, float)):
+            steps = local_before + 1
+            settings["drift_lr"] = steps * next_drift_lr((group["round_lr"] + lr) / steps, group["drift_lr"], memory)
     return settings
 
 

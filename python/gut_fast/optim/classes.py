@@ -1,4 +1,4 @@
-"""Decentralized optimizers, one class for each update rule.
+"""Decentralized optimizers, a class for each of the main rules; `GossipOptimizer` takes every rule by name.
 
 Every parameter is stacked: shape (N, *shape), row i is agent i's. The gradient is taken at the parameters, so a normal
 ``loss.backward(); optimizer.step()`` loop is the whole algorithm.
@@ -54,15 +54,17 @@ class DSGD(GossipOptimizer):
 
 @with_shared_options
 class GUT(GossipOptimizer):
-    """Global Update Tracking: ``S = z − η(g + μr);  z' = S + D;  r' = μr − D/η`` (Aketi et al., NeurIPS 2023).
+    """Global Update Tracking: ``S = z − η(g + μr);  z' = S + D;  r' = (1 − κ(1−μ))r − κD/η``.
 
-    One message a step as in DSGD, one buffer r that learns minus the local bias. μ = 0 is DSGD, μ = 1 is D². Stable on
-    a topology iff ``lambda_min(W) > −1/(1 + 2μ)``.
+    One message a step as in DSGD, one buffer r that learns minus the local bias. μ = 0 is DSGD, μ = 1 is D²; κ = 1 is
+    the method of Aketi et al., NeurIPS 2023. Stable on a static topology iff
+    ``(1 + λ)(2 − κ(1−μ)) > κμ(1 − λ)`` at every eigenvalue λ of W, which for κ = 1 is ``λ > −1/(1 + 2μ)``.
 
     Args:
         params: stacked parameters, or parameter groups; see `GossipOptimizer`.
         lr: learning rate η >= 0.
         mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        kappa: κ in [0, 1], how fast r follows; small values are stable on every topology, those that vary included.
         topology: who mixes with whom, for N agents.
         **options: the options that all optimizers share; see `GossipOptimizer`.
     """
@@ -72,11 +74,12 @@ class GUT(GossipOptimizer):
         params: Parameters,
         lr: float | Tensor = 1e-3,
         mu: float | Literal["auto"] = 0.9,
+        kappa: float = 1.0,
         *,
         topology: Topology,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "gut", lr=lr, mu=mu, topology=topology, **options)
+        super().__init__(params, "gut", lr=lr, mu=mu, kappa=kappa, topology=topology, **options)
 
 
 @with_shared_options
@@ -139,11 +142,12 @@ class QGT(GossipOptimizer):
 
 @with_shared_options
 class D2(GossipOptimizer):
-    """D² / Exact Diffusion: ``S = z − η(g + r);  z' = S + D;  r' = r − D/η`` (Tang et al., ICML 2018).
+    """D² / Exact Diffusion: ``S = z − η(g + r);  z' = S + D;  r' = r − κD/η`` (Tang et al., ICML 2018: κ = 1).
 
     Args:
         params: stacked parameters, or parameter groups; see `GossipOptimizer`.
         lr: learning rate η >= 0.
+        kappa: κ in [0, 1], how fast r follows.
         topology: who mixes with whom, for N agents.
         **options: the options that all optimizers share; see `GossipOptimizer`.
     """
@@ -152,11 +156,12 @@ class D2(GossipOptimizer):
         self,
         params: Parameters,
         lr: float | Tensor = 1e-3,
+        kappa: float = 1.0,
         *,
         topology: Topology,
         **options: Unpack[Options],
     ) -> None:
-        super().__init__(params, "d2", lr=lr, topology=topology, **options)
+        super().__init__(params, "d2", lr=lr, kappa=kappa, topology=topology, **options)
 
 
 @with_shared_options

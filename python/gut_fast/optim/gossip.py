@@ -50,6 +50,7 @@ class Gossip(GossipOptimizer):
         rule: as for `GossipOptimizer`.
         topology: who mixes with whom, for N agents.
         drift_memory: as for `GossipOptimizer`.
+        local_steps: as for `GossipOptimizer`; the inner optimizer moves in every step.
         backend: as for `GossipOptimizer`.
         state_dtype: dtype of the rule's state; None is the parameters'.
         process_group: as for `GossipOptimizer`.
@@ -73,6 +74,7 @@ class Gossip(GossipOptimizer):
         *,
         topology: Topology,
         drift_memory: float | None = None,
+        local_steps: int = 1,
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | Group | None = None,
@@ -103,6 +105,7 @@ class Gossip(GossipOptimizer):
             topology=topology,
             lr=groups[0]["lr"],
             drift_memory=drift_memory,
+            local_steps=local_steps,
             backend=backend,
             state_dtype=state_dtype,
             process_group=process_group,

@@ -21,7 +21,7 @@ from gut_fast.optim.options import check_implementation
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
-__all__ = ["check_form", "check_residuals", "check_state_dict", "unchanged_if_raised"]
+__all__ = ["check_form", "check_residuals", "check_state_dict", "older_values", "unchanged_if_raised"]
 
 MOST_STEPS = 2**63
 """The step count that is too large for an int64, in which compiled steps are counted."""
@@ -29,6 +29,12 @@ MOST_STEPS = 2**63
 
 KEYS = (int, str)
 """The types of what a state calls parameters: numbers, or names in the distributed checkpoints of torch."""
+
+
+def older_values(rule: UpdateRule) -> dict[str, float]:
+    """Returns what older states do not have in their parameter groups, as it was then."""
+    kappa = {"kappa": 1.0} if "kappa" in rule.hyperparameters else {}
+    return {"drift_memory": 0.0, "drift_lr": 0.0, "round_lr": 0.0, **kappa}
 
 
 @contextmanager
@@ -63,9 +69,12 @@ def check_state_dict(
             f"{name}: the state has no step count, and {topology} varies with time: set state_dict['step'] to the "
             "number of steps taken"
         )
-    step = state_dict.get("step", 0)
-    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < MOST_STEPS:
-        raise ValueError(f"{name}: the state's step count must be an integer >= 0 and below 2**63, got {shown(step)}")
+    for key in ("step", "round", "local_before"):
+        count = state_dict.get(key, 0)
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count < MOST_STEPS:
+            raise ValueError(
+                f"{name}: the state's {key} count must be an integer >= 0 and below 2**63, got {shown(count)}"
+            )
     check_form(state_dict, groups, f"{name}: the state's")
     for saved_group, group in zip(state_dict["param_groups"], groups, strict=True):
         _check_settings(saved_group, group["params"], rule, defaults, name)
@@ -136,14 +145,15 @@ def _check_settings(
     saved_group: dict[str, Any], parameters: Sequence[Tensor], rule: UpdateRule, defaults: dict[str, Any], name: str
 ) -> None:
     """Raises TypeError or ValueError unless a saved group has all settings, each of them in its domain."""
-    group = {"drift_memory": 0.0, "drift_lr": 0.0, **saved_group}  # which older states do not have
+    group = {**older_values(rule), **saved_group}
     if missing := sorted(defaults.keys() - group.keys() - {"differentiable"}):
         raise ValueError(f"{name}: a parameter group of the state has no {', '.join(missing)}")
-    for setting in {*defaults, "lr", "drift_lr", "initial_lr"} & group.keys():
+    for setting in {*defaults, "lr", "drift_lr", "round_lr", "initial_lr"} & group.keys():
         value = group[setting]
         if isinstance(value, Tensor) and (described(value) not in ("()", "(1,)") or value.numel() != 1):
             raise ValueError(f"{name}: {setting} in the state must be one number, got a tensor {described(value)}")
     rule.check_option("drift_lr", group["drift_lr"])
+    rule.check_option("round_lr", group["round_lr"])
     rule.check_option("drift_memory", group["drift_memory"])
     check_implementation(group, name)
     settings = settings_of(group, rule, defaults["lr"])

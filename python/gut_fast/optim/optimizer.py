@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from gut_fast import analysis
+from gut_fast.arguments import as_integer
 from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions, telling_the_others
 from gut_fast.kernels import ops, validation
 from gut_fast.kernels.backends import GossipStep
@@ -29,7 +30,7 @@ from gut_fast.optim.options import Options, Parameters, check_implementation, ch
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.optim.state import DRIFT_MEMORY, KeepsState
 from gut_fast.rules import UpdateRule, get_rule
-from gut_fast.topology import CSR, Topology
+from gut_fast.topology import CSR, Topology, nobody
 
 __all__ = ["GossipOptimizer"]
 
@@ -49,6 +50,9 @@ class GossipOptimizer(KeepsState):
         drift_memory: γ in [0, 1). Rules that divide the drift D by η divide it by ρ = max(η, γ · the ρ of the step
             before): the same while η is constant or grows, and stable where a schedule restarts a tiny η. 0 divides by
             η, as the methods were published. None is 0.95, with `capturable` 0.
+        local_steps: H >= 1, the number of steps in a round: the last one mixes, those before are local and send
+            nothing. The attribute of this name may be changed at any time, on all ranks alike. A time-varying topology
+            advances once a round. What the state does in a local step is part of the rule: see `gut_fast.rules`.
         foreach: None or False: one kernel takes the step of all tensors.
         fused: None or False: every step is fused, by the kernel that `backend` names.
         differentiable: False: steps work in place, below autograd.
@@ -80,7 +84,8 @@ class GossipOptimizer(KeepsState):
         **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start;
-    what is cleared or deleted is zero again. A group's ``drift_lr`` is ρ of the last step.
+    what is cleared or deleted is zero again. A group's ``drift_lr`` is ρ of the last step that mixed, ``round_lr`` the
+    sum of the learning rates of the local steps since then.
 
     Raises:
         TypeError, ValueError: a bad or unknown option, hyper-parameter or parameter; nothing has been changed.
@@ -103,6 +108,7 @@ class GossipOptimizer(KeepsState):
         weight_decay: float = 0.0,
         maximize: bool = False,
         drift_memory: float | None = None,
+        local_steps: int = 1,
         foreach: bool | None = None,
         fused: bool | None = None,
         differentiable: bool = False,
@@ -134,9 +140,10 @@ class GossipOptimizer(KeepsState):
             check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
             check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
             if capturable:
-                checks.check_capturable(topology, process_group is not None, drift_memory, self._name)
+                checks.check_capturable(topology, process_group is not None, drift_memory, local_steps, self._name)
             self.state_dtype, self.capturable = state_dtype, capturable
-            self._eager_steps = 0
+            self.local_steps = local_steps
+            self._eager_steps = self._rounds = self._local_before = 0
             # CUDA graphs lose a number's change, so their steps are counted in a tensor.
             self._traced_steps = torch.zeros((), dtype=torch.int64, device="cpu")
             self._prepared: list[Prepared] = []  # one per group
@@ -148,7 +155,7 @@ class GossipOptimizer(KeepsState):
             if process_group is None:
                 options.check_alone(self._name)
             else:
-                self._exchange = Exchange(process_group, topology, self.rule, backend, options)
+                self._exchange = Exchange(process_group, topology, self.rule, backend, options, local_steps)
             super().__init__(params, {**defaults, **hyperparameters})
         self._is_made = True
         self._warn_if_unstacked()
@@ -165,8 +172,32 @@ class GossipOptimizer(KeepsState):
 
     @property
     def num_steps(self) -> int:
-        """The number of steps taken; a time-varying topology mixes with ``topology.matrix(num_steps)`` next."""
+        """The number of steps taken."""
         return self._eager_steps + int(self._traced_steps)
+
+    @property
+    def num_rounds(self) -> int:
+        """The number of steps that have mixed; a time-varying topology mixes with ``topology.matrix(num_rounds)`` next.
+
+        Without local steps it is `num_steps`.
+        """
+        return self._rounds + int(self._traced_steps)
+
+    @property
+    def local_steps(self) -> int:
+        """H, the number of steps in a round, of which the last one mixes; a new value holds from the next step on."""
+        return self._local_steps
+
+    @local_steps.setter
+    def local_steps(self, local_steps: int) -> None:
+        if as_integer(local_steps, f"{self._name}: local_steps", minimum=1) > 1 and self.capturable:
+            checks.check_capturable(self.topology, False, None, local_steps, self._name)
+        self._local_steps = local_steps
+
+    @property
+    def _is_local(self) -> bool:
+        """True if the next step sends nothing."""
+        return self._local_before + 1 < self._local_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
@@ -174,7 +205,7 @@ class GossipOptimizer(KeepsState):
             self._exchange.check_idle()
         params, tensors = checks.listed(param_group, self.rule, self._name)
         check_implementation(param_group, self._name)
-        group = {**self.defaults, "drift_lr": 0.0, **param_group}
+        group = {**self.defaults, "drift_lr": 0.0, "round_lr": 0.0, **param_group}
         group = analysis.with_auto_mu(self.rule, group, self.topology)
         checks.checked_coefficients(self._settings(group), self.rule, self._name)
         validation.check_parameters(tensors, self._num_here, f"{self._name}: ")
@@ -187,7 +218,7 @@ class GossipOptimizer(KeepsState):
             if self._exchange is not None:
                 self._exchange.check_wire(dtype)
         prepared = self._prepare(tensors)
-        prepared.update(group, self.defaults["lr"], self._name, stays=self.capturable)
+        prepared.update(group, self.defaults["lr"], self._name, stays=self.capturable, local_before=0)
         self._warn_if_unstable(group)
         super().add_param_group({**group, "params": params})
         self._prepared.append(prepared)
@@ -247,7 +278,8 @@ class GossipOptimizer(KeepsState):
 
     def _update_coefficients(self, index: int) -> None:
         group, default_lr = self.param_groups[index], self.defaults["lr"]
-        self._prepared[index].update(group, default_lr, self._name, stays=self.capturable)
+        before = None if self._is_local else self._local_before
+        self._prepared[index].update(group, default_lr, self._name, stays=self.capturable, local_before=before)
 
     def _up_to_date(self) -> list[Tensor]:
         """Does what a step does before the kernel and after it; returns the coefficients and state that it reads."""
@@ -259,10 +291,18 @@ class GossipOptimizer(KeepsState):
         return [*coefficients, *(buffer for prepared in self._prepared for buffer in prepared.state.buffers)]
 
     def _close_step(self) -> None:
-        """Takes down that a step was taken, and at which rate of the drift."""
+        """Takes down that a step was taken, and at which rates."""
+        is_local = self._is_local
         self._eager_steps += 1
         for group, prepared in zip(self.param_groups, self._prepared, strict=True):
-            group["drift_lr"] = prepared.drift_lr
+            if is_local:
+                group["round_lr"] += prepared.settings["lr"]
+            else:
+                group["drift_lr"], group["round_lr"] = prepared.drift_lr, 0.0
+        if is_local:
+            self._local_before += 1
+        else:
+            self._rounds, self._local_before = self._rounds + 1, 0
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -309,7 +349,7 @@ class GossipOptimizer(KeepsState):
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         if self._exchange is not None:
-            self._step_across(self._exchange, grad_scale)
+            self._step_across(self._exchange, grad_scale, self._is_local)
         else:
             for run in [ops.prepare(step, self.backend) for step in self._group_steps(grad_scale) if step is not None]:
                 run()
@@ -323,6 +363,8 @@ class GossipOptimizer(KeepsState):
         """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
         if self._exchange is not None:
             raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
+        if self.local_steps > 1:
+            raise RuntimeError(f"{self._name}: with local_steps, leave step() out of torch.compile")
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         steps = [step for step in self._group_steps(grad_scale) if step is not None]
@@ -363,15 +405,17 @@ class GossipOptimizer(KeepsState):
 
     def _mixing(self, prepared: Prepared, device: torch.device) -> CSR:
         """Returns the off-diagonal weights of the next step."""
+        if self._is_local:
+            return nobody(self._num_here, device)
         if self._exchange is not None:
-            return self._exchange.mixing(self.num_steps, device)
+            return self._exchange.mixing(self.num_rounds, device)
         if prepared.mixing is not None:
             if prepared.mixing.row_start.device != device:
                 raise TypeError(f"{self._name}: the parameters are now on {device}; make the optimizer after the move")
             return prepared.mixing
         if torch.compiler.is_compiling():
             raise RuntimeError(f"{self._name}: {self.topology} varies with time; leave step() out of torch.compile")
-        return self.topology.csr(self.num_steps, device)
+        return self.topology.csr(self.num_rounds, device)
 
     def _is_captured(self) -> bool:
         """Returns whether a CUDA graph is being captured, which is refused unless the optimizer is made for it."""

@@ -36,6 +36,7 @@ class Options(TypedDict, total=False):
     weight_decay: float
     maximize: bool
     drift_memory: float | None
+    local_steps: int
     foreach: bool | None
     fused: bool | None
     differentiable: bool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
 from typing import Any
 
@@ -30,9 +31,6 @@ class Prepared:
 
     Attributes:
         state: the rule's state, zero; for each name one flat buffer of which ``state[parameter][name]`` are views.
-        settings: what the coefficients were computed from; empty at the start.
-        drift_lr: the rate that these divide the drift by, if it is not the learning rate.
-        coefficients: A, B, C, E one after the other; zero at the start.
     """
 
     def __init__(
@@ -40,38 +38,57 @@ class Prepared:
     ) -> None:
         self.mixing, self._rule, self._parameters = mixing, rule, list(parameters)
         self.state = FlatState(parameters, rule.states, state_dtype)
-        self.settings: dict[str, Any] = {}
-        self.drift_lr = 0.0
-        self._given: tuple[Any, ...] = ()
-        self._read = operator.itemgetter("lr", "drift_lr", *checks.OPTIONS, *rule.hyperparameters)
+        self._read = operator.itemgetter("lr", "drift_lr", "round_lr", *checks.OPTIONS, *rule.hyperparameters)
         rows, messages = len(rule.states) + 1, rule.num_messages
         size = messages * (rows + 1) + rows * (rows + 1) + 2 * rows * messages
-        self.coefficients = torch.zeros(size, dtype=torch.float64, device="cpu")
+        nothing = torch.zeros(size, dtype=torch.float64, device="cpu")
+        self._mixing_step, self._local_step = _Computed(nothing), _Computed(nothing)
+        self._next = self._mixing_step
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the coefficients were computed from; empty at the start."""
+        return self._next.settings
+
+    @property
+    def coefficients(self) -> Tensor:
+        """A, B, C, E of the next step one after the other; zero at the start."""
+        return self._next.coefficients
+
+    @property
+    def drift_lr(self) -> float:
+        """ρ of the next step, if it mixes and divides the drift by another rate than η; else 0."""
+        steps = (self._next.given[0] or 0) + 1 if self._next.given else 1
+        return float(self.settings.get("drift_lr", 0.0)) / steps
 
     def is_of(self, group: Mapping[str, Any]) -> bool:
         """Returns whether the group has the parameters that this was made for; every step asks."""
         params = group["params"]
         return len(params) == len(self._parameters) and all(map(operator.is_, params, self._parameters))
 
-    def update(self, group: Mapping[str, Any], default_lr: Any, name: str, stays: bool) -> None:
+    def update(
+        self, group: Mapping[str, Any], default_lr: Any, name: str, stays: bool, local_before: int | None
+    ) -> None:
         """Computes the coefficients anew if one of the group's options has changed; every step asks.
 
         Args:
             group: the parameter group.
             default_lr: the optimizer's first learning rate.
             name: the optimizer's name, for messages.
+            local_before: as for `checks.settings_of`.
             stays: whether the coefficients lie on the parameters' device, always in the same memory.
 
         Raises:
             TypeError, ValueError: a bad option; the coefficients stay as they are.
         """
-        given = self._read(group)
-        if not isinstance(given[0], Tensor) and given == self._given:
+        self._next = self._local_step if local_before is None else self._mixing_step
+        given = (local_before, *self._read(group))
+        if not isinstance(given[1], Tensor) and given == self._next.given:
             return
-        settings = checks.settings_of(group, self._rule, default_lr)
-        if settings != self.settings:
+        settings = checks.settings_of(group, self._rule, default_lr, local_before)
+        if settings != self._next.settings:
             self._compute(settings, name, stays)
-        self._given, self.drift_lr = given, settings.get("drift_lr", 0.0)
+        self._next.given = given
 
     @property
     def keeps_sums(self) -> bool:
@@ -95,12 +112,21 @@ class Prepared:
         checks.check_range(flat, settings["lr"], self._parameters, name)
         fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
         if not stays:
-            self.coefficients = fresh
+            self._next.coefficients = fresh
         elif self.settings:
             self.coefficients.copy_(fresh, non_blocking=True)
         else:
-            self.coefficients = fresh.to(next((each.device for each in self._parameters), "cpu"))
-        self.settings = settings
+            self._next.coefficients = fresh.to(next((each.device for each in self._parameters), "cpu"))
+        self._next.settings = settings
+
+
+@dataclass
+class _Computed:
+    """The coefficients of a step, the settings they were computed from, and the options these were read from."""
+
+    coefficients: Tensor
+    settings: dict[str, Any] = field(default_factory=dict)
+    given: tuple[Any, ...] = ()
 
 
 class Views:

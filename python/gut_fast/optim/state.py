@@ -16,7 +16,7 @@ from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.kernels import validation
 from gut_fast.optim.across import AcrossRanks
 from gut_fast.optim.compiled import register
-from gut_fast.optim.loading import check_residuals, check_state_dict, unchanged_if_raised
+from gut_fast.optim.loading import check_residuals, check_state_dict, older_values, unchanged_if_raised
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import CSR
@@ -38,6 +38,7 @@ class KeepsState(AcrossRanks):
 
     rule: UpdateRule
     backend: str
+    _local_steps: int
     state_dtype: torch.dtype | None
     capturable: bool
     _prepared: list[Prepared]  # one per group
@@ -147,13 +148,14 @@ class KeepsState(AcrossRanks):
         self._views.take(state, self.rule.states)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the state as in `torch.optim`, with the rule's name and the number of steps taken beside it.
+        """Returns the state as in `torch.optim`, with the rule's name and the numbers of steps and rounds beside it.
 
         With a process_group it is the state of the agents here, and what rounding has left of messages.
         """
         self._follow_state()
         residuals = {} if self._exchange is None else {"residuals": self._exchange.residuals()}
-        return {**super().state_dict(), "rule": self.rule.name, "step": self.num_steps, **residuals}
+        counts = {"step": self.num_steps, "round": self.num_rounds, "local_before": self._local_before}
+        return {**super().state_dict(), "rule": self.rule.name, **counts, **residuals}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -197,6 +199,7 @@ class KeepsState(AcrossRanks):
                 for name in self.rule.states:
                     self.state[parameter][name].copy_(loaded["state"][index][name])
         self._eager_steps = loaded.get("step", 0)
+        self._rounds, self._local_before = loaded.get("round", self._eager_steps), loaded.get("local_before", 0)
         self._traced_steps.zero_()
         if self._exchange is not None:
             self._exchange.load_residuals(loaded.get("residuals", []), self.param_groups)
@@ -212,7 +215,8 @@ class KeepsState(AcrossRanks):
     def __getstate__(self) -> dict[str, Any]:
         if self._exchange is not None:
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_eager_steps", "_traced_steps", "_is_made"
+        counts = "_eager_steps", "_rounds", "_local_before", "_local_steps", "_traced_steps"
+        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", *counts
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
 
     @torch.no_grad()
@@ -220,8 +224,8 @@ class KeepsState(AcrossRanks):
         """Called when unpickling and when loading; either way the state's tensors move into flat buffers."""
         super().__setstate__(state)
         for group in self.param_groups:  # what older states do not have
-            group.setdefault("drift_memory", self.defaults.get("drift_memory", DRIFT_MEMORY))
-            group.setdefault("drift_lr", 0.0)
+            for name, value in older_values(self.rule).items():
+                group.setdefault(name, self.defaults.get(name, value))
         # A shallow copy shares these with its original.
         self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
         self._traced_steps = self._traced_steps.clone()

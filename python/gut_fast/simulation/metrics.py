@@ -171,9 +171,9 @@ class Tally:
         self.loss_steps = 0
         self.bytes_sent = BytesSent(optimizer, num_agents, agents_here)
 
-    def add_step(self, step: int, losses: Tensor) -> None:
-        """Adds the losses and messages of a step."""
-        self.bytes_sent.add_step(step)
+    def add_step(self, losses: Tensor) -> None:
+        """Adds the losses and messages of the step that the optimizer has just taken."""
+        self.bytes_sent.add_step()
         self.loss_sum += losses
         self.loss_steps += 1
 
@@ -193,7 +193,7 @@ class Tally:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over the entries of a checkpoint."""
-        self.bytes_sent.total.copy_(state["bytes_sent"])
+        self.bytes_sent.go_on_from(state["bytes_sent"])
         self.lr, self.loss_steps = state["last_lr"], state["loss_steps"]
         self.loss_sum.copy_(state["loss_sum"])
 
@@ -201,7 +201,7 @@ class Tally:
 class BytesSent:
     """The bytes that each agent has sent to others, counted from the mixing matrices of the optimizer's topology.
 
-    Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a step, (messages of the rule) × (bytes of one
+    Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a round, (messages of the rule) × (bytes of one
     agent's parameters, in the dtype of messages) to each. An optimizer without topology sends nothing. The count is the
     same on several ranks: all that the algorithm sends, by whichever way; ``optimizer.bytes_sent`` counts the bytes
     that have left this process.
@@ -210,23 +210,33 @@ class BytesSent:
         total: the bytes of each agent, int64 [N].
     """
 
-    def __init__(self, optimizer: Optimizer, num_agents: int, agents_here: int) -> None:
+    def __init__(self, optimizer: Any, num_agents: int, agents_here: int) -> None:
         self.total = torch.zeros(num_agents, dtype=torch.int64, device="cpu")
+        self._optimizer = optimizer
         self._topology: Any = getattr(optimizer, "topology", None)
         self._static_receivers: Tensor | None = None
+        self._rounds = 0
         if self._topology is not None:
+            self._rounds = self._optimizer.num_rounds
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             wire = getattr(optimizer, "wire_dtype", None)
             sizes = [parameter.numel() * (wire or parameter.dtype).itemsize for parameter in parameters]
             model_bytes = sum(sizes) // agents_here
-            self._bytes_per_receiver = model_bytes * optimizer.rule.num_messages  # type: ignore[attr-defined]
+            self._bytes_per_receiver = model_bytes * self._optimizer.rule.num_messages
             if self._topology.is_static:
                 self._static_receivers = self._receivers(0)
 
-    def add_step(self, step: int) -> None:
-        """Adds the messages of a step."""
+    def go_on_from(self, total: Tensor) -> None:
+        """Takes over the bytes of a checkpoint, whose optimizer has been restored."""
+        self.total.copy_(total)
         if self._topology is not None:
-            receivers = self._receivers(step) if self._static_receivers is None else self._static_receivers
+            self._rounds = self._optimizer.num_rounds
+
+    def add_step(self) -> None:
+        """Adds the messages of the step that the optimizer has just taken; a local one has none."""
+        if self._topology is not None and self._optimizer.num_rounds != self._rounds:
+            self._rounds = self._optimizer.num_rounds
+            receivers = self._receivers(self._rounds - 1) if self._static_receivers is None else self._static_receivers
             self.total += receivers * self._bytes_per_receiver
 
     def _receivers(self, step: int) -> Tensor:

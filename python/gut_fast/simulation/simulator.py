@@ -404,7 +404,7 @@ class Simulator:
         self._schedule.before_step(self.step)
         self._tally.lr = float(self.optimizer.param_groups[0]["lr"])
         self.optimizer.step()
-        self._tally.add_step(self.step, losses)
+        self._tally.add_step(losses)
         self.step += 1
         self._schedule.after_step()
         self._is_between_steps = True

@@ -19,7 +19,7 @@ from gut_fast.topology.graphs import (
     star,
     torus,
 )
-from gut_fast.topology.mixing import CSR
+from gut_fast.topology.mixing import CSR, nobody
 from gut_fast.topology.topology import Topology
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "from_matrix",
     "from_networkx",
     "hypercube",
+    "nobody",
     "one_peer_exponential",
     "petersen",
     "random_matching",

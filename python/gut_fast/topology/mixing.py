@@ -27,6 +27,7 @@ __all__ = [
     "from_dense",
     "from_graph",
     "listed",
+    "nobody",
     "numbered",
     "one_peer",
     "warn_if_asymmetric",
@@ -52,6 +53,13 @@ class CSR(NamedTuple):
     """The column j of each entry: int64 [nnz]."""
     weight: Tensor
     """The weight W[i, j] of each entry: float64 [nnz]."""
+
+
+@lru_cache(maxsize=64)
+def nobody(num_agents: int, device: torch.device) -> CSR:
+    """The CSR of a step in which no agent hears another."""
+    starts = torch.zeros(num_agents + 1, dtype=torch.int64, device=device)
+    return CSR(starts, starts[:0], torch.zeros(0, dtype=torch.float64, device=device))
 
 
 @dataclass(frozen=True, eq=False)
