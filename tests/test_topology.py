@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gut_fast import topology as tp
-from gut_fast.topology import mixing
+from gut_fast.topology import drawn, mixing
 
 SIZES = [1, 2, 3, 4, 5, 7, 16, 33]
 STATIC = [
@@ -24,6 +24,8 @@ STATIC = [
     *(tp.hypercube(k) for k in range(6)),
     *(tp.erdos_renyi(n, 0.5, seed=n) for n in SIZES),
     *(tp.random_regular(n, d, seed=1) for n, d in [(1, 0), (2, 1), (3, 2), (5, 4), (10, 3), (33, 2), (33, 6)]),
+    *(tp.equi_static(n, 2, seed=n) for n in SIZES),
+    tp.equi_static(7, 12, seed=0),
     tp.circulant(1, ()),
     tp.circulant(16, (1, 4)),
     tp.circulant(7, [2, 3]),
@@ -36,6 +38,9 @@ STATIC = [
 VARYING = [
     *(tp.one_peer_exponential(n) for n in SIZES),
     *(tp.random_matching(n, seed=3) for n in SIZES),
+    *(tp.base(n) for n in SIZES),
+    *(tp.base(n, k) for n, k in [(5, 2), (11, 3), (12, 11)]),
+    *(tp.equi_dynamic(n, seed=3, directed=directed) for n in (1, 2, 5, 16) for directed in (False, True)),
     tp.sequence([tp.ring(6), tp.random_matching(6, 1), tp.one_peer_exponential(6)]),
 ]
 EVERY = STATIC + VARYING
@@ -46,7 +51,9 @@ def each_of(topologies):
     """Parametrises a test by the topologies; named graphs of sizes between the `FAST_SIZES` are slow."""
 
     def marks(topology):
-        is_named = re.match(r"(ring|complete|chain|star|exponential|erdos_renyi|one_peer|random_m)", repr(topology))
+        is_named = re.match(
+            r"(ring|complete|chain|star|exponential|erdos_renyi|one_peer|random_m|base|equi)", repr(topology)
+        )
         return pytest.mark.slow if is_named and topology.num_agents not in FAST_SIZES else ()
 
     return pytest.mark.parametrize(
@@ -170,6 +177,11 @@ def test_a_topology_cannot_be_changed(attribute):
         (tp.random_regular(np.int64(8), 3, seed=0), "random_regular(8, 3, seed=0)"),
         (tp.random_matching(8, 2), "random_matching(8, seed=2)"),
         (tp.one_peer_exponential(8), "one_peer_exponential(8)"),
+        (tp.base(np.int64(8)), "base(8, 1)"),
+        (tp.equi_static(8, 4, seed=1), "equi_static(8, 4, seed=1)"),
+        (tp.equi_static(8, 3, 1, directed=True), "equi_static(8, 3, seed=1, directed=True)"),
+        (tp.equi_dynamic(8, 1), "equi_dynamic(8, seed=1, eta=0.5)"),
+        (tp.equi_dynamic(8, 1, eta=1, directed=True), "equi_dynamic(8, seed=1, eta=1.0, directed=True)"),
         (tp.sequence([tp.ring(4), tp.star(4).lazy(0.5)]), "sequence([ring(4), star(4).lazy(0.5)])"),
         (tp.from_networkx(nx.path_graph(3)), "from_networkx(3 agents)"),
         (tp.from_networkx(nx.path_graph(3), name="my path"), "my path"),
@@ -563,7 +575,7 @@ def test_random_matching_depends_on_seed_and_step_alone():
     topology = tp.random_matching(12, seed=5)
     steps = [7, 3, 3, 900, 0, 7]
     matrices = [topology.matrix(step) for step in steps]
-    mixing._matching.cache_clear()
+    drawn._drawn.cache_clear()
     for step, matrix in sorted(zip(steps, matrices, strict=True), key=lambda pair: pair[0]):
         assert torch.equal(tp.random_matching(12, seed=5).matrix(step), matrix)
     assert len({tuple(tp.random_matching(12, 5).matrix(step).flatten().tolist()) for step in range(40)}) > 35
@@ -584,7 +596,7 @@ def test_random_matchings_do_not_pile_up():
     topology = tp.random_matching(4, seed=0)
     for step in range(300):
         topology.csr(step)
-    assert mixing._matching.cache_info().currsize <= 64
+    assert drawn._drawn.cache_info().currsize <= 64
 
 
 def test_sequence_takes_turns():
@@ -731,7 +743,8 @@ def test_only_agents_that_are_there_can_leave(agents, error, message):
         *(tp.ring, tp.complete, tp.chain, tp.star, tp.exponential, tp.one_peer_exponential),
         *(lambda n: tp.torus(n, 3), lambda n: tp.torus(3, n), lambda n: tp.circulant(n, (1,))),
         *(lambda n: tp.erdos_renyi(n, 0.5, 0), lambda n: tp.random_regular(n, 2, 0)),
-        lambda n: tp.random_matching(n, 0),
+        *(lambda n: tp.random_matching(n, 0), tp.base),
+        *(lambda n: tp.equi_static(n, 2, 0), lambda n: tp.equi_dynamic(n, 0)),
     ],
 )
 def test_sizes_are_positive_integers(make):
@@ -764,6 +777,17 @@ def test_sizes_are_positive_integers(make):
         (lambda: tp.random_regular(5, 3, 0), ValueError, r"n \* d must be even, got 15"),
         (lambda: tp.random_regular(6, 1, 0), ValueError, "6 agents of degree 1 cannot be connected, take d >= 2"),
         (lambda: tp.random_regular(6, 0, 0), ValueError, "6 agents of degree 0 cannot be connected"),
+        (lambda: tp.base(6, 0), ValueError, "base: k must be at least 1, got 0"),
+        (lambda: tp.base(6, 6), ValueError, "base: k = 6 must be below n = 6, an agent has no more neighbours"),
+        (lambda: tp.base(1, 2), ValueError, "base: k = 2 must be below n = 1"),
+        (lambda: tp.base(6, 1.0), TypeError, "base: k must be an integer, got 1.0"),
+        (lambda: tp.equi_static(6, 3, 0), ValueError, r"degree must be even.*at most 2 \(n - 1\), got 3 with n = 6"),
+        (lambda: tp.equi_static(6, 12, 0), ValueError, "got 12 with n = 6"),
+        (lambda: tp.equi_static(6, 6, 0, directed=True), ValueError, "degree must be below n, got 6 with n = 6"),
+        (lambda: tp.equi_static(6, 0, 0), ValueError, "equi_static: degree must be at least 1, got 0"),
+        (lambda: tp.equi_dynamic(6, 0, eta=0), ValueError, r"equi_dynamic: eta must be in \(0, 1\], got 0.0"),
+        (lambda: tp.equi_dynamic(6, 0, eta=NAN), ValueError, r"eta must be in \(0, 1\], got nan"),
+        (lambda: tp.equi_dynamic(6, 0, eta="1"), TypeError, "equi_dynamic: eta must be a number, got '1'"),
         (lambda: tp.random_matching(6, 1.5), TypeError, "random_matching: seed must be an integer, got 1.5"),
     ],
 )

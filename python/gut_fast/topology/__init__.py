@@ -1,10 +1,13 @@
 """Topologies: which agents talk to each other at each step, and with what weights."""
 
 from gut_fast.topology.graphs import (
+    base,
     chain,
     circulant,
     complete,
     dyck,
+    equi_dynamic,
+    equi_static,
     erdos_renyi,
     exponential,
     from_matrix,
@@ -25,10 +28,13 @@ from gut_fast.topology.topology import Topology
 __all__ = [
     "CSR",
     "Topology",
+    "base",
     "chain",
     "circulant",
     "complete",
     "dyck",
+    "equi_dynamic",
+    "equi_static",
     "erdos_renyi",
     "exponential",
     "from_matrix",

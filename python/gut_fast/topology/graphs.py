@@ -13,24 +13,30 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import networkx as nx
+import numpy as np
 
 from gut_fast.arguments import as_integer, as_number
+from gut_fast.topology.drawn import RandomMatching, RandomShift, ShiftMatching
+from gut_fast.topology.finite_time import base_cycle
 from gut_fast.topology.mixing import (
-    RandomMatching,
     check_connected,
     from_dense,
     from_graph,
     numbered,
     one_peer,
+    shifts,
     warn_if_asymmetric,
 )
 from gut_fast.topology.topology import Topology
 
 __all__ = [
+    "base",
     "chain",
     "circulant",
     "complete",
     "dyck",
+    "equi_dynamic",
+    "equi_static",
     "erdos_renyi",
     "exponential",
     "from_matrix",
@@ -251,6 +257,79 @@ def one_peer_exponential(n: int) -> Topology:
     n = as_integer(n, "one_peer_exponential: n", minimum=1)
     cycle = tuple(one_peer(n, hop) for hop in _powers_of_two_below(n)) or complete(1).cycle
     return Topology(f"one_peer_exponential({n})", cycle)
+
+
+def base(n: int, k: int = 1) -> Topology:
+    """The Base-(k+1) graph: at most k neighbours at each step, symmetric, and exact averages after each period.
+
+    The period is at most ``2 log_{k+1} N + 2`` steps for any N: with k = 1 four for 16 agents, five for 25. Each step
+    alone may be disconnected. One agent stands alone.
+
+    Source: Takezawa et al., "Beyond Exponential Graph: Communication-Efficient Topologies for Decentralized Learning
+    via Finite-time Convergence", NeurIPS 2023.
+
+    Raises:
+        TypeError, ValueError: an argument is not an integer, or k is not in 1 … N − 1 (1 for a single agent).
+    """
+    n, k = as_integer(n, "base: n", minimum=1), as_integer(k, "base: k", minimum=1)
+    if k > max(n - 1, 1):
+        raise ValueError(f"base: k = {k} must be below n = {n}, an agent has no more neighbours")
+    return Topology(f"base({n}, {k})", base_cycle(n, k))
+
+
+def equi_static(n: int, degree: int, seed: int, *, directed: bool = False) -> Topology:
+    """An EquiTopo graph: the mean of random shifts; with O(log N) of them its rate of consensus does not depend on N.
+
+    Each of M shifts a is drawn from 1 … N − 1, all anew until the graph is connected, and gives the weight
+    ``(N − 1)/(N M)`` to agent ``i + a mod N``; the mean over all a is ``11ᵀ/N``. Undirected (U-EquiStatic) half of it
+    goes to each of ``i ± a``, so that W is symmetric, as the limits of stability assume; directed (D-EquiStatic) W is
+    doubly stochastic only. An agent keeps 1/N for itself, so λ_min may be near −1: `lazy` lifts it.
+
+    Source: Song et al., "Communication-Efficient Topologies for Decentralized Learning with O(1) Consensus Rate",
+    NeurIPS 2022.
+
+    Args:
+        n: the number of agents.
+        degree: the largest number of agents that each one hears; M is half of it, or all of it if directed.
+        seed: the seed of the shifts.
+        directed: whether agents hear those ahead of them only.
+
+    Raises:
+        TypeError, ValueError: an argument is not an integer or out of range, or no graph found is connected.
+    """
+    n, seed = as_integer(n, "equi_static: n", minimum=1), as_integer(seed, "equi_static: seed", minimum=0)
+    num_shifts, odd = divmod(as_integer(degree, "equi_static: degree", minimum=1), 1 if directed else 2)
+    if odd or num_shifts > max(n - 1, 1):
+        expected = "below n" if directed else "even, two for each shift, and at most 2 (n - 1)"
+        raise ValueError(f"equi_static: the degree must be {expected}, got {degree} with n = {n}")
+    name = f"equi_static({n}, {degree}, seed={seed}{', directed=True' * directed})"
+    rng = np.random.default_rng(seed)
+    for _ in range(DRAWS):
+        drawn = rng.integers(1, max(n, 2), size=num_shifts).tolist()
+        if math.gcd(n, *drawn) == 1:
+            return Topology(name, (shifts(n, drawn, directed=directed),))
+    raise ValueError(f"{name}: none of {DRAWS} draws is connected; take a larger degree")
+
+
+def equi_dynamic(n: int, seed: int, *, eta: float = 0.5, directed: bool = False) -> Topology:
+    """The one-peer EquiTopo graph: at each step a new shift a, and agent i mixes with agent ``i + a mod N`` or nobody.
+
+    Undirected (OU-EquiDyn) agents pair up along the shift, from a drawn one onwards, so W is symmetric, as the limits
+    of stability assume; directed (OD-EquiDyn) each hears the agent ahead of it, and W is doubly stochastic. Weights are
+    ``η (N − 1)/N``. The shift of a step depends on the seed and the step alone, so all processes draw the same.
+
+    Source: Song et al., "Communication-Efficient Topologies for Decentralized Learning with O(1) Consensus Rate",
+    NeurIPS 2022.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong type, or η is not in (0, 1].
+    """
+    n, seed = as_integer(n, "equi_dynamic: n", minimum=1), as_integer(seed, "equi_dynamic: seed", minimum=0)
+    eta = as_number(eta, "equi_dynamic: eta")
+    if not 0 < eta <= 1:
+        raise ValueError(f"equi_dynamic: eta must be in (0, 1], got {eta}")
+    name = f"equi_dynamic({n}, seed={seed}, eta={eta}{', directed=True' * directed})"
+    return Topology(name, ((RandomShift if directed else ShiftMatching)(n, seed, eta),))
 
 
 def random_matching(n: int, seed: int) -> Topology:

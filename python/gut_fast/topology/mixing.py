@@ -8,9 +8,9 @@ stored, as CSR, and the diagonal follows from them, ``W[i, i] = 1 − Σ_{j≠i}
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import networkx as nx
@@ -22,14 +22,15 @@ __all__ = [
     "CSR",
     "WEIGHTS",
     "MixingMatrix",
-    "RandomMatching",
     "check_connected",
     "from_dense",
+    "from_edges",
     "from_graph",
     "listed",
     "nobody",
     "numbered",
     "one_peer",
+    "shifts",
     "warn_if_asymmetric",
 ]
 
@@ -213,46 +214,18 @@ class MixingMatrix:
         return eigenvalues[eigenvalues.real.argsort(descending=True)]
 
 
-@dataclass(frozen=True)
-class RandomMatching:
-    """A uniformly random maximal matching at every step: pairs mix with weights γ/2, an odd agent out rests."""
+def shifts(num_agents: int, hops: Sequence[int], *, directed: bool) -> MixingMatrix:
+    """The mean of EquiTopo's basis graphs: agent i hears ``(i + hop) mod N`` of every hop, or both ``(i ± hop) mod N``.
 
-    num_agents: int
-    seed: int
-    gamma: float = 1.0
-
-    def at(self, step: int) -> MixingMatrix:
-        """The matching of a step: a function of the seed and the step alone."""
-        return _matching(self.num_agents, self.seed, step, self.gamma)
-
-    def graph(self) -> nx.Graph:
-        """The complete graph, since every pair meets in time."""
-        graph: nx.Graph = nx.complete_graph(self.num_agents)
-        return graph
-
-    def lazy(self, gamma: float) -> RandomMatching:
-        """The matchings with ``I + γ (W − I)`` at every step."""
-        return RandomMatching(self.num_agents, self.seed, gamma * self.gamma)
-
-    def without(self, agents: Collection[int]) -> RandomMatching:
-        """New matchings of the other agents."""
-        return RandomMatching(self.num_agents - len(agents), self.seed, self.gamma)
-
-    def with_weights(self, weights: str) -> RandomMatching:
-        """The matchings with weights 1/2, which Metropolis–Hastings and uniform weights both are on a pair."""
-        return RandomMatching(self.num_agents, self.seed)
-
-
-@lru_cache(maxsize=64)  # all parameters of a step share its matching; a past step rarely comes back
-def _matching(num_agents: int, seed: int, step: int, gamma: float) -> MixingMatrix:
-    order = np.random.default_rng((seed, step)).permutation(num_agents)
-    one, other = order[: num_agents // 2 * 2].reshape(-1, 2).T
-    partner = np.arange(num_agents)
-    partner[one], partner[other] = other, one
-    paired = partner != np.arange(num_agents)
-    row_start = np.concatenate([[0], paired.cumsum()])
-    weight = np.full(len(one) * 2, gamma / 2)
-    return MixingMatrix(CSR(*map(torch.from_numpy, (row_start, partner[paired], weight))))
+    A hop has the weight ``(N − 1)/N`` over the number of hops; hops that meet add up.
+    """
+    both_ways = np.array([hop % num_agents for given in hops for hop in ([given] if directed else [given, -given])])
+    hop, counts = np.unique(both_ways[both_ways > 0], return_counts=True)
+    agents = np.arange(num_agents)
+    rows, columns = np.broadcast_arrays(agents[:, None], (agents[:, None] + hop) % num_agents)
+    weight = np.broadcast_to((num_agents - 1) / num_agents * counts / len(both_ways), rows.shape)
+    entries = (torch.from_numpy(values.flatten()) for values in (rows, columns, weight))
+    return MixingMatrix(_sorted_csr(num_agents, *entries), None if directed else (num_agents,))
 
 
 def one_peer(num_agents: int, hop: int) -> MixingMatrix:
@@ -277,6 +250,12 @@ def from_graph(graph: nx.Graph, weights: str, group: tuple[int, ...] | None = No
     degree = torch.bincount(rows, minlength=num_agents)
     counted = torch.maximum(degree[rows], degree[columns]) if weights == "metropolis" else degree[rows]
     return MixingMatrix(_sorted_csr(num_agents, rows, columns, 1 / (1 + counted.double())), group)
+
+
+def from_edges(num_agents: int, pairs: Tensor, weight: Tensor) -> MixingMatrix:
+    """The symmetric W in which the agents of each of the distinct pairs, int64 [m, 2], give each other its weight."""
+    rows, columns = torch.cat([pairs, pairs.flip(1)]).T
+    return MixingMatrix(_sorted_csr(num_agents, rows, columns, weight.repeat(2)))
 
 
 def numbered(graph: nx.Graph, name: str) -> nx.Graph:

@@ -88,6 +88,14 @@ def _within(num_agents: int, limit: int = MAX_AGENTS) -> int:
     return num_agents
 
 
+def _of_degree(agents: str, degree: str) -> tuple[int, int]:
+    """The number of agents and their degree, whose product is limited as that of a complete graph."""
+    n, d = _agents(agents), _integer(degree)
+    if n * d > MAX_AGENTS_ALL_PAIRS**2:
+        raise ArgumentError(f"{n:,} agents with {d:,} neighbors each are too many for the command")
+    return n, d
+
+
 def _integers(text: str) -> list[int]:
     return [_integer(part) for part in text.split(",")]
 
@@ -203,12 +211,23 @@ TOPOLOGIES: dict[str, Form] = {
     "random-regular": Form(
         ("N", "DEGREE", "SEED"),
         "random-regular:16:4:1",
-        lambda n, degree, seed: topology.random_regular(_agents(n), _integer(degree), _integer(seed)),
+        lambda n, degree, seed: topology.random_regular(*_of_degree(n, degree), _integer(seed)),
     ),
     "from-networkx": Form(("FILE",), "from-networkx:graph.edgelist", _from_graph_file),
     "from-matrix": Form(("FILE",), "from-matrix:W.npy", _from_matrix_file),
     "one-peer-exponential": Form(
         ("N",), "one-peer-exponential:16", lambda n: topology.one_peer_exponential(_agents(n))
+    ),
+    "base": Form(("N", "K"), "base:25:1", lambda n, k: topology.base(*_of_degree(n, k))),
+    "equi-static": Form(
+        ("N", "DEGREE", "SEED"),
+        "equi-static:16:4:1",
+        lambda n, degree, seed: topology.equi_static(*_of_degree(n, degree), _integer(seed)),
+    ),
+    "equi-dynamic": Form(
+        ("N", "SEED"),
+        "equi-dynamic:16:1",
+        lambda n, seed: topology.equi_dynamic(_agents(n, MAX_AGENTS_ALL_PAIRS), _integer(seed)),
     ),
     "random-matching": Form(
         ("N", "SEED"),

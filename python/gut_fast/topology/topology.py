@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gut_fast.arguments import as_integer, as_number
-from gut_fast.topology.mixing import CSR, WEIGHTS, MixingMatrix, RandomMatching, listed, warn_if_asymmetric
+from gut_fast.topology.drawn import DrawnMixing
+from gut_fast.topology.mixing import CSR, WEIGHTS, MixingMatrix, listed, warn_if_asymmetric
 
 __all__ = ["Topology"]
 
@@ -25,11 +26,11 @@ class Topology:
 
     Args:
         name: the call that makes it, for example ``"ring(16).lazy(0.5)"``.
-        cycle: the mixing matrices; a `RandomMatching` among them draws a new matrix at each of its steps.
+        cycle: the mixing matrices; a `DrawnMixing` among them draws a new matrix at each of its steps.
     """
 
     name: str
-    cycle: tuple[MixingMatrix | RandomMatching, ...]
+    cycle: tuple[MixingMatrix | DrawnMixing, ...]
 
     def __repr__(self) -> str:
         return self.name
@@ -104,7 +105,7 @@ class Topology:
         """The topology of the remaining agents, renumbered in order, doubly stochastic at every step.
 
         Pairs that talked still do, in both directions, with Metropolis–Hastings weights. The γ of `lazy` is kept.
-        Random matchings are drawn anew among the remaining agents.
+        What is drawn at each step is drawn anew among the remaining agents.
 
         Raises:
             TypeError, ValueError: there is no such agent, or no agent remains.

@@ -76,6 +76,8 @@ def _more_graphs(seed: int) -> dict[str, Topology]:
         topology.hypercube(5),
         topology.complete(64),
         topology.random_regular(256, 4, seed),
+        topology.base(25, 2),
+        topology.equi_dynamic(9, seed),
     )
     return {graph.name: _lazy(graph) for graph in graphs}
 
