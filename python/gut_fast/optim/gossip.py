@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from gut_fast.arguments import shown
 from gut_fast.distributed import DEFAULT_TIMEOUT, Group, telling_the_others
 from gut_fast.kernels import validation
-from gut_fast.optim.local import check_inner_state, why_not_local
+from gut_fast.optim.local import MIXES, check_inner_state, why_not_local
+from gut_fast.optim.mixed_state import checked_names, mix
 from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
@@ -45,8 +46,8 @@ class Gossip(GossipOptimizer):
     Args:
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
             by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon, LAMB) would
-            mix agents outside the topology and are refused: torch's by their class, others by a trial step of two
-            agents.
+            mix agents outside the topology and are refused, torch's by their class, others by a trial step of two
+            agents; with one agent on each rank they serve.
         rule: as for `GossipOptimizer`.
         topology: who mixes with whom, for N agents.
         drift_memory: as for `GossipOptimizer`.
@@ -61,6 +62,9 @@ class Gossip(GossipOptimizer):
         on_peer_failure: as for `GossipOptimizer`.
         shared_memory: as for `GossipOptimizer`.
         sync_initial: as for `GossipOptimizer`.
+        mix_state: names of the inner optimizer's state that are mixed at the end of each round, as the models are, in
+            bfloat16: ``("exp_avg_sq",)`` mixes Adam's second moments, without which agents whose data differ settle
+            elsewhere than all data together would have them. Not with a process_group.
         **hyperparameters: those of the rule.
 
     Raises:
@@ -85,17 +89,23 @@ class Gossip(GossipOptimizer):
         on_peer_failure: Literal["raise", "continue"] = "raise",
         shared_memory: bool = True,
         sync_initial: bool = False,
+        mix_state: Sequence[str] = (),
         **hyperparameters: Any,
     ) -> None:
         with telling_the_others(lambda: process_group):
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
             mixes = isinstance(optimizer, GossipOptimizer)
-            if reason := "it mixes the agents itself" if mixes else why_not_local(optimizer):
+            reason = "it mixes the agents itself" if mixes else why_not_local(optimizer)
+            is_of_one = process_group is not None and agents_per_rank in (None, 1)
+            if reason and not (is_of_one and reason == MIXES):
                 raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
             for option, reason in NOT_AROUND.items():
                 if hyperparameters.pop(option, None):
                     raise ValueError(f"Gossip: no {option}=; {reason}")
+            if mix_state and process_group is not None:
+                raise ValueError("Gossip: mix_state needs all agents in one process; leave out process_group")
+            self.mix_state = checked_names(mix_state, optimizer)
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
         groups = [{"params": group["params"], "lr": _own(group["lr"])} for group in optimizer.param_groups]
@@ -154,6 +164,16 @@ class Gossip(GossipOptimizer):
             for group, lr in zip(self.param_groups, self._handed_on, strict=True)
         ]
 
+    def _what_else_mixes(self) -> list[Callable[[], None]]:
+        if self._is_local or not self.mix_state:
+            return []
+        mixed = []
+        for prepared, group in zip(self._prepared, self.param_groups, strict=True):
+            found = [self.inner.state.get(p, {}).get(name) for name in self.mix_state for p in group["params"]]
+            if tensors := [tensor for tensor in found if tensor is not None]:  # None where there was no gradient yet
+                mixed.append(mix(tensors, self._mixing(prepared, tensors[0].device), self.backend))
+        return mixed
+
     def _hand_on_learning_rates(self) -> None:
         current = [float(group["lr"]) for group in self.inner.param_groups]
         if current != self._handed_on:
@@ -195,7 +215,12 @@ class Gossip(GossipOptimizer):
         check_inner_state(self.inner, state_dict["inner"], self._name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "inner": self.inner, "_handed_on": self._handed_on}
+        return {
+            **super().__getstate__(),
+            "inner": self.inner,
+            "_handed_on": self._handed_on,
+            "mix_state": self.mix_state,
+        }
 
 
 def _own(lr: float | Tensor) -> float | Tensor:

@@ -19,7 +19,7 @@ from gut_fast.arguments import shown
 from gut_fast.kernels.validation import described, unreadable
 from gut_fast.optim.loading import check_form
 
-__all__ = ["check_inner_state", "why_not_local"]
+__all__ = ["MIXES", "check_inner_state", "state_after_a_step", "why_not_local"]
 
 SHAPES = (((3, 4), 12), ((5,), 5), ((), 1))
 """Shapes of the parameters of one agent in a trial step, and their sizes."""
@@ -86,6 +86,15 @@ def _plain_step(optimizer: Optimizer) -> None:
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
+def state_after_a_step(optimizer: Optimizer) -> tuple[Tensor | None, dict[str, Any]]:
+    """Returns a parameter and its state after a trial step; None and {} if the optimizer cannot be tried."""
+    options = next((group for group in optimizer.param_groups if group["params"]), None)
+    try:
+        return (None, {}) if options is None else _tried(optimizer, options)
+    except Exception:  # as in `why_not_local`
+        return None, {}
+
+
 def check_inner_state(optimizer: Optimizer, state_dict: Any, name: str) -> None:
     """Raises ValueError unless the inner optimizer can load the state and then take a step.
 
@@ -126,15 +135,15 @@ def _expected(optimizer: Optimizer, own: Mapping[str, Any], saved: dict[str, Any
     except Exception:  # as in `why_not_local`
         return {}
     try:
-        return _tried(optimizer, saved)
+        return _tried(optimizer, saved)[1]
     except Exception as error:
         raise ValueError(
             f"{where} are no options of {type(optimizer).__name__}: {type(error).__name__} {error}"
         ) from error
 
 
-def _tried(optimizer: Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Takes a step of two agents with these options; returns the state of their first parameter, (2, 3, 4)."""
+def _tried(optimizer: Optimizer, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Takes a step of two agents with these options; returns a parameter of theirs, (2, 3, 4), and its state."""
     parameter = torch.ones(2, 3, 4, device=optimizer.param_groups[0]["params"][0].device, requires_grad=True)
     parameter.grad = torch.ones_like(parameter)
     options = {key: value for key, value in options.items() if key not in ("params", "param_names")}
@@ -148,7 +157,7 @@ def _tried(optimizer: Optimizer, options: Mapping[str, Any]) -> dict[str, Any]:
         twin = _twin(optimizer, options, [parameter])
     with torch.random.fork_rng(devices=[]):
         _plain_step(twin)
-    return dict(twin.state[parameter])
+    return parameter, dict(twin.state[parameter])
 
 
 def _problem(value: Any, tried: Any, parameter: Tensor) -> str:

@@ -351,13 +351,18 @@ class GossipOptimizer(KeepsState):
         if self._exchange is not None:
             self._step_across(self._exchange, grad_scale, self._is_local)
         else:
-            for run in [ops.prepare(step, self.backend) for step in self._group_steps(grad_scale) if step is not None]:
+            steps = [step for step in self._group_steps(grad_scale) if step is not None]
+            for run in [*[ops.prepare(step, self.backend) for step in steps], *self._what_else_mixes()]:
                 run()
         if is_captured:
             self._traced_steps += 1
         else:
             self._close_step()
         return loss
+
+    def _what_else_mixes(self) -> list[Callable[[], None]]:
+        """Returns what is to be done behind the step itself."""
+        return []
 
     def _step_in_graph(self, grad_scale: Tensor | None) -> None:
         """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
