@@ -37,7 +37,7 @@ def follow_reference(params, optimizer, num_steps, scheduler=None, local_steps_a
         if len(rates) < optimizer.local_steps:
             settings["is_local"] = True
         else:
-            before = max(sum(rates) / len(rates), group["drift_memory"] * before)
+            before = max(sum(rates) / len(rates), group["drift_memory"] ** len(rates) * before)
             settings["drift_lr"] = len(rates) * before
         W = topology.matrix(rounds)
         for k, p in enumerate(params):

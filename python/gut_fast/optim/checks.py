@@ -124,7 +124,7 @@ def settings_of(
 
     Schedules that end at zero may miss it by a rounding, on either side: below 1e-12 of the group's first one the
     learning rate is zero. One that is a tensor is read here. ``drift_lr`` is what the next step divides the drift by:
-    ρ times the number of steps in its round, as the drift is that of the whole round.
+    ρ times the number of steps in its round, as the drift is that of the whole round. ρ forgets by γ a step.
 
     Args:
         group: a parameter group.
@@ -144,7 +144,8 @@ def settings_of(
             settings["is_local"] = True
         elif (memory or local_before) and rule.divides_drift and isinstance(memory, (int, float)):
             steps = local_before + 1
-            settings["drift_lr"] = steps * next_drift_lr((group["round_lr"] + lr) / steps, group["drift_lr"], memory)
+            mean_lr = (group["round_lr"] + lr) / steps
+            settings["drift_lr"] = steps * next_drift_lr(mean_lr, group["drift_lr"], memory**steps)
     return settings
 
 

@@ -47,17 +47,17 @@ class Prepared:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the coefficients were computed from; empty at the start."""
+        """The settings that the coefficients were computed from; empty at the start."""
         return self._next.settings
 
     @property
     def coefficients(self) -> Tensor:
-        """A, B, C, E of the next step one after the other; zero at the start."""
+        """The coefficients of the next step, A, B, C, E one after the other; zero at the start."""
         return self._next.coefficients
 
     @property
     def drift_lr(self) -> float:
-        """ρ of the next step, if it mixes and divides the drift by another rate than η; else 0."""
+        """The rate ρ of the next step, if it mixes and divides the drift by another rate than η; else 0."""
         steps = (self._next.given[0] or 0) + 1 if self._next.given else 1
         return float(self.settings.get("drift_lr", 0.0)) / steps
 
