@@ -208,7 +208,7 @@ def differing(rank, size, odd):
 DIFFERENCES = {
     "W": "the mixing matrices of ranks [0, 1, 3], ranks [2] differ in rows [0, 1, 2, 3]",
     "rule": "differ in their rule: gut on ranks [0, 1, 3]; d2 on ranks [2]",
-    "lr": "'lr': 0.2, 'weight_decay': 0.0, 'maximize': False, 'drift_memory': 0.95, 'mu': 0.9, 'kappa': 1.0}\"] on ranks",
+    "lr": "'lr': 0.2, 'weight_decay': 0.0, 'maximize': False, 'drift_memory': 0.95, 'mu': 0.9, 'kappa': 1.0}\"] on",
     "shape": "parameters: ['group 0, parameter 1: (3, 2) torch.float32'] on ranks [0, 1, 3]; ",
     "bucket": "bucket_bytes: automatic on ranks [0, 1, 3]; 7 on ranks [2]",
     "wire": "wire_dtype: None on ranks [0, 1, 3]; torch.bfloat16 on ranks [2]",
