@@ -35,7 +35,7 @@ from dataset_files import (
     write_imagenette,
 )
 from gut_fast import data
-from gut_fast.data import RandomCropFlip, RandomResizedCropFlip, catalog, cifar, image_files, imagenette, sources
+from gut_fast.data import RandomCropFlip, RandomResizedCropFlip, cifar, image_files, imagenette, sources
 from gut_fast.data import idx as idx_module
 from gut_fast.data.sources import FOLDER_VARIABLE, Download
 from gut_fast.files import FileError, read_within
@@ -666,6 +666,5 @@ def test_mnist_5k_says_what_to_install_and_refuses_other_images(monkeypatch, tmp
 
 def test_every_name_is_known():
     assert set(data.DATASETS) == {
-        "cifar10", "cifar100", "digits", "fashion-mnist", "imagenette", "mnist", "mnist-5k",
+        "cifar10", "cifar100", "digits", "fashion-mnist", "imagenette", "manpages", "mnist", "mnist-5k",
     }  # fmt: skip
-    assert catalog.FROM_FILES.keys() | catalog.FROM_PACKAGES.keys() == data.DATASETS.keys()

@@ -28,6 +28,7 @@ def made_up_run(seed, accuracy, steps=(10, 20), **final):
     rows = [
         {
             "step": step,
+            "test_loss": 2 - value,
             "test_accuracy": value,
             "mean_agent_accuracy": value - 0.01,
             "worst_agent_accuracy": value - 0.02,
@@ -249,6 +250,7 @@ def test_tables_show_the_numbers_within_80_columns():
     text = rendered(summary.seeds_table(runs, "Title"))
     assert [line.split()[:2] for line in text.splitlines()[4:6]] == [["0", "90.0"], ["1", "80.0"]]
     assert "85.0 ± 7.1" in text
+    assert "1.150 ± 0.071" in text
     assert "mean" not in rendered(summary.seeds_table(runs[:1], "Title")).split("worst")[1]
 
 

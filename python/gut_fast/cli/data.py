@@ -80,6 +80,7 @@ def _document(dataset: Dataset, experiment: Experiment, histogram: Tensor) -> di
         "test_samples": len(dataset.test_labels),
         "shape": list(dataset.input_shape),
         "classes": dataset.num_classes,
+        "groups": list(dataset.group_names),
         "source": dataset.source,
         "partition": experiment.partition,
         "partition_options": dict(experiment.partition_options),
@@ -92,11 +93,13 @@ def _document(dataset: Dataset, experiment: Experiment, histogram: Tensor) -> di
 
 def _facts(dataset: Dataset) -> dict[str, str]:
     """Sizes and source of a data set."""
+    of_each = f"of {_range(dataset.groups.bincount())} training samples"
     return {
         "training samples": f"{len(dataset.train_labels):,}",
         "test samples": f"{len(dataset.test_labels):,}",
         "shape": " × ".join(map(str, dataset.input_shape)),
-        "classes": f"{dataset.num_classes}, of {_range(dataset.train_labels.bincount())} training samples",
+        "classes": f"{dataset.num_classes}" + (f", {of_each}" if dataset.train_groups is None else ""),
+        **({} if dataset.train_groups is None else {"groups": f"{', '.join(dataset.group_names)}, {of_each}"}),
         "from": dataset.source,
     }
 

@@ -59,12 +59,13 @@ _what, _method, _computing, _output = (
 def train(
     context: typer.Context,
     preset: Annotated[
-        str | None, _what(help=f"Settings of the paper, before all other options. {_one_of(PRESETS)}")
+        str | None, _what(help=f"Settings of a known experiment, before all other options. {_one_of(PRESETS)}")
     ] = None,
     dataset: Annotated[str, _what("--data", help=_one_of(data.DATASETS))] = DEFAULT.data,
     pool: Annotated[int, _what(help="Average images over squares of so many pixels a side.")] = DEFAULT.pool,
     model: Annotated[
-        str, _what(help=f"{_one_of(models.MODELS)} Widths of an MLP's hidden layers: mlp:128-64.")
+        str,
+        _what(help=f"{_one_of(models.MODELS)} Sizes: mlp:128-64 (hidden layers), transformer:64:2 (width, layers)."),
     ] = DEFAULT.model,
     norm: Annotated[
         str | None, _what(help=f"Normalisation. {_one_of(models.NORMS)} Default: the network's own.")

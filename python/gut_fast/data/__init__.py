@@ -8,6 +8,7 @@ from gut_fast.data.catalog import DATASETS, digits, load
 from gut_fast.data.datasets import Dataset, Inputs
 from gut_fast.data.image_files import ImageFiles
 from gut_fast.data.sampler import AgentBatchSampler
+from gut_fast.data.text import text_folders
 
 __all__ = [
     "DATASETS",
@@ -21,4 +22,5 @@ __all__ = [
     "digits",
     "load",
     "partition",
+    "text_folders",
 ]

@@ -1,11 +1,12 @@
 """All data sets by name, and those that come in Python packages.
 
-Data sets in packages have no test samples of their own, so a seed picks them.
+Data sets in packages have no test samples of their own, so a seed picks them; it picks those of the manual pages too.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from gut_fast.data.cifar import cifar10, cifar100
 from gut_fast.data.datasets import Dataset, hold_out, standardised
 from gut_fast.data.idx import fashion_mnist, mnist
 from gut_fast.data.imagenette import imagenette
+from gut_fast.data.text import manual_pages
 
 __all__ = ["DATASETS", "digits", "load"]
 
@@ -101,20 +103,17 @@ def mnist_5k(seed: int = 0) -> Dataset:
     )
 
 
-FROM_FILES: dict[str, Callable[[str | Path | None, bool], Dataset]] = {
+DATASETS: dict[str, Callable[..., Dataset]] = {
     "cifar10": cifar10,
     "cifar100": cifar100,
+    "digits": digits,
     "fashion-mnist": fashion_mnist,
     "imagenette": imagenette,
+    "manpages": manual_pages,
     "mnist": mnist,
+    "mnist-5k": mnist_5k,
 }
-"""The data sets in files, as functions of a folder and of whether to download."""
-
-FROM_PACKAGES: dict[str, Callable[[int], Dataset]] = {"digits": digits, "mnist-5k": mnist_5k}
-"""The data sets in Python packages, as functions of a seed."""
-
-DATASETS: dict[str, Callable[..., Dataset]] = {**FROM_FILES, **FROM_PACKAGES}
-"""All data sets by name."""
+"""All data sets by name, as functions of those arguments of `load` that they have a use for."""
 
 
 def load(name: str, *, folder: str | Path | None = None, download: bool = False, seed: int = 0) -> Dataset:
@@ -128,8 +127,8 @@ def load(name: str, *, folder: str | Path | None = None, download: bool = False,
         folder: the folder of this set, or a folder of several sets, with the subfolders that torchvision makes. Without
             it the files are looked for in the folder that the environment variable GUT_FAST_DATA names, then in those
             of Debian's dataset packages. Sets in a Python package need no folder.
-        download: whether to download missing files into the folder.
-        seed: picks the test samples of the sets in a Python package.
+        download: whether to download missing files into the folder. The manual pages come from Debian's packages only.
+        seed: picks the test samples of the sets in a Python package, and of the manual pages.
 
     Raises:
         ValueError: the name is unknown, or there is no folder to download to.
@@ -138,8 +137,8 @@ def load(name: str, *, folder: str | Path | None = None, download: bool = False,
         ImportError: a package is missing.
         OSError: a download failed.
     """
-    if name in FROM_PACKAGES:
-        return FROM_PACKAGES[name](seed)
-    if name in FROM_FILES:
-        return FROM_FILES[name](folder, download)
-    raise ValueError(f"unknown data set {name!r}; {all_known(name, DATASETS)}")
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; {all_known(name, DATASETS)}")
+    arguments = {"folder": folder, "download": download, "seed": seed}
+    of_use = inspect.signature(DATASETS[name]).parameters
+    return DATASETS[name](**{key: value for key, value in arguments.items() if key in of_use})

@@ -26,12 +26,17 @@ class Dataset:
         name: for example ``"digits"``.
         num_classes: number of classes; labels are 0 … num_classes − 1.
         train_inputs, test_inputs: tensors [samples, *input_shape], or `ImageFiles`.
-        train_labels, test_labels: int64 tensors [samples].
+        train_labels, test_labels: int64 tensors [samples], or [samples, length] with a class for each of many places.
         source: where the samples come from, and which check sums are correct.
-        augmentation: the usual random changes to training images of this set.
+        augmentation: the usual random changes to training images of this set; None if there are none.
+        train_groups: the group of each training sample, int64 [samples], from 0 to one below their number, for samples
+            that are divided among agents by other things than their labels, such as texts by language. A simulator
+            without ``parts=`` gives agent i the samples of group i.
+        group_names: the names of the groups.
 
     Raises:
-        ValueError: a split is empty, inputs and labels differ in number, or a label is not a class.
+        ValueError: a split or a group is empty, inputs and labels differ in number, a label is not a class, or there
+            are no groups although a sample has many labels.
     """
 
     name: str
@@ -41,17 +46,19 @@ class Dataset:
     test_inputs: Inputs = field(repr=False)
     test_labels: Tensor = field(repr=False)
     source: str = field(default="", repr=False)
-    augmentation: Augmentation = field(default=RandomCropFlip(), repr=False)
+    augmentation: Augmentation | None = field(default=RandomCropFlip(), repr=False)
+    train_groups: Tensor | None = field(default=None, repr=False)
+    group_names: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for split, inputs, labels in (
             ("train", self.train_inputs, self.train_labels),
             ("test", self.test_inputs, self.test_labels),
         ):
-            if labels.ndim != 1 or labels.dtype != torch.int64:
+            if labels.dtype != torch.int64 or not (labels.ndim == 1 or (labels.ndim > 1 and self.group_names)):
                 raise ValueError(
-                    f"data set {self.name!r}: {split}_labels must be a 1-D int64 tensor, "
-                    f"got shape {tuple(labels.shape)} of {labels.dtype}"
+                    f"data set {self.name!r}: {split}_labels must be a 1-D int64 tensor, or of more dimensions beside "
+                    f"train_groups, got shape {tuple(labels.shape)} of {labels.dtype}"
                 )
             if len(inputs) != len(labels):
                 raise ValueError(
@@ -64,6 +71,41 @@ class Dataset:
                     f"data set {self.name!r}: {split}_labels span {int(labels.min())} … {int(labels.max())}, "
                     f"expected 0 … {self.num_classes - 1}"
                 )
+
+        groups, names = self.train_groups, self.group_names
+        if (groups is None) != (not names):
+            raise ValueError(f"data set {self.name!r}: train_groups and group_names go together, give both or none")
+        if groups is not None and not (
+            (groups.shape, groups.dtype) == (self.train_labels.shape[:1], torch.int64)
+            and set(groups.tolist()) == set(range(len(names)))
+        ):
+            raise ValueError(
+                f"data set {self.name!r}: train_groups must be an int64 tensor with the number of a group for each of "
+                f"{len(self.train_labels)} samples, each of 0 … {len(names) - 1} at least once, got shape "
+                f"{tuple(groups.shape)} of {groups.dtype}"
+            )
+
+    @property
+    def groups(self) -> Tensor:
+        """The number of the group of each training sample: what `train_groups` says, or else its class."""
+        return self.train_labels if self.train_groups is None else self.train_groups
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups."""
+        return self.num_classes if self.train_groups is None else len(self.group_names)
+
+    @property
+    def has_tokens(self) -> bool:
+        """True if the inputs are numbers of tokens, as those of text, rather than quantities."""
+        return isinstance(self.train_inputs, Tensor) and not self.train_inputs.is_floating_point()
+
+    @property
+    def parts(self) -> list[Tensor] | None:
+        """The indices of the training samples of each group, None without `train_groups`."""
+        if self.train_groups is None:
+            return None
+        return [(self.train_groups == group).nonzero().flatten() for group in range(self.num_groups)]
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -94,24 +136,25 @@ class Dataset:
         return replace(self, train_inputs=pooled_train, test_inputs=pooled_test)
 
     def with_validation(self, fraction: float, seed: int = 0) -> Dataset:
-        """The data set with some training samples, drawn class by class, in place of the test samples.
+        """The data set with some training samples, drawn group by group (class by class), in place of the test samples.
 
-        So tuning never sees a test sample. The draw is a function of the labels, the fraction and the seed.
+        So tuning never sees a test sample. The draw is a function of the groups, the fraction and the seed.
 
         Args:
-            fraction: share of the training samples of each class that is held out, rounded to whole samples.
+            fraction: share of the training samples of each group that is held out, rounded to whole samples.
             seed: seed of the draw.
 
         Raises:
-            TypeError, ValueError: the seed is bad, or the fraction leaves a class without a sample on either side.
+            TypeError, ValueError: the seed is bad, or the fraction leaves a group without a sample on either side.
         """
-        kept, held = hold_out(self.train_labels, fraction, seed)
+        kept, held = hold_out(self.groups, fraction, seed)
         return replace(
             self,
             train_inputs=self.train_inputs[kept],
             train_labels=self.train_labels[kept],
             test_inputs=self.train_inputs[held],
             test_labels=self.train_labels[held],
+            train_groups=None if self.train_groups is None else self.train_groups[kept],
         )
 
 

@@ -11,6 +11,7 @@ from gut_fast.models.deep import mobilenet_v2, resnet20, resnet32, resnet56, vgg
 from gut_fast.models.layers import NORMS, EvoNormS0, Norm
 from gut_fast.models.networks import MODELS, Network, build
 from gut_fast.models.small import lenet5, mlp
+from gut_fast.models.transformer import Transformer
 
 __all__ = [
     "MODELS",
@@ -18,6 +19,7 @@ __all__ = [
     "EvoNormS0",
     "Network",
     "Norm",
+    "Transformer",
     "build",
     "lenet5",
     "mlp",

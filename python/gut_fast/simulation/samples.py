@@ -21,7 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from gut_fast.data import Dataset as LabelledDataset
 from gut_fast.data import ImageFiles
 
-__all__ = ["FileSamples", "LoadedSamples", "Samples", "TensorSamples", "joined", "number_of_parts", "training_and_test"]
+__all__ = ["FileSamples", "LoadedSamples", "Samples", "TensorSamples", "given_parts", "joined", "training_and_test"]
 
 Convert = Callable[[Any], Any]
 """Moves a batch to the model's device, floating-point tensors of it into the model's dtype."""
@@ -289,15 +289,23 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def number_of_parts(data: Any, parts: Sequence[Tensor] | None) -> int:
-    """How many agents the data are for. Raises ValueError unless either data or parts say it."""
-    if isinstance(data, list) and parts is not None:
-        raise ValueError(
-            "data is a list with a data set for each agent, and parts= would divide it again; leave it out"
-        )
-    if parts is None and not isinstance(data, list):
+def given_parts(data: Any, parts: Sequence[Tensor] | None) -> Sequence[Tensor] | None:
+    """The parts of the agents, those of a data set that has its own if none are given; None for a list of data sets.
+
+    Raises:
+        ValueError: both the data and the arguments have parts, or neither.
+    """
+    if isinstance(data, list):
+        if parts is not None:
+            raise ValueError(
+                "data is a list with a data set for each agent, and parts= would divide it again; leave it out"
+            )
+        return None
+    if parts is None and isinstance(data, LabelledDataset):
+        parts = data.parts
+    if parts is None:
         raise ValueError(
             "data is one data set for all agents; divide it by parts=, for example "
             "gut_fast.data.partition.iid(labels, N), or give a list with a data set for each agent"
         )
-    return len(data) if parts is None else len(parts)
+    return parts

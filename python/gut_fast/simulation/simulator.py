@@ -27,7 +27,7 @@ from gut_fast.simulation.files import check_configuration, check_target, read_ch
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
 from gut_fast.simulation.metrics import Tally, evaluate, metric_entries, read
 from gut_fast.simulation.objective import Loss, Metric, ModelLoss
-from gut_fast.simulation.samples import joined, number_of_parts, training_and_test
+from gut_fast.simulation.samples import given_parts, joined, training_and_test
 from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
 from gut_fast.simulation.structure import as_file_error, check_structure
@@ -54,7 +54,8 @@ class Simulator:
             test samples as well; or a list with one of these for each agent. Batches are moved to the model's device,
             floating-point numbers to its dtype.
         parts: one index tensor per agent into the training samples, as `gut_fast.data.partition` makes them of labels;
-            None if `data` is a list.
+            None if `data` is a list, or a `gut_fast.data.Dataset` with groups, such as `gut_fast.data.text_folders`
+            makes, which are then the parts.
         test_data: test samples of any of these kinds; None takes those of a `gut_fast.data.Dataset`, and for other data
             leaves test loss and metrics out of the history.
         batch_size: samples per agent and step.
@@ -129,7 +130,8 @@ class Simulator:
     ) -> None:
         num_agents = topology.num_agents
         num_models = module.num_agents if isinstance(module, StackedModule) else num_agents
-        num_parts = number_of_parts(data, parts)
+        parts = given_parts(data, parts)
+        num_parts = len(data if parts is None else parts)
         if num_models != num_agents or num_parts != num_agents:
             raise ValueError(
                 f"{topology} has {num_agents} agents, the model {num_models} and the data {num_parts} parts; "

@@ -68,7 +68,7 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
         max_grad_norm=experiment.max_grad_norm,
         engine=experiment.engine,
         seed=experiment.seed,
-        augment=dataset.augmentation if experiment.augment else None,
+        augment=_augmentation(dataset) if experiment.augment else None,
         autocast=autocast,
         channels_last=experiment.channels_last,
         process_group=process_group,
@@ -110,11 +110,11 @@ def train(experiment: Experiment, simulator: Simulator, **options: Any) -> Run:
 
 
 def samples_per_class(experiment: Experiment) -> Tensor:
-    """How many training samples of each class every agent holds: int64 [N, classes]. Raises as `make_simulator`."""
+    """How many training samples of each class or group agents hold, int64 [N, groups]. Raises as `make_simulator`."""
     num_agents = parse_topology(experiment.topology).num_agents
     dataset = load_data(experiment)
     parts = _divide(experiment, dataset, num_agents)
-    return data.partition.class_histogram(dataset.train_labels, parts, dataset.num_classes)
+    return data.partition.class_histogram(dataset.groups, parts, dataset.num_groups)
 
 
 def load_data(experiment: Experiment) -> Dataset:
@@ -135,6 +135,12 @@ def _pooled(name: str, seed: int, pool: int) -> Dataset:
     return dataset if pool == 1 else dataset.pooled(pool)
 
 
+def _augmentation(dataset: Dataset) -> data.Augmentation:
+    if dataset.augmentation is None:
+        raise ValueError(f"augment: there are no usual random changes to samples of {dataset.name}; leave it out")
+    return dataset.augmentation
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -153,11 +159,12 @@ def _dtype(option: str, name: str | None) -> torch.dtype | None:
 
 def _divide(experiment: Experiment, dataset: Dataset, num_agents: int) -> list[Tensor]:
     return data.partition.partition(
-        experiment.partition, dataset.train_labels, num_agents, experiment.seed, **experiment.partition_options
+        experiment.partition, dataset.groups, num_agents, experiment.seed, **experiment.partition_options
     )
 
 
 def _initial_model(experiment: Experiment, dataset: Dataset) -> nn.Module:
     with own_random_state(torch.device("cpu")):
         seed_generators(derive_seed("model", experiment.seed), torch.device("cpu"))
-        return models.build(experiment.model, dataset.input_shape, dataset.num_classes, experiment.norm)
+        shape = dataset.input_shape
+        return models.build(experiment.model, shape, dataset.num_classes, experiment.norm, tokens=dataset.has_tokens)

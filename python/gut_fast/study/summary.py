@@ -78,12 +78,13 @@ def methods_table(groups: Mapping[str, Sequence[Run]], title: str) -> Table:
 
 def seeds_table(runs: Sequence[Run], title: str) -> Table:
     """A line for each seed, and one of mean ± standard deviation."""
-    table = plain_table(title, "seed", "averaged", "mean", "worst", "consensus", "MB")
+    table = plain_table(title, "seed", "averaged", "mean", "worst", "consensus", "MB", "loss")
     for run in runs:
-        table.add_row(str(run.experiment.seed), *_cells([run]))
+        table.add_row(str(run.experiment.seed), *_cells([run]), _loss([run]))
     if len(runs) > 1:
         table.add_section()
-        table.add_row("mean", *_cells(runs))
+        table.add_row("mean", *_cells(runs), _loss(runs))
+    table.caption = "loss: of the averaged model on the test samples; of text, in nats a byte"
     return table
 
 
@@ -139,6 +140,12 @@ def _cells(runs: Sequence[Run]) -> list[str]:
         f"{statistics.fmean(final_values(runs, 'consensus_error')):.1e}",
         f"{statistics.fmean(final_values(runs, 'mean_bytes_sent')) / MEGABYTE:.1f}",
     ]
+
+
+def _loss(runs: Sequence[Run]) -> str:
+    """Mean and standard deviation of the test loss."""
+    mean, std = mean_and_std(final_values(runs, "test_loss"))
+    return f"{mean:.3f} ± {std:.3f}" if len(runs) > 1 else f"{mean:.3f}"
 
 
 def _accuracy(runs: Sequence[Run], metric: str, *, with_std: bool = False) -> str:
