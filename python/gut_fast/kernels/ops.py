@@ -18,11 +18,31 @@ import torch
 from torch import Tensor
 
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, GossipStep, Rows, cpu
-from gut_fast.kernels.step import PLAIN, resolved
-from gut_fast.kernels.validation import check, check_residuals, check_rows, check_types, is_dispatched
+from gut_fast.kernels.codes import (
+    Code,
+    Layout,
+    Place,
+    decode_difference,
+    decode_modulo,
+    dither_of,
+    encode_difference,
+    encode_modulo,
+)
+from gut_fast.kernels.step import PLAIN, arithmetic, resolved
+from gut_fast.kernels.validation import (
+    check,
+    check_decoding,
+    check_encoding,
+    check_residuals,
+    check_rows,
+    check_types,
+    is_dispatched,
+)
 
 __all__ = [
     "combine_",
+    "decode",
+    "encode",
     "gossip_step_",
     "message",
     "prepare",
@@ -186,6 +206,79 @@ def combine_(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
         check_rows(step, rows, len(rows), are_changed=False)
         module.combine(resolved(step), list(rows))
     torch.autograd.graph.increment_version([*step.parameters, *step.state])
+
+
+@torch.no_grad()
+def encode(
+    step: GossipStep,
+    code: Code,
+    coded: Rows,
+    copies: Sequence[Tensor],
+    widths: Sequence[Tensor] = (),
+    place: Place | None = None,
+    backend: str = "auto",
+) -> None:
+    """The first half of a step as `message` does it, its messages turned into codes: see `gut_fast.kernels.codes`.
+
+    After it `combine_` mixes the copies, of the agents here and of their neighbours (`decode`), as rows.
+
+    Args:
+        step: the step of the N agents that are here.
+        code: how messages are coded; ``code.layout(step)`` tells the lengths.
+        coded: N rows of uint8 [num_bytes], overwritten; None for an agent that nobody elsewhere hears.
+        copies: N rows [M ΣD] of the dtype of arithmetic, what the neighbours know of each agent, in place. Differences
+            add to them: at first they hold what `message` has written, sent as it is. Modulo overwrites them.
+        widths: of a modulo code, N rows of float32 [num_blocks], in place; none of differences.
+        place: where the numbers belong, if they are rounded at random (``code.seed``).
+        backend: as in `gossip_step_`.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `message`, or a row is not as described. Nothing has been changed.
+    """
+    layout, place = code.layout(step), place or Place()
+    module = _checked_half(step, backend, "message", [*coded, *copies, *widths])
+    check_encoding(layout, step, coded, copies, widths)
+    rows = step.new_rows(arithmetic(step.parameters[0].dtype))
+    module.message(resolved(step), list(rows), [])
+    for agent, (row, copy, own) in enumerate(zip(rows, copies, coded, strict=True)):
+        dither = None if code.seed is None else dither_of(code.seed, place, agent, layout, row.device)
+        if code.kind == "difference":
+            encode_difference(layout, row, copy, own, dither)
+        else:
+            encode_modulo(layout, row, copy, widths[agent], own, dither)
+    torch.autograd.graph.increment_version([*copies, *widths, *(row for row in coded if row is not None)])
+
+
+@torch.no_grad()
+def decode(
+    layout: Layout, coded: Tensor, copy: Tensor, own: Tensor | None = None, widths: Tensor | None = None
+) -> Tensor | None:
+    """Turns a row of codes into the sender's copy, in place: by differences from the old copy, by modulo from `own`.
+
+    Any bytes decode to something; nothing is wrong with a code but its length.
+
+    Args:
+        layout: ``code.layout(step)`` of the sender and the receiver.
+        coded: uint8 [num_bytes].
+        copy: [M ΣD], float32 or float64: the sender's.
+        own: of modulo: the receiver's own copy of the same round.
+        widths: of modulo: the receiver's own widths, as `encode` has left them.
+
+    Returns:
+        Of modulo, float32 [num_blocks]: how far the two copies are apart, infinity where the block has to be dropped
+        (the copy is `own` there), NaN where a message was not finite. See `codes.decode_modulo`, `codes.next_widths_`.
+
+    Raises:
+        TypeError, ValueError: a tensor is not as described. Nothing has been changed.
+    """
+    check_decoding(layout, coded, copy, own, widths)
+    distance = None
+    if own is None or widths is None:
+        decode_difference(layout, coded, copy)
+    else:
+        distance = decode_modulo(layout, coded, copy, own, widths)
+    torch.autograd.graph.increment_version([copy])
+    return distance
 
 
 def _may_be_direct(backend: str) -> bool:

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from gut_fast.kernels.backends import HALVES, GossipStep, Rows, arithmetic, cpu
+from gut_fast.kernels.codes import Layout
 
 __all__ = [
     "check",
+    "check_decoding",
     "check_dtypes",
+    "check_encoding",
     "check_parameters",
     "check_residuals",
     "check_rows",
@@ -21,6 +24,8 @@ __all__ = [
     "is_dispatched",
     "unreadable",
 ]
+
+Named = Sequence[tuple[str, Tensor]]
 
 
 def check(step: GossipStep) -> None:
@@ -172,6 +177,11 @@ def _check_apart(step: GossipStep, rows: Rows = (), are_changed: bool = False) -
     (changed if are_changed else read).extend(
         (f"row or residual {i}", row) for i, row in enumerate(rows) if row is not None
     )
+    _check_disjoint(changed, read)
+
+
+def _check_disjoint(changed: Named, read: Named) -> None:
+    """Raises ValueError if memory of a tensor that is changed is also another one's."""
     ranges = [
         (*_extent(tensor), what, is_changed)
         for tensors, is_changed in ((changed, True), (read, False))
@@ -220,13 +230,15 @@ def _check_mixing(step: GossipStep) -> None:
         _check_vector("grad_scale", step.grad_scale, torch.float64, step.num_agents, device)
 
 
-def _check_vector(what: str, tensor: Tensor, dtype: torch.dtype, length: int, device: torch.device) -> None:
+def _check_vector(
+    what: str, tensor: Tensor, dtype: torch.dtype, length: int, device: torch.device, *, is_changed: bool = False
+) -> None:
     if tensor.dtype != dtype or tensor.device != device or tensor.shape != (length,) or not tensor.is_contiguous():
         raise ValueError(
             f"{what} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, "
             f"expected a contiguous {dtype} of shape ({length},) on {device}"
         )
-    _check_memory(what, tensor)
+    _check_memory(what, tensor, is_changed=is_changed)
 
 
 def check_rows(step: GossipStep, rows: Rows, num_rows: int, are_changed: bool) -> None:
@@ -275,6 +287,65 @@ def check_residuals(step: GossipStep, rows: Rows, residuals: Rows) -> None:
             )
         _check_memory(f"residual {index}", residual, is_changed=True)
     _check_apart(step, [*rows, *residuals], are_changed=True)
+
+
+def check_encoding(layout: Layout, step: GossipStep, coded: Rows, copies: Rows, widths: Rows) -> None:
+    """Raises TypeError or ValueError unless messages of the step, which has been checked, can be coded into these."""
+    first = step.parameters[0]
+    expected = [
+        ("code", coded, torch.uint8, layout.num_bytes),
+        ("copy", copies, arithmetic(first.dtype), layout.num_numbers),
+    ]
+    if layout.kind == "modulo":
+        expected.append(("widths", widths, torch.float32, layout.num_blocks))
+    elif len(widths):
+        raise ValueError(f"{len(widths)} widths; differences have none")
+    changed = [(f"parameter {index}", parameter) for index, parameter in enumerate(step.parameters)]
+    for name, tensors, dtype, length in expected:
+        if len(tensors) != step.num_agents:
+            raise ValueError(
+                f"{name}: {len(tensors)} rows, expected {step.num_agents}: one for each agent that is here"
+            )
+        for index, tensor in enumerate(tensors):
+            if tensor is not None or name != "code":
+                _check_coded(f"{name} {index}", tensor, dtype, length, first.device, is_changed=True)
+        changed += [(f"{name} {index}", tensor) for index, tensor in enumerate(tensors) if tensor is not None]
+    read = [(f"state {index}", buffer) for index, buffer in enumerate(step.state)]
+    read += [(f"gradient {index}", gradient) for index, gradient in enumerate(step.gradients) if gradient is not None]
+    _check_disjoint(changed[len(step.parameters) :], changed[: len(step.parameters)] + read)
+
+
+def check_decoding(layout: Layout, coded: Tensor, copy: Tensor, own: Tensor | None, widths: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless the code can be decoded into the copy."""
+    is_modulo = layout.kind == "modulo"
+    if is_modulo != (own is not None) or is_modulo != (widths is not None):
+        needs = "needs the receiver's own copy and widths" if is_modulo else "takes neither own nor widths"
+        raise ValueError(f"decoding by {layout.kind} {needs}")
+    if not isinstance(copy, Tensor) or copy.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"a copy is a row of float32 or float64, got {described(copy)}")
+    read = [("code", coded, torch.uint8, layout.num_bytes)]
+    if own is not None and widths is not None:
+        read += [("own", own, copy.dtype, layout.num_numbers), ("widths", widths, torch.float32, layout.num_blocks)]
+    _check_coded("copy", copy, copy.dtype, layout.num_numbers, copy.device, is_changed=True)
+    for name, tensor, dtype, length in read:
+        _check_coded(name, tensor, dtype, length, copy.device)
+    _check_disjoint([("copy", copy)], [(name, tensor) for name, tensor, _, _ in read])
+
+
+def _check_coded(
+    what: str,
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    length: int,
+    device: torch.device,
+    *,
+    is_changed: bool = False,
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(tensor).__name__}")
+    if is_dispatched(tensor) or tensor.is_meta:
+        raise TypeError(f"{what} is a {type(tensor).__name__} without numbers in memory")
+    _check_vector(what, tensor, dtype, length, device, is_changed=is_changed)
 
 
 def _row_length(step: GossipStep) -> int:
