@@ -131,6 +131,15 @@ def test_a_run_that_ended_in_nan_counts_as_nothing_right(broken):
     assert (dsgd.score, gut.score) == pytest.approx((0.3, 0.3))
 
 
+def test_the_lowest_loss_is_chosen_and_a_broken_run_has_none():
+    tuning = make_tuning(content_of(tries=3, metric="test_loss"))
+    losses = {0: 2.0, 1: math.nan, 2: 1.5}
+    (choice, _) = choose(
+        tuning, results_from(tuning, lambda task: {"test_accuracy": 0.5, "test_loss": losses[task.point["try"]]})
+    )
+    assert (choice.settings, choice.score) == (tuning.settings("DSGD")[2], 1.5)
+
+
 def test_missing_runs_are_told():
     tuning = make_tuning(content_of(seeds=[0, 1]))
     results = results_from(tuning, lambda task: {"test_accuracy": 0.5}, tuning.tasks()[1:])
@@ -180,6 +189,7 @@ def test_the_tuned_file_is_a_sweep(tmp_path):
         (content_of(tries=True), "tries must be an integer"),
         (content_of(tries=10**9), "tries must be an integer from 1"),
         (content_of(metric="train_loss"), "metric must be one of test_accuracy"),
+        (content_of(metric=["test_loss"]), "metric must be one of test_accuracy"),
         (content_of(validation=0), "validation must be a fraction between 0 and 1, got 0"),
         (content_of(validation=1.5), "validation must be a fraction"),
         (content_of(validation="most"), "validation must be a fraction between 0 and 1, got 'most'"),

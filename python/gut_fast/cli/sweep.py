@@ -218,7 +218,8 @@ def _print_choices(choices: Sequence[Choice], metric: str, tries: int, console: 
     )
     for choice in choices:
         settings = ", ".join(f"{name} {value}" for name, value in choice.settings.items())
-        table.add_row(choice.label, f"{100 * choice.score:.2f} %", settings)
+        score = f"{100 * choice.score:.2f} %" if metric.endswith("accuracy") else f"{choice.score:.4f}"
+        table.add_row(choice.label, score, settings)
     console.print(table)
     for choice in choices:
         if choice.at_edge:

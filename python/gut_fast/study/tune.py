@@ -6,7 +6,7 @@ A sweep's file says how in a section of its own::
       tries: 12
       seeds: [100, 101, 102]            # not those of the sweep
       validation: 0.1                   # of the training samples; the test samples are never looked at
-      metric: test_accuracy             # or mean_agent_accuracy: at the end, mean over points and seeds
+      metric: test_accuracy             # or test_loss, …: at the end, mean over points and seeds
       space:
         lr: {low: 0.0125, high: 1.6}    # uniform in the logarithm
         mu: {low: 0.5, high: 0.95, log: false}
@@ -38,7 +38,9 @@ from gut_fast.study.sweep import Sweep, Task, check_count, make_sweep, named_met
 
 __all__ = ["Choice", "Range", "Tuning", "choose", "make_tuning", "tried", "tuned_content"]
 
-METRICS = ("test_accuracy", "mean_agent_accuracy", "worst_agent_accuracy")
+METRICS = {"test_accuracy": 0.0, "mean_agent_accuracy": 0.0, "worst_agent_accuracy": 0.0, "test_loss": math.inf}
+"""The entries of the history that a try can be judged by, each with that of a run that has come to nothing."""
+
 MAX_TRIES = 10_000
 OF_OPTIMIZERS = {"lr", "weight_decay"}
 
@@ -90,7 +92,8 @@ class Tuning:
         tries: how many tries each method gets.
         seeds: the seeds of each try.
         validation: the fraction of the training samples that is held out.
-        metric: a column of the history; the best try has the highest mean of its last row over points and seeds.
+        metric: one of `METRICS`; the best try has the highest mean of it in the last row over points and seeds, or the
+            lowest of a loss.
 
     Raises:
         TypeError, ValueError: a bad value, or a method that cannot have so many different tries.
@@ -106,7 +109,7 @@ class Tuning:
     def __post_init__(self) -> None:
         if isinstance(self.tries, bool) or not isinstance(self.tries, int) or not 1 <= self.tries <= MAX_TRIES:
             raise ValueError(f"tune: tries must be an integer from 1 to {MAX_TRIES:,}, got {shown(self.tries)}")
-        if self.metric not in METRICS:
+        if not isinstance(self.metric, str) or self.metric not in METRICS:
             raise ValueError(f"tune: metric must be one of {', '.join(METRICS)}, got {shown(self.metric)}")
         if not (isinstance(self.validation, float) and 0 < self.validation < 1):
             raise ValueError(f"tune: validation must be a fraction between 0 and 1, got {shown(self.validation)}")
@@ -171,15 +174,17 @@ class Choice:
 def tried(tuning: Tuning, results: Results) -> pd.DataFrame:
     """All tries as a table: method, try, score and settings.
 
-    The score is the mean over points and seeds; a run whose averaged model ended in NaN or infinity counts as 0.
+    The score is the mean over points and seeds; a run whose averaged model ended in NaN or infinity counts as an
+    accuracy of 0 or an infinite loss.
 
     Raises:
         ValueError: runs are missing.
     """
-    last = results.runs[["method", "try"]].join(results.final()[["test_loss", tuning.metric]])
+    final = results.final()
     # A network that is NaN still has an accuracy, that of always answering the first class.
-    is_sound = np.isfinite(last[["test_loss", tuning.metric]]).all(axis="columns")
-    scores = last[tuning.metric].where(is_sound, 0.0).groupby([last["method"], last["try"]]).agg(["mean", "count"])
+    is_sound = np.isfinite(final[["test_loss", tuning.metric]]).all(axis="columns")
+    last = results.runs[["method", "try"]].assign(score=final[tuning.metric].where(is_sound, METRICS[tuning.metric]))
+    scores = last.groupby(["method", "try"])["score"].agg(["mean", "count"])
     expected = len(tuning.seeds) * len(tuning.sweep.points)
     rows = []
     for label in tuning.sweep.methods:
@@ -195,7 +200,8 @@ def choose(tuning: Tuning, results: Results) -> list[Choice]:
     """The best try of every method. Raises as `tried`."""
     choices = []
     for label, tries in tried(tuning, results).groupby("method", sort=False):
-        settings, best = tuning.settings(label), int(tries["score"].argmax())
+        is_loss = METRICS[tuning.metric] == math.inf
+        settings, best = tuning.settings(label), int(tries["score"].argmin() if is_loss else tries["score"].argmax())
         edges = [name for name in settings[best] if _is_extreme(settings[best][name], [one[name] for one in settings])]
         choices.append(Choice(label, settings[best], float(tries["score"].iloc[best]), tuple(edges)))
     return choices
@@ -224,7 +230,7 @@ def make_tuning(content: Mapping[str, Any]) -> Tuning:
         section["tries"],
         seeds_of(section.get("seeds", [100, 101, 102])),
         number_if_text(section.get("validation", 0.1)),
-        section.get("metric", METRICS[0]),
+        section.get("metric", "test_accuracy"),
     )
 
 
