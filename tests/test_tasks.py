@@ -426,6 +426,21 @@ def test_padded_targets_are_no_class():
     assert sim.history[-1]["test_accuracy"] == pytest.approx(hits.double().mean().item())
 
 
+@pytest.mark.parametrize("of_sequences", [False, True])
+def test_padded_targets_count_in_no_engine(of_sequences):
+    inputs, targets = torch.randn(60, 4), torch.randint(3, (60, 2) if of_sequences else (60,))
+    targets[::3] = -100
+
+    def classifier():
+        return nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (3, 2))) if of_sequences else nn.Linear(4, 3)
+
+    histories = {engine: trained(classifier, (inputs, targets), engine=engine).history for engine in ENGINES}
+    for engine in ENGINES[1:]:
+        for row, expected in zip(histories[engine], histories["loop"], strict=True):
+            assert row["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5), engine
+            assert row["consensus_error"] == pytest.approx(expected["consensus_error"], rel=1e-4), engine
+
+
 def test_data_sets_joined_by_torch_are_one():
     halves = [Rows(DATA.train_inputs[k : k + 30], DATA.train_labels[k : k + 30]) for k in (0, 30)]
     assert torch.equal(

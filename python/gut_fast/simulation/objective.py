@@ -17,6 +17,9 @@ from gut_fast.agents.precision import at_least_float32, forward_precision
 
 __all__ = ["Loss", "Metric", "ModelLoss", "Objective", "Supervised", "accuracy", "applied"]
 
+IGNORED_LABEL = -100
+"""The label of targets that `torch.nn.functional.cross_entropy` leaves out of its mean."""
+
 Loss = Callable[[Any, Any], Tensor]
 """The mean loss of one agent's batch: (outputs [B, ...], targets [B, ...]) -> scalar."""
 
@@ -103,7 +106,7 @@ class Supervised(Objective):
     @property
     def ignored_label(self) -> int:
         """The label of targets that the loss leaves out."""
-        return int(getattr(self._loss, "ignore_index", -100))
+        return int(getattr(self._loss, "ignore_index", IGNORED_LABEL))
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -167,11 +170,12 @@ def _as_numbers(values: list[Any], batch: Any) -> Tensor:
 
 
 def _cross_entropies(outputs: Any, batch: Any) -> Tensor:
-    """The mean cross entropies [N] of outputs [N, B, ...] and targets [N, B, ...]."""
+    """The mean cross entropies [N] of outputs [N, B, C, ...] and targets [N, B, ...], classes or probabilities."""
     targets = batch[1]
-    if not isinstance(outputs, Tensor) or outputs.ndim != 3 or targets.ndim != 2:
+    if not isinstance(outputs, Tensor) or targets.ndim != outputs.ndim - 1:
         losses: Tensor = vmap(functional.cross_entropy, randomness="different")(outputs, targets)
         return losses
     # One call takes all samples: vmap decomposes this loss in Python, which costs more than a small model.
-    losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(targets.shape).mean(1)
+    losses = functional.cross_entropy(outputs.flatten(0, 1), targets.flatten(0, 1), reduction="none")
+    counted: Tensor = (targets != IGNORED_LABEL).flatten(1).sum(1)
+    return losses.view(len(targets), -1).sum(1) / counted
