@@ -392,6 +392,7 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         *("--weight-decay", "0.01", "--partition", "shards", "--classes-per-agent", "2", "--batch-size", "8"),
         *("--steps", "2", "--milestones", "", "--decay", "0.5", "--engine", "loop", "--backend", "torch"),
         *("--seeds", "7,", "--threads", "1", "--state-dtype", "bfloat16", "--device", "cpu"),
+        *("--local-steps", "2", "--wire-dtype", "int4", "--wire-seed", "3"),
         *("--autocast", "bfloat16", "--augment", "--channels-last"),
     )
     assert code == 0
@@ -413,6 +414,9 @@ def test_options_of_train_become_the_experiment(gut_fast_command, tmp_path):
         engine="loop",
         backend="torch",
         state_dtype="bfloat16",
+        local_steps=2,
+        wire_dtype="int4",
+        wire_seed=3,
         autocast="bfloat16",
         channels_last=True,
         augment=True,

@@ -80,7 +80,7 @@ def test_odd_groups_give_the_stacked_numbers(overlap):
 
 
 def reload(rank, size):
-    """Returns what the refusal of residuals of other shapes says; the optimizer must be as before."""
+    """Returns what the refusals of a wire's state of another form say; the optimizer must be as before."""
     rounded = {"wire_dtype": torch.bfloat16}
 
     def optimizer_of(**options):
@@ -98,31 +98,30 @@ def reload(rank, size):
     model, optimizer = optimizer_of(**rounded)
     steps(model, optimizer)
     good = copy.deepcopy(optimizer.state_dict())
+    known, [own] = good["wire"]["known"], good["wire"]["copies"]
     bad = {
-        "short": ({}, [[row[:3] for row in rows] for rows in good["residuals"]]),
-        "rows": ({}, [rows * 2 for rows in good["residuals"]]),
-        "buckets": ({"bucket_bytes": 8}, good["residuals"]),
-        "integers": ({}, [[row.int() for row in rows] for rows in good["residuals"]]),
-        "nothing": ({}, None),
+        "short": {"known": known, "copies": [own[..., :3]]},
+        "groups": {"known": known, "copies": [own, own]},
+        "integers": {"known": known, "copies": [own.int()]},
+        "known": {"known": known[:1], "copies": [own]},
+        "widths": {"known": known, "widths": [own]},
+        "nothing": None,
     }
     said = {}
-    for name, (options, residuals) in bad.items():
-        model, optimizer = optimizer_of(**rounded, **options)
+    for name, wire in bad.items():
+        model, optimizer = optimizer_of(**rounded)
         steps(model, optimizer)
         before = copy.deepcopy(optimizer.state_dict())
-        with pytest.raises(
-            ValueError, match=r"the state's residuals (are of shapes|must be a list of lists of tensors, got None)"
-        ) as caught:
-            optimizer.load_state_dict({**good, "step": 99, "residuals": residuals})
+        with pytest.raises(ValueError, match="GUT: the state's wire") as caught:
+            optimizer.load_state_dict({**good, "step": 99, "wire": wire})
         after, said[name] = optimizer.state_dict(), str(caught.value)
         assert after["step"] == before["step"] == 3
         for index, own in before["state"].items():
             assert all(torch.equal(value, after["state"][index][key]) for key, value in own.items())
-        assert torch.equal(before["residuals"][0][0], after["residuals"][0][0])
-    # Without residuals, with residuals that are not needed, or that are empty, a run goes on, whatever the buckets.
-    without = {key: value for key, value in good.items() if key != "residuals"}
-    exact = {**without, "residuals": [[]]}
-    for state, options in [(without, rounded), (good, {}), (exact, {"bucket_bytes": 8}), (exact, rounded)]:
+        assert torch.equal(before["wire"]["copies"][0], after["wire"]["copies"][0])
+    # Without copies, or with some that are not needed, a run goes on, whatever the buckets.
+    without = {key: value for key, value in good.items() if key != "wire"}
+    for state, options in [(without, rounded), (good, {}), (good, {**rounded, "bucket_bytes": 8})]:
         model, optimizer = optimizer_of(**options)
         optimizer.load_state_dict(state)
         steps(model, optimizer)
@@ -130,10 +129,11 @@ def reload(rank, size):
     return said
 
 
-def test_residuals_of_other_shapes_are_refused_before_anything_changes():
+def test_copies_of_another_form_are_refused_before_anything_changes():
     said = ranks.run(2, reload)[0]
-    assert said["short"].startswith("the state's residuals are of shapes [[(3,)]], expected [[(24,)]]")
-    assert "[[(24,)]], expected [[(4,)], [(20,)]]" in said["buckets"]
+    assert "copies[0] is" in said["short"]
+    assert "expected torch.float32 (1, 1, 24)" in said["short"]
+    assert "expected 'known' and 'copies'" in said["widths"]
 
 
 def touched(rank, size, what, overlap):
@@ -288,7 +288,7 @@ def two_models(rank, size):
 def test_two_optimizers_do_not_meet():
     for rank, (first, second, said) in enumerate(ranks.run(3, two_models)):
         assert first == {(rank, other): 10 * 24 * 4 for other in range(3) if other != rank}
-        assert second == {(rank, other): 15 * 5 * 2 for other in ([1, 2] if rank == 0 else [0])}
+        assert second == {(rank, other): (4 + 14 * 2) * 5 for other in ([1, 2] if rank == 0 else [0])}
         assert said == ("on", "on")
 
 

@@ -198,13 +198,14 @@ def test_run_follows_the_experiment_and_repeats():
 
 def test_options_reach_the_optimizer():
     values = {"rule": "dsgdm", "hyperparameters": {"nesterov": True}, "weight_decay": 0.1, "gamma": 0.5}
-    values["state_dtype"] = "bfloat16"
+    values |= {"state_dtype": "bfloat16", "local_steps": 4, "wire_dtype": "int4", "wire_seed": 1}
     simulator = make_simulator(Experiment(topology="torus:2x3", backend="torch", batch_size=7, **values))
     group = simulator.optimizer.param_groups[0]
     assert simulator.optimizer.rule is rules.RULES["dsgdm"]
     assert (group["nesterov"], group["momentum"], group["weight_decay"]) == (True, 0.9, 0.1)
     assert simulator.optimizer.backend == "torch"
     assert simulator.optimizer.state_dtype == torch.bfloat16
+    assert (simulator.optimizer.local_steps, simulator.optimizer.wire_dtype) == (4, "int4")
     assert simulator.topology == topology.torus(2, 3).lazy(0.5)
     assert simulator.batches.batch_size == 7
 

@@ -119,6 +119,15 @@ def train(
     engine: Annotated[str, _computing(help=_one_of(ENGINES))] = DEFAULT.engine,
     backend: Annotated[str, _computing(help=f"auto, {', '.join(BACKENDS)}.")] = DEFAULT.backend,
     state_dtype: Annotated[str | None, _computing(help="Of the state, such as bfloat16. Default: the model's.")] = None,
+    local_steps: Annotated[
+        int, _method(min=1, help="Steps in a round; the last one mixes, nothing is sent before.")
+    ] = DEFAULT.local_steps,
+    wire_dtype: Annotated[
+        str | None, _method(help="Of messages: int8, int4, bfloat16. Default: the model's.")
+    ] = DEFAULT.wire_dtype,
+    wire_seed: Annotated[
+        int | None, _method(help="Round int8 and int4 at random by this seed. Default: to the nearest.")
+    ] = DEFAULT.wire_seed,
     device: Annotated[str, _computing(help="For example cpu, cuda or cuda:1.")] = DEFAULT.device,
     autocast: Annotated[str | None, _computing(help="Of forward passes: bfloat16. Default: the model's.")] = None,
     channels_last: Annotated[

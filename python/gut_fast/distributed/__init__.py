@@ -7,6 +7,8 @@ from gut_fast.distributed.exchange import Exchange
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, MismatchError, PeerError
 from gut_fast.distributed.membership import RankOptions, rejoin
 from gut_fast.distributed.overlap import SCALED
+from gut_fast.distributed.together import Together
+from gut_fast.distributed.wire import Wire
 
 __all__ = [
     "DEFAULT_TIMEOUT",
@@ -17,6 +19,8 @@ __all__ = [
     "MismatchError",
     "PeerError",
     "RankOptions",
+    "Together",
+    "Wire",
     "consolidate",
     "rejoin",
     "telling_the_others",

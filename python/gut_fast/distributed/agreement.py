@@ -43,6 +43,7 @@ def fixed_settings(
         "local_steps": local_steps,
         "timeout": f"{timeout:g} s",
         "wire_dtype": str(options.wire_dtype),
+        "wire_seed": options.wire_seed,
         "bucket_bytes": options.bucket_bytes or "automatic",
         "overlap": options.overlap,
         "on_peer_failure": options.on_peer_failure,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import traceback
 import warnings
 from collections import Counter
@@ -11,16 +12,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from gut_fast.distributed import wire_state
 from gut_fast.distributed.agreement import check_agreement, check_welcome, fixed_settings, group_settings
 from gut_fast.distributed.group import Group, PeerError, Welcome
 from gut_fast.distributed.membership import JOIN_EVERY, RankOptions, admit, regroup
 from gut_fast.distributed.overlap import Overlap
 from gut_fast.distributed.starts import Meeting, begin_alike
 from gut_fast.distributed.traffic import Bucket, Route, Traffic, make_route, plan_buckets
+from gut_fast.distributed.wire import Copies, Wire
 from gut_fast.kernels import ops
-from gut_fast.kernels.backends import GossipStep, arithmetic
+from gut_fast.kernels.backends import GossipStep
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import CSR, Topology, nobody
 
@@ -48,6 +50,7 @@ class Exchange:
         topology: the topology of the agents that are there.
         buckets: the buckets in which messages travel.
         bytes_sent: bytes of messages by (agent, rank), as numbered at the start.
+        wire: how messages travel.
         overlap: what watches the gradients if messages may leave during backward, or None.
 
     Raises:
@@ -69,6 +72,8 @@ class Exchange:
         group = Group.of(process_group, options.timeout)
         group.check_free()
         self._traffic = Traffic(group, self.agents_per_rank)
+        stays = topology.is_static and options.on_peer_failure == "raise"
+        self.wire = Wire(options.wire_dtype, options.wire_seed, topology.num_agents, stays)
         self._settings: dict[str, Any] = {}
         self._agree(fixed_settings(rule, topology, backend, group.timeout, options, local_steps), group.welcome)
         if group.everyone * self.agents_per_rank != topology.num_agents:
@@ -106,14 +111,6 @@ class Exchange:
                 self._routes.clear()
             self._routes[key] = make_route(self.topology.csr(number), self.group.rank, self.agents_per_rank)
         return self._routes[key]
-
-    def check_wire(self, dtype: torch.dtype) -> None:
-        """Raises TypeError unless messages about parameters of `dtype` can have the wire's dtype."""
-        wire = self.options.wire_dtype or dtype
-        allowed = dict.fromkeys([dtype, arithmetic(dtype), *([torch.bfloat16] if dtype == torch.float32 else [])])
-        if wire not in allowed:
-            choice = " or ".join(map(str, allowed))
-            raise TypeError(f"wire_dtype is {wire}; messages about parameters of {dtype} can be {choice}")
 
     def meet(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None]) -> Meeting:
         """Makes sure that all ranks have the same settings, and plans the buckets; again after a group is added.
@@ -156,13 +153,21 @@ class Exchange:
     def _plan_buckets(self, steps: Sequence[GossipStep | None]) -> None:
         """Plans buckets of the size that the user set, or else as many as suit a model of this size."""
         sizes = [[p.numel() // self.agents_per_rank for p in step.parameters] if step else [] for step in steps]
-        widths = [self._wire(step).itemsize * step.num_messages if step else 0 for step in steps]
+        widths = [self._bytes_per_number(step) * step.num_messages if step else 0 for step in steps]
         limit = self.options.bucket_bytes
         if limit is None:
             total = sum(width * sum(own) for width, own in zip(widths, sizes, strict=True))
             parts = OVERLAPPING_BUCKETS if self.options.overlap else 1
             limit = min(BUCKET_BYTES, max(total // parts, LEAST_BUCKET_BYTES))
         self.buckets = plan_buckets(sizes, widths, limit)
+        begins = [0, *itertools.accumulate(map(sum, sizes))]
+        for bucket in self.buckets:
+            step = steps[bucket.group]
+            code = self.wire.code(step.parameters[0].dtype) if step else None
+            if step is not None and code is not None:
+                own, column = step.parameters[bucket.start : bucket.stop], begins[bucket.group] + bucket.column
+                bucket.copies = Copies(code, own, self.agents_per_rank, step.num_messages, column)
+        self.wire.begin_anew(self.topology.num_agents)
 
     def _share_memory(self, steps: Sequence[GossipStep | None]) -> None:
         """Finds out whose memory can be read, once the buckets are planned. Raises PeerError if not all ranks come."""
@@ -170,7 +175,7 @@ class Exchange:
         for bucket in self.buckets:
             step = steps[bucket.group]
             assert step is not None
-            rows.append((step.num_messages * bucket.columns, self._wire(step)))
+            rows.append(bucket.row_form(step, self.wire))
         is_on_cpu = all(step is None or step.parameters[0].device.type == "cpu" for step in steps)
         self._traffic.share(rows if self.options.shared_memory and is_on_cpu else None)
 
@@ -192,8 +197,8 @@ class Exchange:
     def begin(self, bucket: Bucket, step: GossipStep, number: int) -> None:
         """Computes and sends a bucket's messages, and makes ready for the neighbours' messages."""
         route = self._route(number)
-        self._traffic.make_rows(bucket, step, route, self._wire(step))
-        bucket.write_messages(step, self._backend, self._has_feedback(step.parameters[0]))
+        self._traffic.make_rows(bucket, step, route, self.wire)
+        bucket.write_messages(step, self._backend, self.wire, number, route.first_agent)
         try:
             self._traffic.begin(bucket, route)
         except BaseException as error:
@@ -257,7 +262,8 @@ class Exchange:
         for bucket in self.buckets:
             step = steps[bucket.group]
             assert step is not None
-            ops.combine_(bucket.part(step), [*bucket.sent, *bucket.received], self._backend)
+            bucket.mix_(step, self._backend)
+        self.wire.close_round(self.topology.csr(number))
         try:
             self._traffic.finish(self._route(number), number)
         except PeerError as failure:  # this step is done, so the failure is one of the next step
@@ -323,6 +329,7 @@ class Exchange:
         self._traffic = Traffic(group, self.agents_per_rank)
         self.topology = self._topology_of_members()
         self._routes.clear()
+        self.wire.begin_anew(self.topology.num_agents)
         for bucket in self.buckets:
             bucket.clear()
 
@@ -369,51 +376,27 @@ class Exchange:
     def _with_mixing(self, step: GossipStep, number: int) -> GossipStep:
         return step._replace(**self.mixing(number, step.parameters[0].device)._asdict())
 
-    def _wire(self, step: GossipStep) -> torch.dtype:
-        return self.options.wire_dtype or step.parameters[0].dtype
+    def _bytes_per_number(self, step: GossipStep) -> int:
+        """Returns about how many bytes a number takes in a row of messages."""
+        return self.wire.row_dtype(step.parameters[0].dtype).itemsize
 
-    def _has_feedback(self, parameter: Tensor) -> bool:
-        """Returns whether messages about a parameter are rounded."""
-        return (self.options.wire_dtype or parameter.dtype).itemsize < parameter.dtype.itemsize
+    def _copies(self) -> list[list[Copies]]:
+        """Returns the copies of the agents here for each parameter group, in the order of its parameters."""
+        groups: list[list[Copies]] = [[] for _ in range(self._num_compared)]
+        for bucket in sorted(self.buckets, key=lambda bucket: bucket.start):
+            if bucket.copies is not None:
+                groups[bucket.group].append(bucket.copies)
+        return groups
 
-    def residuals(self) -> list[list[Tensor]]:
-        """Copies what rounding has left of messages, for each bucket."""
-        return [[row.clone() for row in bucket.residual] for bucket in self.buckets]
+    def state(self) -> dict[str, Any]:
+        """Returns what a state dict holds of the wire."""
+        return wire_state.state_of(self.wire, self._copies())
 
-    def load_residuals(self, residuals: Sequence[Sequence[Tensor]], groups: Sequence[Mapping[str, Any]]) -> None:
-        """Takes over what `residuals` returned: see `checked_residuals`."""
-        for bucket, rows in zip(self.buckets, self.checked_residuals(residuals, groups), strict=True):
-            bucket.residual = rows
+    def check_state(self, state: Any, name: str) -> None:
+        """Raises ValueError unless `state` is one of this wire, and RuntimeError if messages have left already."""
+        self.check_idle()
+        wire_state.check_state(state, self.wire, self._copies(), self.topology.num_agents, name)
 
-    def checked_residuals(
-        self, residuals: Sequence[Sequence[Tensor]], groups: Sequence[Mapping[str, Any]]
-    ) -> list[list[Tensor]]:
-        """Copies residuals for each bucket. None at all are zero; where nothing is rounded none are needed.
-
-        Raises:
-            ValueError: they are of other buckets; nothing has been changed.
-        """
-        found = _shapes(residuals)
-        firsts: list[Tensor] = [groups[bucket.group]["params"][0] for bucket in self.buckets]
-        if not any(map(self._has_feedback, firsts)) or (isinstance(found, list) and not any(found)):
-            return [[] for _ in self.buckets]
-        messages = self._rule.num_messages
-        expected = [[(messages * bucket.columns,)] * self.agents_per_rank for bucket in self.buckets]
-        is_right = isinstance(found, list) and len(found) == len(expected)
-        if not is_right or any(f not in ([], e) for f, e in zip(found, expected, strict=True)):
-            raise ValueError(
-                f"the state's residuals are of shapes {found}, expected {expected}, for each bucket those of the "
-                "agents here: use the same bucket_bytes and overlap, or delete state_dict['residuals']"
-            )
-        return [
-            [row.to(first.device, arithmetic(first.dtype), copy=True) for row in rows]
-            for rows, first in zip(residuals, firsts, strict=True)
-        ]
-
-
-def _shapes(residuals: Any) -> Any:
-    """Puts tensors' shapes in their place, in lists of lists of them."""
-    if isinstance(residuals, (list, tuple)):
-        return [_shapes(each) for each in residuals]
-    is_right = isinstance(residuals, Tensor) and residuals.is_floating_point()
-    return tuple(residuals.shape) if is_right else type(residuals).__name__
+    def load_state(self, state: Any) -> None:
+        """Takes over what `state` returned, and `check_state` has accepted, on all ranks in the same round."""
+        wire_state.load_state(state, self.wire, self._copies(), self.topology.num_agents)

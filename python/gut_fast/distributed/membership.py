@@ -23,6 +23,7 @@ from torch.distributed import Store  # type: ignore[attr-defined]
 from gut_fast.arguments import as_integer, as_number
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, PeerError, Welcome
 from gut_fast.distributed.notes import Notes
+from gut_fast.distributed.wire import check_wire_options
 
 __all__ = [
     "JOIN_EVERY",
@@ -49,7 +50,8 @@ class RankOptions(NamedTuple):
 
     agents_per_rank: int | None = None
     overlap: bool = False
-    wire_dtype: torch.dtype | None = None
+    wire_dtype: torch.dtype | str | None = None
+    wire_seed: int | None = None
     bucket_bytes: int | None = None
     timeout: float = DEFAULT_TIMEOUT
     on_peer_failure: Literal["raise", "continue"] = "raise"
@@ -69,13 +71,11 @@ class RankOptions(NamedTuple):
         for name in ("overlap", "shared_memory", "sync_initial"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        wire = self.wire_dtype
-        if wire is not None and not (isinstance(wire, torch.dtype) and wire.is_floating_point):
-            raise TypeError(f"wire_dtype must be a floating-point torch.dtype, got {wire!r}")
+        check_wire_options(self.wire_dtype, self.wire_seed)
 
     def check_alone(self, name: str) -> None:
         """Raises ValueError if an option is set, though the optimizer `name` holds all agents itself."""
-        defaults = RankOptions()._asdict()
+        defaults = RankOptions(wire_dtype=self.wire_dtype, wire_seed=self.wire_seed)._asdict()
         if given := [f"{key}=" for key, value in self._asdict().items() if value != defaults[key]]:
             raise ValueError(f"{name}: {', '.join(given)} needs process_group=; this optimizer holds all agents itself")
 

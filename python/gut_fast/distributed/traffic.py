@@ -18,15 +18,17 @@ from torch import Tensor
 
 from gut_fast.distributed.group import Group, PeerError, Transfer
 from gut_fast.distributed.shared_memory import SharedRows
+from gut_fast.distributed.wire import Copies, Wire
 from gut_fast.kernels import ops
-from gut_fast.kernels.backends import GossipStep, arithmetic
+from gut_fast.kernels.backends import GossipStep
 from gut_fast.kernels.buffers import allocate
 from gut_fast.topology.mixing import CSR
 
 __all__ = ["Bucket", "Route", "Traffic", "Way", "make_route", "plan_buckets"]
 
-HAVE_READ, HAND_OVER = (1 << 20) - 1, 1 << 20
-"""Tags of transfers: of a byte that says that shared rows have been read, and of a newcomer's first parameter."""
+EXACT, HAVE_READ, HAND_OVER = 1 << 19, (1 << 20) - 1, 1 << 20
+"""Tags of transfers: what a bucket's number becomes if a message that could be coded travels as it is, of a byte that
+says that shared rows have been read, and of a newcomer's first parameter."""
 
 Way = tuple[int, int, int]
 """A message between ranks: (the agent that sends it, the other rank's place, the first agent that hears it)."""
@@ -88,11 +90,14 @@ class Bucket:
         group: index of the parameter group.
         column: where the bucket's numbers begin in one agent's model of the group.
         columns: how many numbers one agent has.
-        sent: a row [M · columns] for each agent here; None for agents that nobody on another rank hears.
+        sent: a row for each agent here, [M · columns] or the bytes of a code; None for agents that nobody on another
+            rank hears.
         received: rows of agents elsewhere, in the order of the route.
         own: the memory of these rows where they do not lie in shared memory.
-        residual: what rounding left of the last messages, one float row for each agent here; empty without feedback.
-        staging: for rows on a GPU that travel through the host, pinned copies by address of the row.
+        copies: what coded messages leave at both ends; None if messages are not coded.
+        exact: the agents whose messages of this round travel as they are, though others are coded.
+        exact_received: whether each received row is such a message.
+        staging: for rows on a GPU that travel through the host, pinned copies by address and length of the row.
     """
 
     number: int
@@ -104,18 +109,26 @@ class Bucket:
     sent: list[Tensor | None] = field(default_factory=list)
     received: list[Tensor] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
-    residual: list[Tensor] = field(default_factory=list)
-    staging: dict[int, Tensor] = field(default_factory=dict)
+    copies: Copies | None = None
+    exact: frozenset[int] = frozenset()
+    exact_received: list[bool] = field(default_factory=list)
+    staging: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def staged(self, row: Tensor) -> Tensor:
         """Returns the row's copy on the host, its contents not copied yet."""
-        if row.data_ptr() not in self.staging:
-            self.staging[row.data_ptr()] = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
-        return self.staging[row.data_ptr()]
+        key = row.data_ptr(), row.nbytes
+        if key not in self.staging:
+            self.staging[key] = torch.empty(row.shape, dtype=row.dtype, pin_memory=True)
+        return self.staging[key]
 
     def clear(self) -> None:
         """Leaves all rows behind: some may still be under way."""
-        self.sent, self.received, self.own, self.residual, self.staging = [], [], [], [], {}
+        self.sent, self.received, self.own, self.staging = [], [], [], {}
+
+    def row_form(self, step: GossipStep, wire: Wire) -> tuple[int, torch.dtype]:
+        """Returns the length and the dtype of the longest row that travels."""
+        length = step.num_messages * self.columns if self.copies is None else self.copies.room
+        return length, wire.row_dtype(step.parameters[0].dtype)
 
     def part(self, step: GossipStep) -> GossipStep:
         """Returns the step of the bucket's parameters alone; their state is one run of the group's state."""
@@ -126,12 +139,27 @@ class Bucket:
             gradients=step.gradients[self.start : self.stop],
         )
 
-    def write_messages(self, step: GossipStep, backend: str, has_feedback: bool) -> None:
-        """Writes the messages of the agents here into the rows that are sent."""
-        if has_feedback and not self.residual:
-            first, length = step.parameters[0], step.num_messages * self.columns
-            self.residual = [allocate(length, arithmetic(first.dtype), first.device) for _ in range(step.num_agents)]
-        ops.message(self.part(step), self.sent, backend, residuals=self.residual if has_feedback else ())
+    def write_messages(self, step: GossipStep, backend: str, wire: Wire, number: int, first_agent: int) -> None:
+        """Writes the messages of round `number` of the agents here into the rows that are sent."""
+        part = self.part(step)
+        if self.copies is not None:
+            self.copies.encode(part, wire, number, first_agent, self.sent, backend)
+            return
+        dtype = step.parameters[0].dtype
+        if wire.rounds(
+            dtype
+        ):  # an agent that nobody elsewhere hears is heard here, and by itself, as it would be there
+            fresh = part.new_rows(wire.row_dtype(dtype))
+            self.sent = [new if row is None else row for row, new in zip(self.sent, fresh, strict=True)]
+        ops.message(part, self.sent, backend)
+
+    def mix_(self, step: GossipStep, backend: str) -> None:
+        """Mixes the messages that were sent and received, and computes parameters and state anew."""
+        part = self.part(step)
+        if self.copies is None:
+            ops.combine_(part, [*self.sent, *self.received], backend)
+        else:
+            ops.combine_(*self.copies.decode(part, self.received, self.exact_received), backend)
 
 
 def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int], limit: int) -> list[Bucket]:
@@ -192,12 +220,15 @@ class Traffic:
         if self.group.is_own:
             self._shared = SharedRows(self.group, str(next(self.group.occasions)), rows, self._agents_per_rank)
 
-    def make_rows(self, bucket: Bucket, step: GossipStep, route: Route, dtype: torch.dtype) -> None:
+    def make_rows(self, bucket: Bucket, step: GossipStep, route: Route, wire: Wire) -> None:
         """Finds rows for the bucket's messages of a step: shared rows, or else rows that the bucket keeps."""
-        length, device = step.num_messages * bucket.columns, step.parameters[0].device
+        device, (length, dtype) = step.parameters[0].device, bucket.row_form(step, wire)
         used = itertools.count()
+        copies, speakers = bucket.copies, [agent for agent, _, _ in (*route.sends, *route.receives)]
+        bucket.exact = frozenset(agent for agent in speakers if copies is not None and wire.is_exact(agent))
+        bucket.exact_received = [agent in bucket.exact for agent, _, _ in route.receives]
 
-        def row(agent: int) -> Tensor:
+        def whole_row(agent: int) -> Tensor:
             if self._shared is not None:
                 place, own = divmod(agent, self._agents_per_rank)
                 if (found := self._shared.row(place, own, bucket.number, self._turn)) is not None:
@@ -206,6 +237,9 @@ class Traffic:
             if index == len(bucket.own):
                 bucket.own.append(allocate(length, dtype, device))
             return bucket.own[index]
+
+        def row(agent: int) -> Tensor:
+            return whole_row(agent)[: length if copies is None else copies.num_bytes(agent in bucket.exact)]
 
         bucket.sent = [None] * self._agents_per_rank
         for agent in sorted({agent for agent, _, _ in route.sends}):
@@ -217,7 +251,7 @@ class Traffic:
         outgoing, incoming = self._travelling(bucket, bucket.sent), self._travelling(bucket, bucket.received)
         sent = [outgoing[agent - route.first_agent] for agent, _, _ in route.sends]
         ways = (sent, route.sends), (incoming, route.receives)
-        self._flights[bucket.number] = self._begun(*(self._planned(*each, bucket.number) for each in ways))
+        self._flights[bucket.number] = self._begun(*(self._planned(*each, bucket) for each in ways))
 
     def has_begun(self, bucket: Bucket) -> bool:
         """Returns whether the bucket's messages of this step have left."""
@@ -228,8 +262,8 @@ class Traffic:
         self._wait([each for flight in self._flights.values() for each in flight.receives], number, is_send=False)
         for bucket in buckets:
             for row in bucket.received:
-                if row.data_ptr() in bucket.staging:
-                    row.copy_(bucket.staging[row.data_ptr()], non_blocking=True)
+                if (row.data_ptr(), row.nbytes) in bucket.staging:
+                    row.copy_(bucket.staged(row), non_blocking=True)
 
     def finish(self, route: Route, number: int) -> None:
         """Waits, after the mixing, until rows may be written anew. Raises PeerError, of step `number`."""
@@ -269,13 +303,14 @@ class Traffic:
         """Returns whether the rank at this place shares memory with this one."""
         return self._shared is not None and place in self._shared.near
 
-    def _planned(self, rows: Sequence[Tensor | None], ways: Sequence[Way], tag: int) -> Planned:
+    def _planned(self, rows: Sequence[Tensor | None], ways: Sequence[Way], bucket: Bucket) -> Planned:
         """Plans transfers of the rows, or where they are shared, of a byte that says that one is written."""
-        return [
-            (Transfer(self._byte if self._is_near(way[1]) else row, way[1], tag), way)
-            for row, way in zip(rows, ways, strict=True)
-            if row is not None
-        ]
+        planned = []
+        for row, way in zip(rows, ways, strict=True):
+            if row is not None:
+                tag = bucket.number + (EXACT if way[0] in bucket.exact else 0)
+                planned.append((Transfer(self._byte if self._is_near(way[1]) else row, way[1], tag), way))
+        return planned
 
     def _begun(self, sends: Planned, receives: Planned) -> Flight:
         """Begins all these transfers."""

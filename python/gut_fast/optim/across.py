@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gut_fast.distributed import SCALED, Exchange, Group
+from gut_fast.distributed import SCALED, Exchange, Group, Together, Wire
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
+from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
 __all__ = ["AcrossRanks"]
@@ -31,12 +32,14 @@ class AcrossRanks(Optimizer):
 
     topology: Topology
     _exchange: Exchange | None = None
+    _together: Together | None = None  # codes or rounds messages where all agents are here
     _hooks: tuple[RemovableHandle, ...] = ()
     _is_made: bool = False  # once the constructor has added its groups
     _eager_steps: int
     _rounds: int  # those of eager steps that have mixed
     _local_before: int  # local steps since then
     local_steps: int
+    rule: UpdateRule
 
     @property
     @abstractmethod
@@ -136,9 +139,26 @@ class AcrossRanks(Optimizer):
         return None if self._exchange is None else self._exchange.group
 
     @property
-    def wire_dtype(self) -> torch.dtype | None:
-        """The dtype of messages to other ranks; None is the parameters'."""
-        return None if self._exchange is None else self._exchange.options.wire_dtype
+    def wire_dtype(self) -> torch.dtype | str | None:
+        """The dtype of messages between agents; None is the parameters'."""
+        return None if self._wire is None else self._wire.dtype
+
+    @property
+    def _wire(self) -> Wire | None:
+        """How messages travel between ranks, or would; None if all agents are here and mix what they are."""
+        part = self._exchange or self._together
+        return None if part is None else part.wire
+
+    def message_bytes(self) -> Tensor:
+        """Returns the bytes that each agent has sent to each that heard it in the last round, int64 [N].
+
+        These are all bytes that the algorithm sends. Across ranks an agent's message travels once to each rank, and the
+        first one after loading a state is sent whole again: see `bytes_sent`.
+        """
+        wire = self._wire or Wire(None, None, self.topology.num_agents, stays=True)
+        groups = [group["params"] for group in self.param_groups]
+        known, new = wire.message_sizes(groups, self._num_here, self.rule.num_messages)
+        return torch.where(wire.knew, known, new)
 
     @property
     def overlap(self) -> str:

@@ -57,6 +57,7 @@ class Gossip(GossipOptimizer):
         process_group: as for `GossipOptimizer`.
         agents_per_rank: as for `GossipOptimizer`.
         wire_dtype: as for `GossipOptimizer`.
+        wire_seed: as for `GossipOptimizer`.
         bucket_bytes: as for `GossipOptimizer`.
         timeout: as for `GossipOptimizer`.
         on_peer_failure: as for `GossipOptimizer`.
@@ -83,7 +84,8 @@ class Gossip(GossipOptimizer):
         state_dtype: torch.dtype | None = None,
         process_group: dist.ProcessGroup | Group | None = None,
         agents_per_rank: int | None = None,
-        wire_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | str | None = None,
+        wire_seed: int | None = None,
         bucket_bytes: int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         on_peer_failure: Literal["raise", "continue"] = "raise",
@@ -121,6 +123,7 @@ class Gossip(GossipOptimizer):
             process_group=process_group,
             agents_per_rank=agents_per_rank,
             wire_dtype=wire_dtype,
+            wire_seed=wire_seed,
             bucket_bytes=bucket_bytes,
             timeout=timeout,
             on_peer_failure=on_peer_failure,

@@ -21,7 +21,7 @@ from gut_fast.optim.options import check_implementation
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
-__all__ = ["check_form", "check_residuals", "check_state_dict", "older_values", "unchanged_if_raised"]
+__all__ = ["check_form", "check_state_dict", "older_values", "unchanged_if_raised"]
 
 MOST_STEPS = 2**63
 """The step count that is too large for an int64, in which compiled steps are counted."""
@@ -127,18 +127,6 @@ def check_form(state_dict: Mapping[str, Any], groups: Sequence[dict[str, Any]], 
         copy.deepcopy(saved)
     except Exception as error:
         raise ValueError(f"{whose} param_groups cannot be copied: {error}") from error
-
-
-def check_residuals(residuals: Any, name: str) -> None:
-    """Raises ValueError unless what rounding has left of messages is a list of lists of dense tensors, for each bucket.
-
-    Whether it is of the right shapes is for the exchange to say.
-    """
-    rows = residuals if isinstance(residuals, (list, tuple)) else [None]
-    if not all(isinstance(row, (list, tuple)) and all(isinstance(each, Tensor) for each in row) for row in rows):
-        raise ValueError(f"{name}: the state's residuals must be a list of lists of tensors, got {shown(residuals)}")
-    if problems := [problem for problem in map(unreadable, _tensors(residuals)) if problem]:
-        raise ValueError(f"{name}: the state's residuals have a tensor {problems[0]}")
 
 
 def _check_settings(

@@ -21,7 +21,7 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from gut_fast import analysis
 from gut_fast.arguments import as_integer
-from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions, telling_the_others
+from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions, Together, Wire, telling_the_others
 from gut_fast.kernels import ops, validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
@@ -69,8 +69,12 @@ class GossipOptimizer(KeepsState):
         overlap: messages leave during backward, as soon as a bucket's gradients are there. All backward passes of a
             step but the last go into `no_sync`. If gradients are touched between backward and step (clipping, AMP)
             messages leave in `step` as without it; attribute `overlap` says which.
-        wire_dtype: dtype of messages; None is the parameters'. Beside parameters of float32 it may be bfloat16, with
-            the rounding error fed back; beside half-width ones float32, which gives the stacked numbers bit for bit.
+        wire_dtype: dtype of messages, None is the parameters'; ``"int8"`` and ``"int4"`` code them, 256 with one scale.
+            Beside parameters of float32 it may be bfloat16, beside half-width ones float32, which gives the
+            stacked numbers bit for bit. Without a process_group the agents mix what ranks would. On a static topology,
+            with ``on_peer_failure="raise"``, differences are coded or rounded, which loses nothing in the end; else
+            8 and 4 bits are coded by modulo, and bfloat16 is rounded. See `gut_fast.kernels.codes`.
+        wire_seed: seed of rounding at random in ``"int8"`` and ``"int4"``; None rounds to the nearest.
         bucket_bytes: about how much travels at once; None is 25 MiB, or with `overlap` a quarter of the model if that
             is less (256 KiB at least).
         timeout: limit of any wait for another rank, in seconds.
@@ -118,7 +122,8 @@ class GossipOptimizer(KeepsState):
         process_group: dist.ProcessGroup | Group | None = None,
         agents_per_rank: int | None = None,
         overlap: bool = False,
-        wire_dtype: torch.dtype | None = None,
+        wire_dtype: torch.dtype | str | None = None,
+        wire_seed: int | None = None,
         bucket_bytes: int | None = None,
         timeout: float = DEFAULT_TIMEOUT,
         on_peer_failure: Literal["raise", "continue"] = "raise",
@@ -126,9 +131,8 @@ class GossipOptimizer(KeepsState):
         sync_initial: bool = False,
         **hyperparameters: Any,
     ) -> None:
-        options = RankOptions(
-            agents_per_rank, overlap, wire_dtype, bucket_bytes, timeout, on_peer_failure, shared_memory, sync_initial
-        )
+        ranks = overlap, wire_dtype, wire_seed, bucket_bytes, timeout, on_peer_failure, shared_memory, sync_initial
+        options = RankOptions(agents_per_rank, *ranks)
         with telling_the_others(lambda: process_group if self._exchange is None else self._exchange.group):
             if not isinstance(topology, Topology):
                 raise TypeError(f"topology must be a gut_fast.topology.Topology, got {type(topology).__name__}")
@@ -141,6 +145,11 @@ class GossipOptimizer(KeepsState):
             check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
             if capturable:
                 checks.check_capturable(topology, process_group is not None, drift_memory, local_steps, self._name)
+                if wire_dtype is not None:
+                    raise ValueError(
+                        f"{self._name}: capturable=True with wire_dtype={wire_dtype}: messages that are coded or "
+                        "rounded cannot be captured in a CUDA graph"
+                    )
             self.state_dtype, self.capturable = state_dtype, capturable
             self.local_steps = local_steps
             self._eager_steps = self._rounds = self._local_before = 0
@@ -154,6 +163,8 @@ class GossipOptimizer(KeepsState):
             hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
             if process_group is None:
                 options.check_alone(self._name)
+                wire = Wire(wire_dtype, wire_seed, topology.num_agents, topology.is_static)
+                self._together = None if wire_dtype is None else Together(wire, topology, backend)
             else:
                 self._exchange = Exchange(process_group, topology, self.rule, backend, options, local_steps)
             super().__init__(params, {**defaults, **hyperparameters})
@@ -213,16 +224,17 @@ class GossipOptimizer(KeepsState):
             dtype, state_dtype = tensor.dtype, self.state_dtype or tensor.dtype
             validation.check_dtypes(dtype, state_dtype, f"{self._name}: ")
             num_states, num_messages = len(self.rule.states), self.rule.num_messages
-            function = "gossip_step" if self._exchange is None else "combine"
+            function = "gossip_step" if self._wire is None else "combine"
             ops.select_backend(self.backend, tensor.device.type, dtype, num_states, num_messages, state_dtype, function)
-            if self._exchange is not None:
-                self._exchange.check_wire(dtype)
+            if self._wire is not None:
+                self._wire.check(dtype)
         prepared = self._prepare(tensors)
         prepared.update(group, self.defaults["lr"], self._name, stays=self.capturable, local_before=0)
         self._warn_if_unstable(group)
         super().add_param_group({**group, "params": params})
         self._prepared.append(prepared)
         self._adopt_state()
+        self._begin_wire_anew()
         self._stacks = None
         if self.capturable and tensors and tensors[0].is_cuda:
             self._traced_steps = self._traced_steps.to(tensors[0].device)
@@ -350,6 +362,11 @@ class GossipOptimizer(KeepsState):
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         if self._exchange is not None:
             self._step_across(self._exchange, grad_scale, self._is_local)
+        elif self._together is not None and not self._is_local:
+            steps = self._group_steps(grad_scale)
+            for step in filter(None, steps):
+                validation.check(step)
+            self._together.run(steps, self.num_rounds)
         else:
             steps = [step for step in self._group_steps(grad_scale) if step is not None]
             for run in [*[ops.prepare(step, self.backend) for step in steps], *self._what_else_mixes()]:
@@ -368,8 +385,9 @@ class GossipOptimizer(KeepsState):
         """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
         if self._exchange is not None:
             raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
-        if self.local_steps > 1:
-            raise RuntimeError(f"{self._name}: with local_steps, leave step() out of torch.compile")
+        for option, is_set in (("local_steps", self.local_steps > 1), ("wire_dtype", self._together is not None)):
+            if is_set:
+                raise RuntimeError(f"{self._name}: with {option}, leave step() out of torch.compile")
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         steps = [step for step in self._group_steps(grad_scale) if step is not None]

@@ -46,7 +46,8 @@ class Options(TypedDict, total=False):
     process_group: dist.ProcessGroup | Group | None
     agents_per_rank: int | None
     overlap: bool
-    wire_dtype: torch.dtype | None
+    wire_dtype: torch.dtype | str | None
+    wire_seed: int | None
     bucket_bytes: int | None
     timeout: float
     on_peer_failure: Literal["raise", "continue"]

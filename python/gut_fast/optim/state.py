@@ -16,7 +16,7 @@ from gut_fast.agents import StackedModule, stacks_of
 from gut_fast.kernels import validation
 from gut_fast.optim.across import AcrossRanks
 from gut_fast.optim.compiled import register
-from gut_fast.optim.loading import check_residuals, check_state_dict, older_values, unchanged_if_raised
+from gut_fast.optim.loading import check_state_dict, older_values, unchanged_if_raised
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import CSR
@@ -137,6 +137,12 @@ class KeepsState(AcrossRanks):
             del state[gone]  # which state_dict could not number
         self._stacks = None
         self._adopt_state()
+        self._begin_wire_anew()
+
+    def _begin_wire_anew(self) -> None:
+        """Begins with whole messages, as the parameters are others; across ranks this is done where they meet."""
+        if self._together is not None:
+            self._together.begin_anew([group["params"] for group in self.param_groups], self.rule.num_messages)
 
     def _adopt_state(self) -> None:
         """Puts views of the flat buffers into the state, with the values that are there, or zero."""
@@ -150,12 +156,14 @@ class KeepsState(AcrossRanks):
     def state_dict(self) -> dict[str, Any]:
         """Returns the state as in `torch.optim`, with the rule's name and the numbers of steps and rounds beside it.
 
-        With a process_group it is the state of the agents here, and what rounding has left of messages.
+        With a process_group it is the state of the agents here. If messages are coded, "wire" is what others know of
+        them.
         """
         self._follow_state()
-        residuals = {} if self._exchange is None else {"residuals": self._exchange.residuals()}
+        part = self._exchange or self._together
+        wire = {"wire": state} if part is not None and (state := part.state()) else {}
         counts = {"step": self.num_steps, "round": self.num_rounds, "local_before": self._local_before}
-        return {**super().state_dict(), "rule": self.rule.name, **counts, **residuals}
+        return {**super().state_dict(), "rule": self.rule.name, **counts, **wire}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -185,6 +193,8 @@ class KeepsState(AcrossRanks):
             with unchanged_if_raised(*self._loading_together()):
                 super().load_state_dict(state_dict)
                 self._take_over(loaded)
+            if (part := self._exchange or self._together) is not None:
+                part.load_state(loaded.get("wire", {}))
         finally:
             handle.remove()
 
@@ -201,22 +211,18 @@ class KeepsState(AcrossRanks):
         self._eager_steps = loaded.get("step", 0)
         self._rounds, self._local_before = loaded.get("round", self._eager_steps), loaded.get("local_before", 0)
         self._traced_steps.zero_()
-        if self._exchange is not None:
-            self._exchange.load_residuals(loaded.get("residuals", []), self.param_groups)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = self.__dict__["state"]
         check_state_dict(state_dict, self.rule, self.topology, self.param_groups, state, self.defaults, self._name)
-        if self._exchange is not None:
-            self._exchange.check_idle()
-            check_residuals(state_dict.get("residuals", []), self._name)
-            self._exchange.checked_residuals(state_dict.get("residuals", []), self.param_groups)
+        if (part := self._exchange or self._together) is not None:
+            part.check_state(state_dict.get("wire", {}), self._name)
 
     def __getstate__(self) -> dict[str, Any]:
         if self._exchange is not None:
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
         counts = "_eager_steps", "_rounds", "_local_before", "_local_steps", "_traced_steps"
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", *counts
+        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", "_together", *counts
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
 
     @torch.no_grad()
@@ -228,7 +234,7 @@ class KeepsState(AcrossRanks):
                 group.setdefault(name, self.defaults.get(name, value))
         # A shallow copy shares these with its original.
         self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
-        self._traced_steps = self._traced_steps.clone()
+        self._traced_steps, self._together = self._traced_steps.clone(), self._together and self._together.copied()
         self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
         self._views = Views()
         self._adopt_state()

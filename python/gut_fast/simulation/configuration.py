@@ -198,13 +198,14 @@ def configuration_of(
         **more: other values, by names in which an underscore stands for a blank; None stands for what an older
             checkpoint has no entry of.
     """
-    rule, state_dtype = (getattr(optimizer, name, None) for name in ("rule", "state_dtype"))
+    rule, state_dtype, wire_dtype = (getattr(optimizer, name, None) for name in ("rule", "state_dtype", "wire_dtype"))
     return {
         "number of agents": topology.num_agents,
         "topology": topology.name,
         "digest of the mixing weights": mixing_digest(topology),
         "optimizer": type(optimizer).__name__,
         "rule": None if rule is None else rule.name,
+        "dtype of messages": None if wire_dtype is None else str(wire_dtype),
         "dtype of the state": None if state_dtype in (None, stacked.values.dtype) else str(state_dtype),
         **{
             f"{name} of group {index}": value

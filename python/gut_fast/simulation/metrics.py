@@ -169,7 +169,7 @@ class Tally:
         self.lr = float(optimizer.param_groups[0]["lr"])
         self.loss_sum = torch.zeros(agents_here, dtype=torch.float64, device=device)
         self.loss_steps = 0
-        self.bytes_sent = BytesSent(optimizer, num_agents, agents_here)
+        self.bytes_sent = BytesSent(optimizer, num_agents)
 
     def add_step(self, losses: Tensor) -> None:
         """Adds the losses and messages of the step that the optimizer has just taken."""
@@ -201,16 +201,15 @@ class Tally:
 class BytesSent:
     """The bytes that each agent has sent to others, counted from the mixing matrices of the optimizer's topology.
 
-    Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a round, (messages of the rule) × (bytes of one
-    agent's parameters, in the dtype of messages) to each. An optimizer without topology sends nothing. The count is the
-    same on several ranks: all that the algorithm sends, by whichever way; ``optimizer.bytes_sent`` counts the bytes
-    that have left this process.
+    Agent j sends its messages to every i ≠ j with ``W[i, j] ≠ 0``: in a round, ``optimizer.message_bytes()`` to each.
+    An optimizer without topology sends nothing. The count is the same on several ranks: all that the algorithm sends,
+    by whichever way; ``optimizer.bytes_sent`` counts the bytes that have left this process.
 
     Attributes:
         total: the bytes of each agent, int64 [N].
     """
 
-    def __init__(self, optimizer: Any, num_agents: int, agents_here: int) -> None:
+    def __init__(self, optimizer: Any, num_agents: int) -> None:
         self.total = torch.zeros(num_agents, dtype=torch.int64, device="cpu")
         self._optimizer = optimizer
         self._topology: Any = getattr(optimizer, "topology", None)
@@ -218,11 +217,6 @@ class BytesSent:
         self._rounds = 0
         if self._topology is not None:
             self._rounds = self._optimizer.num_rounds
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            wire = getattr(optimizer, "wire_dtype", None)
-            sizes = [parameter.numel() * (wire or parameter.dtype).itemsize for parameter in parameters]
-            model_bytes = sum(sizes) // agents_here
-            self._bytes_per_receiver = model_bytes * self._optimizer.rule.num_messages
             if self._topology.is_static:
                 self._static_receivers = self._receivers(0)
 
@@ -237,7 +231,7 @@ class BytesSent:
         if self._topology is not None and self._optimizer.num_rounds != self._rounds:
             self._rounds = self._optimizer.num_rounds
             receivers = self._receivers(self._rounds - 1) if self._static_receivers is None else self._static_receivers
-            self.total += receivers * self._bytes_per_receiver
+            self.total += receivers * self._optimizer.message_bytes()
 
     def _receivers(self, step: int) -> Tensor:
         """The number of agents that each agent sends to, [N]."""

@@ -64,6 +64,8 @@ class Experiment:
             `weight_decay` is then its own. None is plain gradient descent.
         inner_options: further arguments of that class.
         state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
+        local_steps, wire_seed: as in `GossipOptimizer`.
+        wire_dtype: of messages, ``"int8"``, ``"int4"`` or a dtype by name; None is the parameters'.
         device: where parameters and data live, for example ``"cpu"`` or ``"cuda"``.
         autocast, channels_last: as in `Simulator`, autocast by name.
         augment: whether training images are cropped and mirrored at random, as is usual for the data set.
@@ -99,6 +101,9 @@ class Experiment:
     engine: str = "auto"
     backend: str = "auto"
     state_dtype: str | None = None
+    local_steps: int = 1
+    wire_dtype: str | None = None
+    wire_seed: int | None = None
     device: str = "cpu"
     autocast: str | None = None
     channels_last: bool = False

@@ -52,6 +52,10 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
     topology = parse_topology(experiment.topology, experiment.gamma)
     device = _device(experiment.device)
     state_dtype, autocast = (_dtype(name, getattr(experiment, name)) for name in ("state_dtype", "autocast"))
+    wire_dtype = (
+        experiment.wire_dtype if experiment.wire_dtype in CODED else _dtype("wire_dtype", experiment.wire_dtype)
+    )
+    wire = {"wire_dtype": wire_dtype, "wire_seed": experiment.wire_seed}
     dataset = load_data(experiment)
     where: dict[str, Any] = {}
     if process_group is not None:
@@ -61,7 +65,7 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
     return Simulator(
         _initial_model(experiment, dataset).to(device),
         topology,
-        optimizer=partial(_make_optimizer, experiment, topology, state_dtype, where),
+        optimizer=partial(_make_optimizer, experiment, topology, {"state_dtype": state_dtype, **wire, **where}),
         data=dataset,
         parts=_divide(experiment, dataset, topology.num_agents),
         batch_size=experiment.batch_size,
@@ -78,13 +82,12 @@ def make_simulator(experiment: Experiment, process_group: dist.ProcessGroup | No
 def _make_optimizer(
     experiment: Experiment,
     topology: Topology,
-    state_dtype: torch.dtype | None,
-    where: Mapping[str, Any],
+    more: Mapping[str, Any],
     parameters: list[nn.Parameter],
 ) -> GossipOptimizer:
-    """The optimizer of the experiment; `where` are its ranks."""
-    options: dict[str, Any] = {"topology": topology, "backend": experiment.backend, "state_dtype": state_dtype, **where}
-    options |= experiment.hyperparameters
+    """The optimizer of the experiment; `more` are the dtypes and its ranks."""
+    options: dict[str, Any] = {"topology": topology, "backend": experiment.backend, **more}
+    options |= {"local_steps": experiment.local_steps, **experiment.hyperparameters}
     lr, decay = experiment.lr, experiment.weight_decay
     if experiment.inner is None:
         optimizer = GossipOptimizer(parameters, experiment.rule, lr=lr, weight_decay=decay, **options)
@@ -148,6 +151,10 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+CODED = ("int8", "int4")
+"""Names of dtypes of messages that torch does not have."""
 
 
 def _dtype(option: str, name: str | None) -> torch.dtype | None:

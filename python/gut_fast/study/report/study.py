@@ -23,6 +23,7 @@ OF_COMPUTING = {"engine", "backend", "device", "seed"}
 """Settings that may differ between two runs of the same method and point."""
 
 OF_METHOD = {"rule", "hyperparameters", "lr", "weight_decay", "gamma", "state_dtype", "autocast", "channels_last"}
+OF_METHOD |= {"local_steps", "wire_dtype", "wire_seed"}
 """Settings that may differ between two methods that are compared."""
 
 END = "at the end"
