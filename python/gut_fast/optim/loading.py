@@ -140,6 +140,9 @@ def _check_settings(
         value = group[setting]
         if isinstance(value, Tensor) and (described(value) not in ("()", "(1,)") or value.numel() != 1):
             raise ValueError(f"{name}: {setting} in the state must be one number, got a tensor {described(value)}")
+    for rate in ("lr", "initial_lr"):
+        if not isinstance(group.get(rate, 0.0), Tensor):
+            rule.check_option("lr", group.get(rate, 0.0))
     rule.check_option("drift_lr", group["drift_lr"])
     rule.check_option("round_lr", group["round_lr"])
     rule.check_option("drift_memory", group["drift_memory"])
