@@ -5,10 +5,12 @@ import math
 import pytest
 import torch
 
+from gut_fast import topology
 from gut_fast.kernels import codes, ops
+from gut_fast.kernels.backends import cpu
 from gut_fast.kernels.codes import BLOCK, Code, Place
 from gut_fast.verify.lockstep import seeded
-from steps import a_step
+from steps import a_step, own_rule
 
 SIZES = (5, 1, 256, 257, 700)
 DIFFERENCES = [Code(16), Code(8), Code(4), Code(8, seed=1), Code(4, seed=1)]
@@ -47,6 +49,110 @@ def block_of(layout):
 
 def same(a, b):
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def coded_by(backend, step, code, only_first=False):
+    """Everything that encoding and decoding makes of a step: plain PyTorch after the cpu backend's own messages."""
+    layout, coded = new_codes(code, step)
+    copies = [3 * seeded(layout.num_numbers, seed=7 + i, dtype=torch.float32) for i in range(step.num_agents)]
+    widths = [seeded(layout.num_blocks, seed=40 + i, dtype=torch.float32).abs() * 9 for i in range(step.num_agents)]
+    if code.kind == "difference":
+        widths, copies[0][:9] = [], -0.0
+    if only_first:
+        coded[1:] = [None] * (step.num_agents - 1)
+    place = Place(3, 5, 1000)
+    if backend == "torch":
+        rows = exact_rows(step)
+        codes.encode_rows(code, layout, rows, coded, copies, widths, place)
+    else:
+        ops.encode(step, code, coded, copies, widths, place, backend)
+    theirs = [3 * seeded(layout.num_numbers, seed=8, dtype=torch.float32) for _ in range(2)]
+    made = [*copies, *widths, *(row for row in coded if row is not None)]
+    for seed, copy in enumerate(theirs):
+        noise = torch.randint(256, (layout.num_bytes,), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+        row = coded[0] if seed == 0 else noise
+        row = torch.cat([row[:4], noise[4:]]) if seed == 1 and code.bits != 16 else row
+        own = () if code.kind == "difference" else (copies[1], widths[1])
+        distance = ops.decode(layout, row, copy, *own, backend=backend)
+        made += [copy] if distance is None else [copy, distance]
+    return made
+
+
+def same_but_for_nan(a, b):
+    """The same bits, but that one NaN is as good as another."""
+    if a.is_floating_point():
+        a, b = torch.where(a.isnan(), math.nan, a), torch.where(b.isnan(), math.nan, b)
+    return same(a, b)
+
+
+def assert_compiled_equals_torch(step, code, only_first=False):
+    plain = coded_by("torch", step, code, only_first)
+    compiled = coded_by("cpu", step, code, only_first)
+    assert len(plain) == len(compiled)
+    assert all(map(same_but_for_nan, plain, compiled))
+
+
+@pytest.mark.skipif(cpu.why_missing is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("name", cpu.tiers())
+@pytest.mark.parametrize("code", [*DIFFERENCES, *MODULO], ids=name_of)
+def test_compiled_codes_have_the_bits_of_plain_pytorch_in_every_tier(code, name, tier, threads):
+    tier(name)
+    for rule, columns in [("gut", SIZES), ("dsgd", (1,)), ("gut", (0, 63, 4097, 255, 1024)), ("gut", (130_000, 3))]:
+        graph = topology.ring(3) if columns[0] > 9000 else topology.ring(6)
+        for count in (1, 2):
+            threads(count)
+            assert_compiled_equals_torch(a_step(rule, graph, columns), code)
+    assert_compiled_equals_torch(a_step("gut", columns=SIZES, dtype=torch.bfloat16), code, only_first=True)
+    assert_compiled_equals_torch(a_step(own_rule(2, 2), topology.ring(3), SIZES), code)
+    assert_compiled_equals_torch(a_step("gut", topology.ring(40), (300, 5)), code)
+
+
+@pytest.mark.skipif(cpu.why_missing is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("plan", ["block=16,ahead=0,fetch=none,threads=2", "block=300,ahead=0,fetch=none,threads=1"])
+@pytest.mark.parametrize("code", [*DIFFERENCES, *MODULO], ids=name_of)
+def test_codes_do_not_depend_on_the_plan(code, plan, threads):
+    step = a_step("gut", columns=(4097, 9000, 5))
+    before = coded_by("cpu", step, code)
+    threads(2)
+    cpu.force_plan(plan)
+    try:
+        assert all(map(same, before, coded_by("cpu", step, code)))
+    finally:
+        cpu.force_plan(None)
+
+
+@pytest.mark.skipif(cpu.why_missing is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("code", [*DIFFERENCES, *MODULO], ids=name_of)
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e-40, 3e38])
+def test_compiled_codes_have_the_bits_of_plain_pytorch_for_odd_numbers(code, value):
+    step = a_step("dsgd", columns=SIZES, lr=0.0, weight_decay=0.0)
+    step.parameters[4][2, 300] = value
+    step.parameters[0][:] = value
+    assert_compiled_equals_torch(step, code)
+
+
+@pytest.mark.skipif(cpu.why_missing is not None, reason="needs the compiled extension")
+@pytest.mark.parametrize("code", [*DIFFERENCES, *MODULO], ids=name_of)
+def test_plain_tensors_of_the_cpu_are_coded_by_the_compiled_kernel(code):
+    step = a_step(columns=SIZES)
+    layout, coded, _, copies, widths = near_copies(step, MODULO[0], 1e-3)
+    layout, coded = new_codes(code, step)
+    distance = None if code.kind == "difference" else torch.empty(layout.num_blocks)
+    own = (None, None) if distance is None else (copies[1], widths[1])
+    assert cpu.direct_encode(step, code, coded, copies, [] if distance is None else widths, Place())
+    assert cpu.direct_decode(layout, coded[0], copies[0], *own, distance)
+
+
+def test_codes_of_float64_are_made_by_plain_pytorch():
+    step = a_step("gut", columns=SIZES, dtype=torch.float64)
+    for code in (Code(8), Code(16), Code(4, "modulo")):
+        layout, coded = new_codes(code, step)
+        copies = [torch.zeros(layout.num_numbers, dtype=torch.float64) for _ in coded]
+        widths = [torch.full((layout.num_blocks,), 50.0) for _ in coded] if code.kind == "modulo" else []
+        ops.encode(step, code, coded, copies, widths)
+        theirs = torch.zeros_like(copies[0])
+        ops.decode(layout, coded[1], theirs, *((copies[0], widths[0]) if widths else ()))
+        assert same(theirs, copies[1])
 
 
 @each_difference

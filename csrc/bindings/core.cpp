@@ -4,16 +4,19 @@
 
 #include <cstdint>
 
+#include "bindings/code_tensors.h"
 #include "bindings/tensor_step.h"
 #include "cpu/kernel.h"
 #include "cpu/plan.h"
 #include "cpu/stream.h"
 
 namespace py = pybind11;
+using gut_fast::bindings::EncodingTensors;
 using gut_fast::bindings::NotPlain;
 using gut_fast::bindings::RowTensors;
 using gut_fast::bindings::TensorReader;
 using gut_fast::bindings::TensorStep;
+using gut_fast::cpu::CodeLayout;
 using gut_fast::cpu::Fetch;
 using gut_fast::cpu::Plan;
 
@@ -39,6 +42,33 @@ bool half(const TensorStep& step, const TensorReader& reader, const py::list& ro
     const RowTensors tensors(reader, step, rows, residuals, writes_rows);
     const py::gil_scoped_release release;
     run(step.args(), tensors.rows_of_step, num_threads);
+    return true;
+  } catch (const NotPlain&) {
+    return false;
+  }
+}
+
+// False, and nothing is done, as in half().
+bool encode(const TensorStep& step, const TensorReader& reader, const CodeLayout& layout, const py::list& coded,
+            const py::list& copies, const py::list& widths,
+            const std::vector<std::pair<std::uint32_t, std::uint32_t>>& keys, std::uint32_t position, int num_threads) {
+  check_cpu(step);
+  try {
+    const EncodingTensors tensors(reader, step, layout, coded, copies, widths, keys, position);
+    const py::gil_scoped_release release;
+    gut_fast::cpu::encode(step.args(), tensors.encoding, num_threads);
+    return true;
+  } catch (const NotPlain&) {
+    return false;
+  }
+}
+
+bool decode(const CodeLayout& layout, const TensorReader& reader, py::handle coded, py::handle copy, py::handle own,
+            py::handle widths, py::handle distance, int num_threads) {
+  try {
+    const auto decoding = gut_fast::bindings::read_decoding(reader, layout, coded, copy, own, widths, distance);
+    const py::gil_scoped_release release;
+    gut_fast::cpu::decode(decoding, num_threads);
     return true;
   } catch (const NotPlain&) {
     return false;
@@ -77,6 +107,11 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       .def_readonly("threads", &Plan::threads);
   module.def("force_plan", &gut_fast::cpu::force_plan, py::arg("plan"));
   module.def("last_plan", &gut_fast::cpu::last_plan);
+  py::class_<CodeLayout>(module, "CodeLayout")
+      .def(py::init<int, bool, std::vector<std::int64_t>, int>(), py::arg("bits"), py::arg("is_modulo"),
+           py::arg("columns"), py::arg("num_messages"))
+      .def("decode", &decode, py::arg("reader"), py::arg("coded"), py::arg("copy"), py::arg("own"), py::arg("widths"),
+           py::arg("distance"), py::arg("num_threads"));
   py::class_<TensorReader>(module, "TensorReader", py::module_local())
       .def(py::init<py::module_, bool>(), py::arg("torch"), py::arg("through_dlpack") = true)
       .def_property_readonly("reads_dlpack", &TensorReader::reads_dlpack)
@@ -89,5 +124,7 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
       .def("message", &half<gut_fast::cpu::message, true>, py::arg("reader"), py::arg("rows"), py::arg("residuals"),
            py::arg("num_threads"))
       .def("combine", &half<gut_fast::cpu::combine, false>, py::arg("reader"), py::arg("rows"), py::arg("residuals"),
-           py::arg("num_threads"));
+           py::arg("num_threads"))
+      .def("encode", &encode, py::arg("reader"), py::arg("layout"), py::arg("coded"), py::arg("copies"),
+           py::arg("widths"), py::arg("keys"), py::arg("position"), py::arg("num_threads"));
 }

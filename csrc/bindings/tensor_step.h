@@ -32,7 +32,8 @@ struct DataType {
   }
 };
 
-constexpr DataType kInt64{0, 64, 1}, kFloat16{2, 16, 1}, kFloat32{2, 32, 1}, kFloat64{2, 64, 1}, kBfloat16{4, 16, 1};
+constexpr DataType kInt64{0, 64, 1}, kUInt8{1, 8, 1}, kFloat16{2, 16, 1}, kFloat32{2, 32, 1}, kFloat64{2, 64, 1},
+    kBfloat16{4, 16, 1};
 
 struct Device {
   std::int32_t type, id;
@@ -115,7 +116,8 @@ class TensorReader {
                                       {"float64", dlpack::kFloat64},
                                       {"bfloat16", dlpack::kBfloat16},
                                       {"float16", dlpack::kFloat16},
-                                      {"int64", dlpack::kInt64}}) {
+                                      {"int64", dlpack::kInt64},
+                                      {"uint8", dlpack::kUInt8}}) {
       dtypes_.emplace_back(torch.attr(type), dtype);
     }
   }

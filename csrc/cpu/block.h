@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "cpu/codes.h"
 #include "cpu/storage.h"
 #include "gossip_step.h"
 
@@ -95,6 +96,8 @@ struct Tier {
   void (*sum[2])(const SumArgs&);
   void (*widen)(const CopyArgs&);   // bfloat16 to float
   void (*narrow)(const CopyArgs&);  // and back
+  void (*encode)(const CodeArgs&);
+  void (*decode)(const CodeArgs&);
   Streams streams;
 };
 

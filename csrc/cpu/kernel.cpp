@@ -69,24 +69,30 @@ void check_rows(const StepArgs& args, const Rows& rows) {
 template <typename T>
 using Work = void (Step<T>::*)(const Chunk&, int participant) const;
 
-template <typename T>
-void run_chunks(Step<T>& step, Work<T> work) {
+// Calls body(chunk, participant) for all chunks.
+template <typename Body>
+void each_chunk(const std::vector<Chunk>& chunks, int num_threads, Body body) {
+  auto numbered = [&](std::int64_t index, int participant) { body(chunks[index], participant); };
+  const auto call = [](void* context, std::int64_t index, int participant) {
+    (*static_cast<decltype(numbered)*>(context))(index, participant);
+  };
+  parallel_chunks(num_threads, static_cast<std::int64_t>(chunks.size()), call, &numbered);
+}
+
+template <typename T, typename Body>
+void run_chunks(Step<T>& step, Body body) {
   const auto chunks = make_chunks(step.args(), step.plan().threads, step.plan().block);
   const auto num_chunks = static_cast<std::int64_t>(chunks.size());
   const auto num_threads = static_cast<int>(std::clamp<std::int64_t>(num_chunks, 1, step.plan().threads));
   step.make_scratch(num_threads);
-  auto body = [&](std::int64_t index, int participant) { (step.*work)(chunks[index], participant); };
-  const auto call = [](void* context, std::int64_t index, int participant) {
-    (*static_cast<decltype(body)*>(context))(index, participant);
-  };
-  parallel_chunks(num_threads, num_chunks, call, &body);
+  each_chunk(chunks, num_threads, body);
 }
 
 template <typename T>
 void run(const StepArgs& args, const Schedule* schedule, const Rows* rows, int num_threads, Work<T> work) {
   Step<T> step(args, current_tier(), schedule, rows, num_threads);
   const auto begin = std::chrono::steady_clock::now();
-  run_chunks(step, work);
+  run_chunks(step, [&](const Chunk& chunk, int participant) { (step.*work)(chunk, participant); });
   if (schedule) plan_took(std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
 }
 
@@ -192,6 +198,55 @@ void combine(const StepArgs& args, const Rows& rows, int num_threads) {
     run<double>(args, nullptr, &rows, num_threads, &Step<double>::combine);
   } else {
     run<float>(args, nullptr, &rows, num_threads, &Step<float>::combine);
+  }
+}
+
+void encode(const StepArgs& args, const Encoding& encoding, int num_threads) {
+  check_dtypes(args);
+  if (args.dtype == DType::float64) throw std::invalid_argument("no compiled codes for messages of float64");
+  const std::vector<void*> nobody(args.mixing.num_agents, nullptr);  // no message leaves as it is
+  const Rows rows{DType::float32, nobody.data(), args.mixing.num_agents, encoding.layout->length, nullptr};
+  Step<float> step(args, current_tier(), nullptr, &rows, num_threads, kCodeBlock);
+  run_chunks(step, [&](const Chunk& chunk, int participant) { step.encode(encoding, chunk, participant); });
+}
+
+void decode(const Decoding& decoding, int num_threads) {
+  const CodeLayout& layout = *decoding.layout;
+  StepArgs args{};
+  args.segments = layout.segments.data();
+  args.num_segments = static_cast<std::int64_t>(layout.segments.size());
+  args.mixing.num_agents = 1;
+  const auto threads = std::max(useful_threads(args, num_threads), 1);
+  const auto decode = current_tier().decode;
+  each_chunk(make_chunks(args, threads, kCodeBlock), threads, [&](const Chunk& chunk, int) {
+    for (int m = 0; m < layout.num_messages; ++m) {
+      const auto segment = chunk.segment - args.segments;
+      auto piece = code_args(layout, segment, m, chunk.begin, chunk.end - chunk.begin,
+                             const_cast<std::uint8_t*>(decoding.coded), decoding.copy, nullptr);
+      if (layout.is_modulo) {
+        const auto block = m * layout.blocks + layout.first_block[segment] + chunk.begin / kCodeBlock;
+        piece.from = decoding.own + (piece.copy - decoding.copy);
+        piece.width = const_cast<float*>(decoding.width) + block;
+        piece.distance = decoding.distance + block;
+      }
+      decode(piece);
+    }
+  });
+}
+
+CodeLayout::CodeLayout(int bits, bool is_modulo, const std::vector<std::int64_t>& columns, int num_messages)
+    : bits(bits), is_modulo(is_modulo), num_messages(num_messages) {
+  if ((bits != 16 && bits != 8 && bits != 4) || (bits == 16 && is_modulo) || num_messages < 1) {
+    throw std::invalid_argument("no such code: " + std::to_string(bits) + " bits");
+  }
+  for (const auto each : columns) {
+    if (each < 0) throw std::invalid_argument("a tensor has " + std::to_string(each) + " columns");
+    segments.push_back({nullptr, nullptr, each, length});
+    first_block.push_back(blocks);
+    first_byte.push_back(bytes);
+    length += each;
+    blocks += (each + kCodeBlock - 1) / kCodeBlock;
+    bytes += (each * bits + 7) / 8;
   }
 }
 

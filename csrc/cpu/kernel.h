@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/block.h"  // kMaxStates, kMaxMessages
+#include "cpu/codes.h"
 #include "gossip_step.h"
 
 namespace gut_fast::cpu {
@@ -31,5 +32,10 @@ void gossip_step(const StepArgs& args, int num_threads);
 // does.
 void message(const StepArgs& args, const Rows& rows, int num_threads);
 void combine(const StepArgs& args, const Rows& rows, int num_threads);
+
+// The first half with messages in few bits; the step must be computed in float32. And what a receiver does with a code:
+// any bytes will do.
+void encode(const StepArgs& args, const Encoding& encoding, int num_threads);
+void decode(const Decoding& decoding, int num_threads);
 
 }  // namespace gut_fast::cpu

@@ -12,6 +12,7 @@
 #include <iterator>
 
 #include "cpu/block.h"
+#include "cpu/code_loop.h"
 #include "cpu/lanes.h"
 #include "cpu/pattern.h"
 #include "cpu/storage.h"
@@ -345,6 +346,8 @@ const Tier GUT_FAST_TIER = {std::begin(kInstances),
                             {run<SumLoop<float, kFloats>, SumArgs>, run<SumLoop<double, kDoubles>, SumArgs>},
                             run<WidenLoop<kFloats>, CopyArgs>,
                             run<NarrowLoop<kFloats>, CopyArgs>,
+                            run<EncodeLoop<kFloats>, CodeArgs>,
+                            run<DecodeLoop<kFloats>, CodeArgs>,
                             streams(Storages{})};
 
 }  // namespace gut_fast::cpu

@@ -35,10 +35,6 @@ std::int64_t num_columns(const StepArgs& args) {
   return total;
 }
 
-int useful_threads(const StepArgs& args, int num_threads) {
-  return num_columns(args) * args.mixing.num_agents < kAlone ? 1 : num_threads;
-}
-
 const Caches& caches() {
   static const Caches found;
   return found;
@@ -109,6 +105,10 @@ Plan decided(Plan plan, int num_threads, std::int64_t step) {
 }
 
 }  // namespace
+
+int useful_threads(const StepArgs& args, int num_threads) {
+  return num_columns(args) * args.mixing.num_agents < kAlone ? 1 : num_threads;
+}
 
 Plan choose_plan(const StepArgs& args, const Schedule& schedule, int num_threads, std::int64_t itemsize,
                  std::int64_t step) {

@@ -28,6 +28,9 @@ constexpr int kTriedPlans = 6, kTriedSteps = 5 * kTriedPlans;
 Plan choose_plan(const StepArgs& args, const Schedule& schedule, int num_threads, std::int64_t itemsize,
                  std::int64_t step);
 
+// The number of threads that are worth their waking up.
+int useful_threads(const StepArgs& args, int num_threads);
+
 // Tells how long the step took that this thread planned last.
 void plan_took(double seconds);
 

@@ -64,8 +64,9 @@ class Memory {
 template <typename T>
 class Step {
  public:
-  // `schedule` is null for the halves, `rows` for a whole step.
-  Step(const StepArgs& args, const Tier& tier, const Schedule* schedule, const Rows* rows, int num_threads)
+  // `schedule` is null for the halves, `rows` for a whole step. Blocks are multiples of `unit` columns.
+  Step(const StepArgs& args, const Tier& tier, const Schedule* schedule, const Rows* rows, int num_threads,
+       std::int64_t unit = 1)
       : args_(args),
         tier_(tier),
         schedule_(schedule),
@@ -73,7 +74,7 @@ class Step {
         rule_(tier, args),
         step_(kVectors * tier.lanes[is_double]),
         plan_(schedule ? choose_plan(args, *schedule, num_threads, sizeof(T), step_)
-                       : choose_split_plan(args, rows->count, num_threads, sizeof(T), step_)),
+                       : choose_split_plan(args, rows->count, num_threads, sizeof(T), std::max(step_, unit))),
         loop_(rule_.instance->loop[storage_index(args.dtype, args.state_dtype, Storages{})]),
         weight_(args.mixing.num_edges * sizeof(T)),
         coefficients_((args.gradient_scale ? n() : 1) * rule_.coefficients.size() * sizeof(T)),
@@ -142,6 +143,31 @@ class Step {
         store(room.message(at), rows_->dtype, row(*chunk.segment, i, m, column), count, residual);
       });
     });
+  }
+
+  // Computes the messages into scratch, and turns them into codes and copies there.
+  void encode(const Encoding& encoding, const Chunk& chunk, int participant) const {
+    Room room(*this, participant);
+    Block block = block_of(room);
+    block.finishes = false;
+    const auto segment = chunk.segment - args_.segments;
+    for (auto first = chunk.begin; first < chunk.end; first += plan_.block) {
+      const auto end = std::min(first + plan_.block, chunk.end);
+      each_block({chunk.segment, first, end}, [&](std::int64_t column, std::int64_t count) {
+        enter(block, room, *chunk.segment, column, count);
+        each_row(without_row_,
+                 [&](std::int64_t at, std::int64_t, int) { room.sent[at] = room.message(at) + column - first; });
+        take(block, without_row_.data(), without_row_.data() + without_row_.size(), 0);
+      });
+      each_row(without_row_, [&](std::int64_t at, std::int64_t i, int m) {
+        auto args = code_args(*encoding.layout, segment, m, first, end - first, encoding.coded[i], encoding.copy[i],
+                              encoding.width ? encoding.width[i] : nullptr);
+        args.from = room.message(at);
+        args.keys = encoding.keys ? encoding.keys + at : nullptr;
+        args.position = static_cast<std::uint32_t>(encoding.position + chunk.segment->state_offset / n() + first);
+        tier_.encode(args);
+      });
+    }
   }
 
   // Mixes the rows as they were sent, with the messages of those agents that have none; in the outputs all messages are

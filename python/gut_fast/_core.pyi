@@ -38,6 +38,30 @@ class TensorStep:
     def combine(
         self, reader: TensorReader, rows: list[Tensor | None], residuals: list[Tensor | None], num_threads: int
     ) -> bool: ...
+    def encode(
+        self,
+        reader: TensorReader,
+        layout: CodeLayout,
+        coded: list[Tensor | None],
+        copies: list[Tensor],
+        widths: list[Tensor],
+        keys: list[tuple[int, int]],
+        position: int,
+        num_threads: int,
+    ) -> bool: ...
+
+class CodeLayout:
+    def __init__(self, bits: int, is_modulo: bool, columns: list[int], num_messages: int) -> None: ...
+    def decode(
+        self,
+        reader: TensorReader,
+        coded: Tensor,
+        copy: Tensor,
+        own: Tensor | None,
+        widths: Tensor | None,
+        distance: Tensor | None,
+        num_threads: int,
+    ) -> bool: ...
 
 def available_tiers() -> list[str]: ...
 def tier() -> str: ...

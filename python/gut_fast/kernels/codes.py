@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gut_fast.kernels.step import GossipStep
+from gut_fast.kernels.step import GossipStep, Rows
 
 __all__ = [
     "BLOCK",
@@ -39,6 +39,7 @@ __all__ = [
     "drop_",
     "encode_difference",
     "encode_modulo",
+    "encode_rows",
     "judged",
     "keys_of",
     "next_widths_",
@@ -137,6 +138,24 @@ class Place(NamedTuple):
     round: int = 0
     first_agent: int = 0
     column: int = 0
+
+
+def encode_rows(
+    code: Code,
+    layout: Layout,
+    rows: Sequence[Tensor],
+    coded: Rows,
+    copies: Sequence[Tensor],
+    widths: Sequence[Tensor],
+    place: Place,
+) -> None:
+    """Does `ops.encode` after the messages of all agents have been computed into `rows`."""
+    for agent, (row, copy, own) in enumerate(zip(rows, copies, coded, strict=True)):
+        dither = None if code.seed is None else dither_of(code.seed, place, agent, layout, row.device)
+        if code.kind == "difference":
+            encode_difference(layout, row, copy, own, dither)
+        else:
+            encode_modulo(layout, row, copy, widths[agent], own, dither)
 
 
 def encode_difference(layout: Layout, row: Tensor, copy: Tensor, coded: Tensor | None, dither: Tensor | None) -> None:

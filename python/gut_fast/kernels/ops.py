@@ -24,9 +24,7 @@ from gut_fast.kernels.codes import (
     Place,
     decode_difference,
     decode_modulo,
-    dither_of,
-    encode_difference,
-    encode_modulo,
+    encode_rows,
 )
 from gut_fast.kernels.step import PLAIN, arithmetic, resolved
 from gut_fast.kernels.validation import (
@@ -236,22 +234,23 @@ def encode(
         TypeError, ValueError, RuntimeError: as `message`, or a row is not as described. Nothing has been changed.
     """
     layout, place = code.layout(step), place or Place()
-    module = _checked_half(step, backend, "message", [*coded, *copies, *widths])
-    check_encoding(layout, step, coded, copies, widths)
-    rows = step.new_rows(arithmetic(step.parameters[0].dtype))
-    module.message(resolved(step), list(rows), [])
-    for agent, (row, copy, own) in enumerate(zip(rows, copies, coded, strict=True)):
-        dither = None if code.seed is None else dither_of(code.seed, place, agent, layout, row.device)
-        if code.kind == "difference":
-            encode_difference(layout, row, copy, own, dither)
-        else:
-            encode_modulo(layout, row, copy, widths[agent], own, dither)
+    if not (_may_be_direct(backend) and cpu.direct_encode(step, code, coded, copies, widths, place)):
+        module = _checked_half(step, backend, "message", [*coded, *copies, *widths])
+        check_encoding(layout, step, coded, copies, widths)
+        rows = step.new_rows(arithmetic(step.parameters[0].dtype))
+        module.message(resolved(step), list(rows), [])
+        encode_rows(code, layout, rows, coded, copies, widths, place)
     torch.autograd.graph.increment_version([*copies, *widths, *(row for row in coded if row is not None)])
 
 
 @torch.no_grad()
 def decode(
-    layout: Layout, coded: Tensor, copy: Tensor, own: Tensor | None = None, widths: Tensor | None = None
+    layout: Layout,
+    coded: Tensor,
+    copy: Tensor,
+    own: Tensor | None = None,
+    widths: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor | None:
     """Turns a row of codes into the sender's copy, in place: by differences from the old copy, by modulo from `own`.
 
@@ -263,6 +262,7 @@ def decode(
         copy: [M ΣD], float32 or float64: the sender's.
         own: of modulo: the receiver's own copy of the same round.
         widths: of modulo: the receiver's own widths, as `encode` has left them.
+        backend: ``"torch"`` for plain PyTorch operations, which give the same bits as the compiled ones.
 
     Returns:
         Of modulo, float32 [num_blocks]: how far the two copies are apart, infinity where the block has to be dropped
@@ -271,12 +271,13 @@ def decode(
     Raises:
         TypeError, ValueError: a tensor is not as described. Nothing has been changed.
     """
-    check_decoding(layout, coded, copy, own, widths)
-    distance = None
-    if own is None or widths is None:
-        decode_difference(layout, coded, copy)
-    else:
-        distance = decode_modulo(layout, coded, copy, own, widths)
+    distance = torch.empty_like(widths) if isinstance(widths, Tensor) else None
+    if not (_may_be_direct(backend) and cpu.direct_decode(layout, coded, copy, own, widths, distance)):
+        check_decoding(layout, coded, copy, own, widths)
+        if own is None or widths is None:
+            decode_difference(layout, coded, copy)
+        else:
+            distance = decode_modulo(layout, coded, copy, own, widths)
     torch.autograd.graph.increment_version([copy])
     return distance
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
+from torch import Tensor
 
+from gut_fast.kernels.codes import Code, Layout, Place, keys_of
 from gut_fast.kernels.step import GossipStep, Instances, Rows
 
 __all__ = [
     "combine",
     "direct_combine",
+    "direct_decode",
+    "direct_encode",
     "direct_message",
     "direct_step",
     "force_plan",
@@ -149,6 +154,36 @@ def direct_combine(step: GossipStep, rows: Rows) -> bool:
     if found is None or _reader is None:
         return False
     return found.combine(_reader, list(rows), [], torch.get_num_threads())
+
+
+@lru_cache(maxsize=256)
+def _layout(layout: Layout) -> _core.CodeLayout:
+    return _core.CodeLayout(layout.bits, layout.kind == "modulo", list(layout.columns), layout.num_messages)
+
+
+def direct_encode(
+    step: GossipStep, code: Code, coded: Rows, copies: Sequence[Tensor], widths: Sequence[Tensor], place: Place
+) -> bool:
+    """Does `ops.encode` and returns True if the tensors can be read and served: messages computed in float32."""
+    found = _served(step)
+    if found is None or _reader is None:
+        return False
+    keys: list[tuple[int, int]] = []
+    if code.seed is not None:
+        agents = range(step.num_agents)
+        keys = [each for agent in agents for each in keys_of(code.seed, place, agent, step.num_messages)]
+    rows = list(coded), list(copies), list(widths)
+    layout = _layout(code.layout(step))
+    return found.encode(_reader, layout, *rows, keys, place.column % 2**32, torch.get_num_threads())
+
+
+def direct_decode(
+    layout: Layout, coded: Tensor, copy: Tensor, own: Tensor | None, widths: Tensor | None, distance: Tensor | None
+) -> bool:
+    """Does `ops.decode`, the distances written into `distance`, and returns True if the tensors can be read."""
+    if _reader is None:
+        return False
+    return _layout(layout).decode(_reader, coded, copy, own, widths, distance, torch.get_num_threads())
 
 
 def _served(step: GossipStep) -> _core.TensorStep | None:
