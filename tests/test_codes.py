@@ -9,6 +9,7 @@ from gut_fast import topology
 from gut_fast.kernels import codes, ops
 from gut_fast.kernels.backends import cpu
 from gut_fast.kernels.codes import BLOCK, Code, Place
+from gut_fast.verify import comparison
 from gut_fast.verify.lockstep import seeded
 from steps import a_step, own_rule
 
@@ -444,3 +445,30 @@ def test_what_cannot_be_decoded_is_refused():
     with pytest.raises(ValueError, match="takes neither"):
         ops.decode(Code(8).layout(step), coded[1], copy, copies[0], widths[0])
     assert same(copy, torch.zeros_like(copy))
+
+
+def compared(*chosen):
+    return comparison.verify(comparison.Request([], ["cpu", "torch"], [], cpu.tiers()[:1], codes=chosen))
+
+
+@pytest.mark.parametrize("code", [Code(16), Code(4), Code(8, "modulo")], ids=name_of)
+def test_verify_finds_codes_right(code):
+    result = compared(code)
+    assert result.passed
+    assert [each.backend for each in result.candidates] == ["cpu", "torch"][cpu.why_missing is not None :]
+    assert 0.9 < result.candidates[-1].error <= 1
+
+
+@pytest.mark.skipif(cpu.why_missing is not None, reason="needs the compiled extension")
+def test_verify_finds_a_single_wrong_bit(monkeypatch):
+    encode = ops.encode
+
+    def encode_wrongly(step, code, coded, *others):
+        encode(step, code, coded, *others)
+        coded[2][-1] ^= 1
+
+    monkeypatch.setattr(ops, "encode", encode_wrongly)
+    compiled, plain = compared(Code(8)).candidates
+    assert "other bits" in compiled.faults[0]
+    assert plain.passed
+    assert not compiled.passed

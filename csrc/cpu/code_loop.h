@@ -57,11 +57,11 @@ struct CodeBlocks {
   using V = typename Lane::V;
   using Word = typename VectorOf<std::uint32_t, kLanes>::type;
   using Int = typename VectorOf<std::int32_t, kLanes>::type;
-  using Bytes = typename VectorOf<std::int8_t, kLanes>::type;
 
   static GUT_FAST_INLINE V all(float value) { return Lane::broadcast(value); }
   static GUT_FAST_INLINE V rounded(V shifted) { return shifted - all(kMagic); }
   static GUT_FAST_INLINE Int integer(V shifted) { return bits_of<Int>(shifted) - kMagicBits; }
+  static GUT_FAST_INLINE void store(std::int32_t* place, Int value) { std::memcpy(place, &value, sizeof value); }
   static GUT_FAST_INLINE V floats(Int value) { return __builtin_convertvector(value, V); }
 
   static GUT_FAST_INLINE void keep_larger(Int& largest, V value) {
@@ -102,15 +102,9 @@ struct CodeBlocks {
     return value + all(kMagic);
   }
 
-  static GUT_FAST_INLINE void store_bytes(std::uint8_t* place, Int value) {
-    const Bytes bytes = __builtin_convertvector(value, Bytes);
-    std::memcpy(place, &bytes, sizeof bytes);
-  }
-
-  static GUT_FAST_INLINE Int load_bytes(const std::uint8_t* place) {
-    Bytes bytes;
-    std::memcpy(&bytes, place, sizeof bytes);
-    return __builtin_convertvector(bytes, Int);
+  // From integers to bytes, and from bytes to numbers, go plain loops: GCC 12 takes vectors of bytes apart.
+  static GUT_FAST_INLINE void bytes_of(const std::int32_t* integers, std::uint8_t* bytes) {
+    for (std::int64_t c = 0; c < kCodeBlock; ++c) bytes[c] = static_cast<std::uint8_t>(integers[c]);
   }
 
   // Two numbers in a byte, the first one in its lower half.
@@ -127,6 +121,16 @@ struct CodeBlocks {
     }
   }
 
+  // The numbers of a block's codes: from 0 on, or from -2^(bits - 1) on.
+  template <int bits, bool is_signed>
+  static GUT_FAST_INLINE void numbers_of(const std::uint8_t* bytes, float* numbers) {
+    constexpr int half = 1 << (bits - 1);
+    for (std::int64_t c = 0; c < kCodeBlock; ++c) {
+      const int code = bytes[c];
+      numbers[c] = static_cast<float>(is_signed ? (code ^ half) - half : code);
+    }
+  }
+
   static GUT_FAST_INLINE void fill(float* numbers, float value) {
     for (std::int64_t c = 0; c < kCodeBlock; ++c) numbers[c] = value;
   }
@@ -136,6 +140,7 @@ struct CodeBlocks {
   static GUT_FAST_INLINE float encode_difference(const CodeArgs& args, const float* S, float* X, std::uint8_t* bytes,
                                                  std::uint32_t position) {
     constexpr float levels = (1 << (bits - 1)) - 1;
+    std::int32_t integers[kCodeBlock];
     Int largest{};
     for (std::int64_t c = 0; c < kCodeBlock; c += kLanes) keep_larger(largest, Lane::load(S + c) - Lane::load(X + c));
     const float most = magnitude(largest, true);
@@ -149,19 +154,19 @@ struct CodeBlocks {
     for (std::int64_t c = 0; c < kCodeBlock; c += kLanes) {
       const V old = Lane::load(X + c);
       const V q = shifted<is_random>((Lane::load(S + c) - old) * all(factor), args, position + c);
-      store_bytes(bytes + c, integer(q));
+      store(integers + c, integer(q));
       Lane::store(X + c, old + rounded(q) * all(scale));
     }
+    bytes_of(integers, bytes);
     return scale;
   }
 
   template <int bits>
   static GUT_FAST_INLINE void decode_difference(const std::uint8_t* bytes, float scale, float* X) {
-    constexpr int half = 1 << (bits - 1);
+    float q[kCodeBlock];
+    numbers_of<bits, true>(bytes, q);
     for (std::int64_t c = 0; c < kCodeBlock; c += kLanes) {
-      Int q = load_bytes(bytes + c);
-      if constexpr (bits == 4) q = (q ^ half) - half;
-      Lane::store(X + c, Lane::load(X + c) + floats(q) * all(scale));
+      Lane::store(X + c, Lane::load(X + c) + Lane::load(q + c) * all(scale));
     }
   }
 
@@ -170,6 +175,7 @@ struct CodeBlocks {
   static GUT_FAST_INLINE std::uint32_t encode_modulo(const CodeArgs& args, const float* S, float* X, float& width,
                                                      std::uint8_t* bytes, std::uint32_t position) {
     constexpr float levels = 1 << bits;
+    std::int32_t integers[kCodeBlock];
     Int largest{};
     for (std::int64_t c = 0; c < kCodeBlock; c += kLanes) keep_larger(largest, Lane::load(S + c));
     const float least = magnitude(largest, true) * (levels * 0x1p-21f);
@@ -187,10 +193,11 @@ struct CodeBlocks {
     for (std::int64_t c = 0; c < kCodeBlock; c += kLanes) {
       const V shift = shifted<is_random>(Lane::load(S + c) * factor, args, position + c);
       const Int k = integer(shift);
-      store_bytes(bytes + c, k);
+      store(integers + c, k);
       check += bits_of<Word>(k >> bits) * multipliers(c);
       Lane::store(X + c, rounded(shift) * step);
     }
+    bytes_of(integers, bytes);
     return sum(check);
   }
 
@@ -199,11 +206,13 @@ struct CodeBlocks {
   static GUT_FAST_INLINE float decode_modulo(const std::uint8_t* bytes, float width, std::uint32_t expected,
                                              const float* own, float* X) {
     constexpr float levels = 1 << bits;
+    float codes[kCodeBlock];
+    numbers_of<bits, false>(bytes, codes);
     const V factor = all(levels / width), step = all(width * (1 / levels)), most = all(0x1p22f);
     Int largest{};
     Word check{};
     for (std::int64_t c = 0; c < kCodeBlock; c += kLanes) {
-      const V mine = Lane::load(own + c), code = floats(load_bytes(bytes + c) & ((1 << bits) - 1));
+      const V mine = Lane::load(own + c), code = Lane::load(codes + c);
       V t = mine * factor;
       t = t > most ? most : t;
       t = t < -most ? -most : t;
@@ -233,8 +242,14 @@ struct CodeBlocks {
 
 // Both loops go over blocks; the last one of a tensor is copied to where there is room for a whole one.
 struct CodeRoom {
-  float from[kCodeBlock] = {}, copy[kCodeBlock] = {};
-  std::uint8_t code[2 * kCodeBlock] = {};
+  float from[kCodeBlock], copy[kCodeBlock];
+  std::uint8_t code[2 * kCodeBlock];
+
+  void take(const float* message, const float* X, std::int64_t count) {
+    std::memset(this, 0, sizeof *this);
+    if (message) std::memcpy(from, message, count * sizeof(float));
+    std::memcpy(copy, X, count * sizeof(float));
+  }
 };
 
 template <int kLanes>
@@ -252,18 +267,15 @@ struct EncodeLoop {
     std::int64_t block = 0;
     for (std::int64_t c = 0; c < args.count; c += kCodeBlock, ++block) {
       const auto count = args.count - c < kCodeBlock ? args.count - c : kCodeBlock;
-      std::uint8_t code[2 * kCodeBlock];
-      std::uint8_t* to = args.code ? args.code + c * bits / 8 : code;
-      if (count == kCodeBlock) {
-        one<bits, is_random>(args, block, args.from + c, args.copy + c, to);
-      } else {
-        CodeRoom room;
-        std::memcpy(room.from, args.from + c, count * sizeof(float));
-        std::memcpy(room.copy, args.copy + c, count * sizeof(float));
-        one<bits, is_random>(args, block, room.from, room.copy, room.code);
-        std::memcpy(args.copy + c, room.copy, count * sizeof(float));
-        std::memcpy(to, room.code, (count * bits + 7) / 8);
-      }
+      const bool is_whole = count == kCodeBlock;
+      CodeRoom room;
+      if (!is_whole) room.take(args.from + c, args.copy + c, count);
+      std::uint8_t* to = args.code ? args.code + c * bits / 8 : room.code;
+      one<bits, is_random>(args, block, is_whole ? args.from + c : room.from, is_whole ? args.copy + c : room.copy,
+                           is_whole ? to : room.code);
+      if (is_whole) continue;
+      std::memcpy(args.copy + c, room.copy, count * sizeof(float));
+      if (args.code) std::memcpy(to, room.code, (count * bits + 7) / 8);
     }
   }
 
@@ -307,18 +319,17 @@ struct DecodeLoop {
       const auto count = args.count - c < kCodeBlock ? args.count - c : kCodeBlock;
       const std::uint8_t* code = args.code + c * bits / 8;
       const float* own = args.from ? args.from + c : nullptr;
-      if (count == kCodeBlock) {
-        one<bits>(args, block, own, args.copy + c, code);
-      } else {
-        CodeRoom room;
+      const bool is_whole = count == kCodeBlock;
+      CodeRoom room;
+      if (!is_whole) {
+        room.take(own, args.copy + c, count);
         std::memcpy(room.code, code, (count * bits + 7) / 8);
-        if (own) std::memcpy(room.from, own, count * sizeof(float));
-        std::memcpy(room.copy, args.copy + c, count * sizeof(float));
         // The other half of the last byte is nobody's number.
         if (bits == 4 && count % 2 == 1) room.code[count / 2] &= 15;
-        one<bits>(args, block, room.from, room.copy, room.code);
-        std::memcpy(args.copy + c, room.copy, count * sizeof(float));
       }
+      one<bits>(args, block, is_whole ? own : room.from, is_whole ? args.copy + c : room.copy,
+                is_whole ? code : room.code);
+      if (!is_whole) std::memcpy(args.copy + c, room.copy, count * sizeof(float));
     }
   }
 

@@ -25,6 +25,7 @@ from gut_fast.simulation.files import check_target
 from gut_fast.study import summary
 from gut_fast.verify import comparison
 from gut_fast.verify.cases import THREADS
+from gut_fast.verify.coding import CODES, code_name
 from gut_fast.verify.comparison import Candidate, Request, Result
 from gut_fast.verify.lockstep import LIMIT, PRECISIONS
 
@@ -90,6 +91,7 @@ def _request(
         tiers=_chosen("--tier", tier, machine.instruction_tiers()),
         seed=seed,
         full=full,
+        codes=() if rule or (dtype and "float32" not in dtype) else CODES,
     )
 
 
@@ -159,6 +161,7 @@ def legend(tiers: Sequence[str], threads: Sequence[int], devices: Sequence[str] 
         "precision: of the parameters, after a slash that of the state\n"
         "checks: tensors compared, parameters and every state\n"
         "published: the reference beside the form in the paper\n"
+        "difference, modulo: coded messages; cpu has the bits of torch, which loses up to 1 of half a step, or of one\n"
         f"cpu: the same bits in tiers {', '.join(tiers) or 'none'} and on {', '.join(map(str, threads))} threads"
     )
     others = [device for device in devices if device != "cpu"]
@@ -194,7 +197,9 @@ def _conclusion(result: Result, seconds: float) -> str:
         count = f"{len(wrong)} of {len(result.candidates)} lines are WRONG"
         return f"{count}: {', '.join(rules)}; do not trust this installation"
     checks = sum(candidate.num_comparisons for candidate in result.candidates)
-    return f"right: {checks:,} comparisons of {len(rules)} rule{'s' * (len(rules) > 1)} in {seconds:.0f} s"
+    codes = len({code_name(code) for code in CODES} & set(rules))
+    count = f"{len(rules) - codes} rule{'s' * (len(rules) - codes > 1)}{f' and {codes} codes' if codes else ''}"
+    return f"right: {checks:,} comparisons of {count} in {seconds:.0f} s"
 
 
 def as_json(result: Result, seconds: float, seed: int, full: bool) -> dict[str, Any]:

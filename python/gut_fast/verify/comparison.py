@@ -14,9 +14,11 @@ from torch import Tensor
 
 from gut_fast import topology
 from gut_fast.kernels.backends import BACKENDS, cpu
+from gut_fast.kernels.codes import Code
 from gut_fast.reference import PUBLISHED
 from gut_fast.rules import UpdateRule
-from gut_fast.verify.cases import Case, cases
+from gut_fast.verify.cases import THREADS, Case, cases
+from gut_fast.verify.coding import code_name, coded, losses
 from gut_fast.verify.lockstep import EXACT, LIMIT, ROUNDINGS, OpRun, Precision, Problem, excess_error, same_bits
 
 __all__ = [
@@ -121,7 +123,7 @@ def devices() -> list[str]:
 
 @dataclass(frozen=True)
 class Request:
-    """The rules, backends, precisions, instruction tiers and devices to compare."""
+    """The rules, backends, precisions, instruction tiers, codes of messages and devices to compare."""
 
     rules: Sequence[UpdateRule]
     backends: Sequence[str]
@@ -129,6 +131,7 @@ class Request:
     tiers: Sequence[str]
     seed: int = 0
     full: bool = False
+    codes: Sequence[Code] = ()
     devices: Sequence[str] = field(default_factory=devices)
 
 
@@ -147,7 +150,7 @@ class Result:
 
 def num_cases(request: Request) -> int:
     """The number of times `verify` calls `on_case`."""
-    return sum(1 for rule in request.rules for _ in cases(rule, request.seed, request.full))
+    return sum(1 for rule in request.rules for _ in cases(rule, request.seed, request.full)) + len(request.codes)
 
 
 def verify(request: Request, on_case: Callable[[str], object] = lambda label: None) -> Result:
@@ -163,6 +166,9 @@ def verify(request: Request, on_case: Callable[[str], object] = lambda label: No
             _compare_case(case, request, candidates)
         compared = [candidate for each in candidates.values() for candidate in each]
         found += sorted(compared, key=lambda candidate: request.backends.index(candidate.backend))
+    for code in request.codes:
+        on_case(code_name(code))
+        found += _compare_code(code, request)
     return Result(found, {key: list(dict.fromkeys(names)) for key, names in missing.items()})
 
 
@@ -230,6 +236,23 @@ def compare_candidate(
         first = first or (setting, rows)
         if not same_bits(rows, first[1]):
             candidate.faults.append(f"{case.label}: other bits with {setting} than with {first[0]}")
+
+
+def _compare_code(code: Code, request: Request) -> list[Candidate]:
+    """Plain PyTorch's code beside the message, and the compiled one beside plain PyTorch's."""
+    plain = Candidate(code_name(code), "torch", "cpu", "float32")
+    for label, error in losses(code, request.seed):
+        plain.add(label, error)
+    if "cpu" not in request.backends or cpu.why_missing is not None:
+        return [plain]
+    compiled, expected = Candidate(plain.rule, "cpu", "cpu", "float32"), coded(code, "torch", request.seed)
+    for setting in settings("cpu", request.tiers, THREADS):
+        with setting.in_force():
+            made = coded(code, "cpu", request.seed)
+        compiled.add("all codes", 0.0, len(made))
+        if not same_bits(made, expected):
+            compiled.faults.append(f"other bits with {setting} than plain PyTorch")
+    return [compiled, plain]
 
 
 def _compare_published(rule: UpdateRule, request: Request) -> list[Candidate]:
