@@ -18,6 +18,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 COUNTS = {
     "arguments": 1000,
+    "codes": 1000,
     "optimizers": 400,
     "state_dicts": 400,
     "checkpoints": 200,
