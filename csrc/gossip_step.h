@@ -54,7 +54,6 @@ struct Rows {
   void* const* row;
   std::int64_t count;
   std::int64_t length;
-  void* const* residual;  // of bfloat16 messages: what rounding has left of each agent's so far; null if it is not kept
 };
 
 }  // namespace gut_fast

@@ -196,7 +196,6 @@ def halves_of(place, cover):
         ranks=["two ranks", "one rank", "each alone"][: 2 if is_slow(place) else 3],
         columns=[COLUMNS, (1,)] if place.backend in ("triton", "cuda") else [COLUMNS, (1,), (4097, 9000, 5)],
         wire=["parameters", "arithmetic", "bfloat16"],
-        residuals=[False, True],
         only_needed=[False, True],
     )
 
@@ -211,15 +210,14 @@ class Ranks:
         elsewhere = {name for names, own in zip(self.names, agents, strict=True) for name in names[len(own) :]}
         self.senders = elsewhere if only_needed else set(range(step.num_agents))
 
-    def send(self, dtype, backend, residuals=None):
+    def send(self, dtype, backend):
         """The row of each agent, in this dtype; None where nobody hears it. Nothing else may change."""
         shape = self.step.num_agents, length_of(self.step)
         sent = self.step.parameters[0].new_full(shape, math.nan, dtype=dtype)
         for own, part in zip(self.agents, self.parts, strict=True):
             before = copied(part)
             rows = [sent[i] if i in self.senders else None for i in own]
-            left = () if residuals is None else [residuals[i] if i in self.senders else None for i in own]
-            ops.message(part, rows, backend, residuals=left)
+            ops.message(part, rows, backend)
             assert same_bits(outputs(part), outputs(before))
         return [row if i in self.senders else None for i, row in enumerate(sent)]
 
@@ -263,17 +261,9 @@ def check_rounded_rows(place, case, ranks, exact):
     dtype = ranks.step.dtypes[0]
     wire = {"parameters": dtype, "arithmetic": arithmetic(dtype), "bfloat16": torch.bfloat16}[case["wire"]]
     wire = arithmetic(dtype) if wire == torch.bfloat16 and dtype not in (torch.float32, torch.bfloat16) else wire
-    left = None
-    if case["residuals"] and wire.itemsize < arithmetic(dtype).itemsize:
-        left = [1e-3 * seeded(length_of(ranks.step), seed=i, dtype=arithmetic(dtype)) for i in range(len(exact))]
-        left = [each.to(place.device) for each in left]
-    before = [each.clone() for each in left or ()]
-    sent = ranks.send(wire, place.backend, left)
-    for i, (row, message) in enumerate(zip(sent, exact, strict=True)):
-        if row is not None:
-            whole = message + before[i] if left else message
-            assert same_bits([row], [whole.to(wire)])
-            assert not left or same_bits([left[i]], [whole - row])
+    sent = ranks.send(wire, place.backend)
+    for row, message in zip(sent, exact, strict=True):
+        assert row is None or same_bits([row], [message.to(wire)])
     parts = ranks.combine(sent, place.backend)
     widened = [None if row is None else row.to(arithmetic(dtype)) for row in sent]
     for names, part, result, other in zip(
@@ -403,21 +393,6 @@ def test_the_halves_write_nothing_beside_their_tensors(place):
             ops.combine_(step, present, place.backend)
         assert same_bits(gradients, step.gradients)
     assert all((guard == 7.5).all() for guard in guards)
-
-
-@everywhere
-def test_the_sum_of_rounded_messages_stays_right_over_many_steps(place):
-    """Residuals carry what rounding takes from a message into the next one."""
-    step = a_step("gradient_tracking", columns=(5, 30), device=place.device)
-    exact = [torch.empty(length_of(step), device=place.device) for _ in range(6)]
-    rows, residuals = [row.bfloat16() for row in exact], [torch.zeros_like(row) for row in exact]
-    ops.message(step, exact, place.backend)
-    total = torch.zeros(6, length_of(step), dtype=torch.float64, device=place.device)
-    for _ in range(20):
-        ops.message(step, rows, place.backend, residuals=residuals)
-        total += torch.stack(rows).double()
-    torch.testing.assert_close(total + torch.stack(residuals), 20 * torch.stack(exact).double(), rtol=1e-5, atol=1e-5)
-    assert (torch.stack(residuals).abs() <= 2.0**-8 * (torch.stack(exact).abs() + torch.stack(residuals).abs())).all()
 
 
 @everywhere

@@ -238,27 +238,6 @@ def test_an_edge_to_a_row_that_is_not_there(neighbor):
         assert same_bits(outputs(step), outputs(before))
 
 
-ZEROS = torch.zeros(136)
-BAD_RESIDUALS = {
-    "too few": (torch.bfloat16, [ZEROS] * 5, ValueError, "5 residuals, expected 6"),
-    "missing": (torch.bfloat16, [*[ZEROS] * 5, None], ValueError, "residual 5 is None"),
-    "length": (torch.bfloat16, [ZEROS[:-1]] * 6, ValueError, r"residual 0 is \(\(135,\), .* expected 136"),
-    "dtype": (torch.bfloat16, [ZEROS.double()] * 6, TypeError, "residual 0 is torch.float64"),
-    "no rounding": (torch.float32, [ZEROS] * 6, TypeError, "loses nothing of torch.float32"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_RESIDUALS)
-def test_bad_residuals_change_nothing(case):
-    wire, residuals, error, message = BAD_RESIDUALS[case]
-    for backend in ("cpu", "torch"):
-        step = a_step()
-        rows = rows_for(step, dtype=wire)
-        with pytest.raises(error, match=message):
-            ops.message(step, rows, backend, residuals=residuals)
-        assert not any(row.any() for row in rows)
-
-
 def test_the_halves_bump_version_counters():
     step = a_step()
     rows = rows_for(step)

@@ -236,16 +236,6 @@ def test_rows_are_refused(kind, half, backend):
 
 
 @each_backend
-def test_residuals_are_refused(backend):
-    step, rows = a_step(), [torch.zeros(9, dtype=torch.bfloat16) for _ in range(N)]
-    residuals = [torch.zeros(9) for _ in range(N)]
-    for last in (freed(residuals[0]), torch._neg_view(residuals[0]), residuals[0], step.state[0][:9]):
-        with pytest.raises(ValueError, match=r"has no memory|lazily negated|share memory"):
-            ops.message(step, rows, backend, residuals=[*residuals[:-1], last])
-    assert not torch.cat([*map(torch.Tensor.float, rows), *residuals]).any()
-
-
-@each_backend
 @pytest.mark.parametrize("field", ["parameters", "gradients", "state"])
 def test_fake_tensors_have_no_halves(field, backend):
     step = a_step()

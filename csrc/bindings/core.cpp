@@ -35,11 +35,10 @@ void whole(const TensorStep& step, int num_threads) {
 
 // False, and nothing is done, if the rows are not such that the kernel can be called on them as they are.
 template <void (*run)(const gut_fast::StepArgs&, const gut_fast::Rows&, int num_threads), bool writes_rows>
-bool half(const TensorStep& step, const TensorReader& reader, const py::list& rows, const py::list& residuals,
-          int num_threads) {
+bool half(const TensorStep& step, const TensorReader& reader, const py::list& rows, int num_threads) {
   check_cpu(step);
   try {
-    const RowTensors tensors(reader, step, rows, residuals, writes_rows);
+    const RowTensors tensors(reader, step, rows, writes_rows);
     const py::gil_scoped_release release;
     run(step.args(), tensors.rows_of_step, num_threads);
     return true;
@@ -121,10 +120,8 @@ PYBIND11_MODULE(_core, module, py::mod_gil_not_used()) {
           "is_served", [](const TensorStep& step) { return step.is_on_cpu() && gut_fast::cpu::serves(step.args()); })
       .def("run", &whole<gut_fast::cpu::gossip_step>, py::arg("num_threads"))
       .def("stream", &whole<gut_fast::cpu::stream_step>, py::arg("num_threads"))
-      .def("message", &half<gut_fast::cpu::message, true>, py::arg("reader"), py::arg("rows"), py::arg("residuals"),
-           py::arg("num_threads"))
-      .def("combine", &half<gut_fast::cpu::combine, false>, py::arg("reader"), py::arg("rows"), py::arg("residuals"),
-           py::arg("num_threads"))
+      .def("message", &half<gut_fast::cpu::message, true>, py::arg("reader"), py::arg("rows"), py::arg("num_threads"))
+      .def("combine", &half<gut_fast::cpu::combine, false>, py::arg("reader"), py::arg("rows"), py::arg("num_threads"))
       .def("encode", &encode, py::arg("reader"), py::arg("layout"), py::arg("coded"), py::arg("copies"),
            py::arg("widths"), py::arg("keys"), py::arg("position"), py::arg("num_threads"));
 }

@@ -352,11 +352,10 @@ class TensorStep {
   StepArgs args_{};
 };
 
-// Rows of messages for the split form of a step, None for agents that send nothing, and of residuals, if there are any.
+// Rows of messages for the split form of a step, None for agents that send nothing.
 class RowTensors {
  public:
-  RowTensors(const TensorReader& reader, const TensorStep& step, const py::list& rows, const py::list& residuals,
-             bool are_changed) {
+  RowTensors(const TensorReader& reader, const TensorStep& step, const py::list& rows, bool are_changed) {
     const StepArgs& args = step.args();
     const auto* end = args.segments + args.num_segments;
     const auto length = std::accumulate(args.segments, end, std::int64_t{0},
@@ -365,12 +364,12 @@ class RowTensors {
     bool has_dtype = false;
     const DType exact = args.dtype == DType::float64 ? DType::float64 : DType::float32;
     auto dtype = exact;
-    const auto data = [&](py::handle object, bool is_residual) -> void* {
+    const auto data = [&](py::handle object) -> void* {
       if (object.is_none()) return nullptr;
       const auto row = are_changed ? reader.read_changed(object) : reader.read(object);
       const auto own = storage(row.dtype);
-      if (!is_residual && !std::exchange(has_dtype, true)) dtype = own;
-      require(own == (is_residual ? exact : dtype) && row.device == step.device());
+      if (!std::exchange(has_dtype, true)) dtype = own;
+      require(own == dtype && row.device == step.device());
       require(row.is_row(args.num_messages * length));
       are_changed ? memory.changes(row) : memory.reads(row);
       return row.data;
@@ -378,23 +377,19 @@ class RowTensors {
     const auto num_agents = static_cast<std::size_t>(args.mixing.num_agents);
     for (const auto& row : rows) {
       require(rows_.size() < num_agents || !row.is_none());
-      rows_.push_back(data(row, false));
+      rows_.push_back(data(row));
     }
-    for (const auto& row : residuals) residuals_.push_back(data(row, true));
     require(rows_.size() >= num_agents);
     const bool is_rounded = dtype != exact && dtype != DType::float64 && exact == DType::float32;
     require(dtype == exact || is_rounded);
-    require(residuals_.empty() || (is_rounded && residuals_.size() == rows_.size()));
-    for (std::size_t i = 0; i < residuals_.size(); ++i) require(rows_[i] == nullptr || residuals_[i] != nullptr);
     require(memory.is_apart());
-    rows_of_step = {dtype, rows_.data(), static_cast<std::int64_t>(rows_.size()), length,
-                    residuals_.empty() ? nullptr : residuals_.data()};
+    rows_of_step = {dtype, rows_.data(), static_cast<std::int64_t>(rows_.size()), length};
   }
 
   Rows rows_of_step;
 
  private:
-  std::vector<void*> rows_, residuals_;
+  std::vector<void*> rows_;
 };
 
 // The step as a Python object, or None if its tensors are not such that a kernel can be called on them as they are.

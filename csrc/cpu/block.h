@@ -74,7 +74,6 @@ struct SumArgs {
 struct CopyArgs {
   const void* from;
   void* to;
-  void* residual;  // of a message that is rounded: what rounding has left so far is added first and left anew; or null
   std::int64_t columns;
 };
 

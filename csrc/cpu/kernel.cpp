@@ -205,7 +205,7 @@ void encode(const StepArgs& args, const Encoding& encoding, int num_threads) {
   check_dtypes(args);
   if (args.dtype == DType::float64) throw std::invalid_argument("no compiled codes for messages of float64");
   const std::vector<void*> nobody(args.mixing.num_agents, nullptr);  // no message leaves as it is
-  const Rows rows{DType::float32, nobody.data(), args.mixing.num_agents, encoding.layout->length, nullptr};
+  const Rows rows{DType::float32, nobody.data(), args.mixing.num_agents, encoding.layout->length};
   Step<float> step(args, current_tier(), nullptr, &rows, num_threads, kCodeBlock);
   run_chunks(step, [&](const Chunk& chunk, int participant) { step.encode(encoding, chunk, participant); });
 }

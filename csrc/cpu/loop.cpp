@@ -266,17 +266,8 @@ struct NarrowLoop {
   static GUT_FAST_INLINE void run(const CopyArgs& args) {
     const auto* from = static_cast<const float*>(args.from);
     auto* to = static_cast<BFloat16*>(args.to);
-    auto* residual = static_cast<float*>(args.residual);
-    if (residual == nullptr) {
-      each<kLanes>(args.columns,
-                   [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
-    } else {
-      each<kLanes>(args.columns, [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA {
-        const auto exact = lane.load(from + c) + lane.load(residual + c);
-        lane.store(to + c, exact);
-        lane.store(residual + c, exact - lane.load(to + c));
-      });
-    }
+    each<kLanes>(args.columns,
+                 [=](auto lane, std::int64_t c) GUT_FAST_LAMBDA { lane.store(to + c, lane.load(from + c)); });
   }
 };
 

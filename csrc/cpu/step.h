@@ -139,8 +139,7 @@ class Step {
       take(block, with_row_.data(), with_row_.data() + with_row_.size(), 0);
       if (is_direct) return;
       each_row(with_row_, [&](std::int64_t at, std::int64_t i, int m) {
-        void* residual = rows_->residual ? place(*chunk.segment, rows_->residual[i], m, column, sizeof(T)) : nullptr;
-        store(room.message(at), rows_->dtype, row(*chunk.segment, i, m, column), count, residual);
+        store(room.message(at), rows_->dtype, row(*chunk.segment, i, m, column), count);
       });
     });
   }
@@ -341,25 +340,21 @@ class Step {
     if (dtype == exact) {
       std::memcpy(to, from, count * sizeof(T));
     } else {
-      tier_.widen({from, to, nullptr, count});
+      tier_.widen({from, to, count});
     }
   }
 
-  void store(const T* from, DType dtype, void* to, std::int64_t count, void* residual) const {
+  void store(const T* from, DType dtype, void* to, std::int64_t count) const {
     if (dtype == exact) {
       std::memcpy(to, from, count * sizeof(T));
     } else {
-      tier_.narrow({from, to, residual, count});
+      tier_.narrow({from, to, count});
     }
   }
 
   void* row(const Segment& segment, std::int64_t agent, int m, std::int64_t column) const {
-    return place(segment, rows_->row[agent], m, column, item_size(rows_->dtype));
-  }
-
-  void* place(const Segment& segment, void* row, int m, std::int64_t column, std::int64_t item) const {
     const auto of_segment = segment.state_offset / n();  // where it begins in one agent's model
-    return static_cast<char*>(row) + (m * rows_->length + of_segment + column) * item;
+    return static_cast<char*>(rows_->row[agent]) + (m * rows_->length + of_segment + column) * item_size(rows_->dtype);
   }
 
   const StepArgs& args_;

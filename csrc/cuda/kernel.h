@@ -2,8 +2,7 @@
 // is only queued on the caller's stream: no call waits for the device, allocates on it, or copies to it, so all of them
 // can be captured into a CUDA graph.
 //
-// Every row of messages must be there (Rows::row holds no null), and Rows::residual is not read: the binding's caller
-// adds residuals and rounds.
+// Every row of messages must be there (Rows::row holds no null); the binding's caller rounds.
 #pragma once
 
 #include <cstdint>

@@ -31,7 +31,6 @@ from gut_fast.kernels.validation import (
     check,
     check_decoding,
     check_encoding,
-    check_residuals,
     check_rows,
     check_types,
     is_dispatched,
@@ -155,7 +154,7 @@ def _gossip_step_impl(*arguments: Any) -> None:
 
 
 @torch.no_grad()
-def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: Rows = ()) -> None:
+def message(step: GossipStep, rows: Rows, backend: str = "auto") -> None:
     """The first half of a step whose agents are on several ranks: what each agent sends.
 
     Writes S_1 … S_M of agent i one after the other into ``rows[i]``, each the agent's whole model, segment after
@@ -166,19 +165,15 @@ def message(step: GossipStep, rows: Rows, backend: str = "auto", *, residuals: R
         rows: N contiguous tensors [M ΣD], of the parameters' dtype or the dtype of arithmetic (float32 for half-width
             parameters), or of bfloat16 beside parameters of float32; None for an agent that sends nothing elsewhere.
         backend: as in `gossip_step_`.
-        residuals: the remainders that rounding has left of the messages so far: for each agent that sends, a tensor
-            of the row's shape and the dtype of arithmetic, which must be wider than the row's. A residual is added to
-            the message and then holds the new remainder, so that the sum of all messages is right to one rounding.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `gossip_step_`, or a row is not as described.
     """
-    if not (_may_be_direct(backend) and cpu.direct_message(step, rows, residuals)):
-        module = _checked_half(step, backend, "message", [*rows, *residuals])
+    if not (_may_be_direct(backend) and cpu.direct_message(step, rows)):
+        module = _checked_half(step, backend, "message", rows)
         check_rows(step, rows, step.num_agents, are_changed=True)
-        check_residuals(step, rows, residuals)
         if any(row is not None for row in rows):
-            module.message(resolved(step), list(rows), list(residuals))
+            module.message(resolved(step), list(rows))
     torch.autograd.graph.increment_version([row for row in rows if row is not None])
 
 
@@ -238,7 +233,7 @@ def encode(
         module = _checked_half(step, backend, "message", [*coded, *copies, *widths])
         check_encoding(layout, step, coded, copies, widths)
         rows = step.new_rows(arithmetic(step.parameters[0].dtype))
-        module.message(resolved(step), list(rows), [])
+        module.message(resolved(step), list(rows))
         encode_rows(code, layout, rows, coded, copies, widths, place)
     torch.autograd.graph.increment_version([*copies, *widths, *(row for row in coded if row is not None)])
 

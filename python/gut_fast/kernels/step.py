@@ -17,13 +17,12 @@ __all__ = [
     "message_each",
     "resolved",
     "rows_of_all",
-    "store_message",
 ]
 
 HALVES = (torch.bfloat16, torch.float16)
 
 Rows = Sequence["Tensor | None"]
-"""Rows of messages, or of their residuals, one for each agent."""
+"""Rows of messages, one for each agent."""
 
 
 def arithmetic(dtype: torch.dtype) -> torch.dtype:
@@ -127,31 +126,21 @@ PLAIN = {Tensor, torch.nn.Parameter}
 Message = Callable[[GossipStep, Sequence[Tensor]], None]
 
 
-def message_each(step: GossipStep, rows: Rows, residuals: Rows, message: Message) -> None:
+def message_each(step: GossipStep, rows: Rows, message: Message) -> None:
     """Does a backend's ``message`` with a kernel that needs a row for every agent, of the parameters' dtype or wider.
 
-    If a row is None, has another dtype or a residual, the kernel's messages go to rows of their own first and are then
-    rounded into the given ones.
+    If a row is None or has another dtype, the kernel's messages go to rows of their own first and are then rounded
+    into the given ones.
     """
     first = step.parameters[0].dtype
-    if not residuals and all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
+    if all(row is not None and row.dtype in (first, arithmetic(first)) for row in rows):
         message(step, [row for row in rows if row is not None])
         return
     computed = step.new_rows(arithmetic(first))
     message(step, computed)
-    for row, own, residual in zip(rows, computed, residuals or [None] * len(rows), strict=True):
+    for row, own in zip(rows, computed, strict=True):
         if row is not None:
-            store_message(row, own, residual)
-
-
-def store_message(row: Tensor, message: Tensor, residual: Tensor | None) -> None:
-    """Rounds message + residual into the row, and leaves in the residual what rounding took."""
-    if residual is None:
-        row.copy_(message)
-        return
-    exact = message + residual
-    row.copy_(exact)
-    torch.sub(exact, row, out=residual)
+            row.copy_(own)
 
 
 def rows_of_all(step: GossipStep, rows: Rows, message: Message) -> list[Tensor]:

@@ -18,7 +18,6 @@ __all__ = [
     "check_dtypes",
     "check_encoding",
     "check_parameters",
-    "check_residuals",
     "check_rows",
     "described",
     "is_dispatched",
@@ -174,9 +173,7 @@ def _check_apart(step: GossipStep, rows: Rows = (), are_changed: bool = False) -
     changed += [(f"state {index}", buffer) for index, buffer in enumerate(step.state)]
     pairs = zip(step.parameters, step.gradients, strict=True)
     read = [(f"gradient {i}", g) for i, (p, g) in enumerate(pairs) if g is not None and not _is_same(g, p)]
-    (changed if are_changed else read).extend(
-        (f"row or residual {i}", row) for i, row in enumerate(rows) if row is not None
-    )
+    (changed if are_changed else read).extend((f"row {i}", row) for i, row in enumerate(rows) if row is not None)
     _check_disjoint(changed, read)
 
 
@@ -263,30 +260,6 @@ def check_rows(step: GossipStep, rows: Rows, num_rows: int, are_changed: bool) -
             raise TypeError(f"row {index} is on {row.device}, the parameters are on {first.device}")
         _check_memory(f"row {index}", row, is_changed=are_changed)
     _check_apart(step, rows, are_changed)
-
-
-def check_residuals(step: GossipStep, rows: Rows, residuals: Rows) -> None:
-    """Raises TypeError or ValueError unless these can hold what rounding takes from the rows."""
-    if not residuals:
-        return
-    first, length = step.parameters[0], _row_length(step)
-    exact = arithmetic(first.dtype)
-    if len(residuals) != len(rows):
-        raise ValueError(f"{len(residuals)} residuals, expected {len(rows)}: one for each row")
-    for index, (row, residual) in enumerate(zip(rows, residuals, strict=True)):
-        if row is None:
-            continue
-        if row.dtype.itemsize >= exact.itemsize:
-            raise TypeError(f"row {index} is {row.dtype}, which loses nothing of {exact}; give no residuals")
-        if residual is None or residual.shape != (length,) or not residual.is_contiguous():
-            given = None if residual is None else (tuple(residual.shape), residual.stride())
-            raise ValueError(f"residual {index} is {given}, expected {length} contiguous numbers")
-        if residual.dtype != exact or residual.device != first.device:
-            raise TypeError(
-                f"residual {index} is {residual.dtype} on {residual.device}, expected {exact} on {first.device}"
-            )
-        _check_memory(f"residual {index}", residual, is_changed=True)
-    _check_apart(step, [*rows, *residuals], are_changed=True)
 
 
 def check_encoding(layout: Layout, step: GossipStep, coded: Rows, copies: Rows, widths: Rows) -> None:

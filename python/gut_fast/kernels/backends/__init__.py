@@ -4,9 +4,8 @@
 serve such tensors, or returns None if it can. ``gossip_step(step)`` computes a `GossipStep` in place; its tensors have
 been checked and are plain, and its gradients contiguous (`gut_fast.kernels.step.resolved`).
 
-The split form is for agents on several ranks. ``message(step, rows, residuals)`` writes what agent i sends into
-``rows[i]``, the M messages one after the other, each the whole model, segment after segment. ``residuals[i]``, if
-given, is added to the message first, and then holds what rounding took. ``combine(step, rows)`` mixes and updates:
+The split form is for agents on several ranks. ``message(step, rows)`` writes what agent i sends into ``rows[i]``, the
+M messages one after the other, each the whole model, segment after segment. ``combine(step, rows)`` mixes and updates:
 ``step.neighbor`` indexes into the rows, first those of the agents that are here, then received ones. The drift is
 ``Σ_j w_ij (rows[j] − rows[i])`` of the rows as they were sent, so that their rounding does not move the mean over
 agents. A backend without ``message`` and ``combine`` has no split form.

@@ -140,12 +140,12 @@ def direct_step(step: GossipStep) -> Callable[[], None] | None:
     return None if found is None else lambda: found.run(torch.get_num_threads())
 
 
-def direct_message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> bool:
+def direct_message(step: GossipStep, rows: Rows) -> bool:
     """Does `message` and returns True if the step's tensors and the rows can be read and served."""
     found = _served(step)
     if found is None or _reader is None or len(rows) != step.num_agents:
         return False
-    return found.message(_reader, list(rows), list(residuals), torch.get_num_threads())
+    return found.message(_reader, list(rows), torch.get_num_threads())
 
 
 def direct_combine(step: GossipStep, rows: Rows) -> bool:
@@ -153,7 +153,7 @@ def direct_combine(step: GossipStep, rows: Rows) -> bool:
     found = _served(step)
     if found is None or _reader is None:
         return False
-    return found.combine(_reader, list(rows), [], torch.get_num_threads())
+    return found.combine(_reader, list(rows), torch.get_num_threads())
 
 
 @lru_cache(maxsize=256)
@@ -196,9 +196,9 @@ def gossip_step(step: GossipStep) -> None:
     _demanded(step).run(torch.get_num_threads())
 
 
-def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
+def message(step: GossipStep, rows: Rows) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    if not direct_message(step, rows, residuals):
+    if not direct_message(step, rows):
         raise TypeError(UNREADABLE)
 
 

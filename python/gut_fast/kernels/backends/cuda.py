@@ -81,9 +81,9 @@ def gossip_step(step: GossipStep) -> None:
         half(compiled, _compiled(rows.dtype), step.num_agents, [], table.data_ptr())
 
 
-def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
+def message(step: GossipStep, rows: Rows) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    message_each(step, rows, residuals, partial(_split, _cuda.message))
+    message_each(step, rows, partial(_split, _cuda.message))
 
 
 def combine(step: GossipStep, rows: Rows) -> None:

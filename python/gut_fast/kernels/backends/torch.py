@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gut_fast.kernels.step import GossipStep, Rows, arithmetic, store_message
+from gut_fast.kernels.step import GossipStep, Rows, arithmetic
 
 __all__ = ["combine", "gossip_step", "message", "unavailable"]
 
@@ -37,16 +37,15 @@ def gossip_step(step: GossipStep) -> None:
         segment.store(coefficients, messages, drifts)
 
 
-def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
+def message(step: GossipStep, rows: Rows) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
     coefficients = _Coefficients.of(step)
     for segment in _segments(step):
         for m, row in enumerate(coefficients.A):
             message = _combine(row, segment.inputs)
-            for sent, own, residual in zip(rows, message, residuals or [None] * len(message), strict=False):
+            for sent, own in zip(rows, message, strict=False):
                 if sent is not None:
-                    left = None if residual is None else segment.of(residual, m, step.num_messages)
-                    store_message(segment.of(sent, m, step.num_messages), own, left)
+                    segment.of(sent, m, step.num_messages).copy_(own)
 
 
 def combine(step: GossipStep, rows: Rows) -> None:

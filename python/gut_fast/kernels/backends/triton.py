@@ -78,9 +78,9 @@ def gossip_step(step: GossipStep) -> None:
     _run(step, None, sends=True, mixes=True)
 
 
-def message(step: GossipStep, rows: Rows, residuals: Rows = ()) -> None:
+def message(step: GossipStep, rows: Rows) -> None:
     """Writes the messages of agent i into ``rows[i]``, the first half of the split form."""
-    message_each(step, rows, residuals, partial(_run, sends=True, mixes=False))
+    message_each(step, rows, partial(_run, sends=True, mixes=False))
 
 
 def combine(step: GossipStep, rows: Rows) -> None:
