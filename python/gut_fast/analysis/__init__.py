@@ -17,7 +17,7 @@ Where the modes decay, the same matrices give what a rule settles to: its bias a
 that differ in curvature are outside this analysis. `predict` gathers all results; ``gut-fast topology`` prints it.
 """
 
-from gut_fast.analysis.choice import advice, auto_mu, with_auto_mu
+from gut_fast.analysis.choice import advice, auto_kappa, auto_mu, with_auto
 from gut_fast.analysis.limits import Stability, averaging_rate_limit, learning_rate_limit, stability, stability_limit
 from gut_fast.analysis.prediction import Prediction, predict
 from gut_fast.analysis.rounding import RECENTRING, Rounding, conserved, keeps_mean, rounding
@@ -31,6 +31,7 @@ __all__ = [
     "Rounding",
     "Stability",
     "advice",
+    "auto_kappa",
     "auto_mu",
     "averaging_rate_limit",
     "bias_factor",
@@ -45,5 +46,5 @@ __all__ = [
     "stability",
     "stability_limit",
     "step_gain",
-    "with_auto_mu",
+    "with_auto",
 ]

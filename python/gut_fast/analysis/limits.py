@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from gut_fast.analysis.transition import TOLERANCE, Array, coefficients_of, radius, reachable, spectrum_of, transitions
-from gut_fast.rules import Coefficients, UpdateRule, get_rule
+from gut_fast.analysis.periods import Blocks, Iterated, mixing_of
+from gut_fast.analysis.transition import TOLERANCE, Array, Round, radius, reachable, round_of
+from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
 
 __all__ = [
+    "Search",
     "Stability",
     "averaging_rate_limit",
+    "averaging_rate_limit_of",
     "domain_ends",
-    "end_of_interval",
+    "effort",
     "hyperparameter_limit",
     "learning_rate_limit",
     "learning_rate_limit_of",
     "round_down",
+    "stabilities_of",
     "stability",
     "stability_limit",
-    "stability_of",
 ]
+
+FINE, COARSE, ROUGH = (100, 24), (25, 12), (12, 8)
+"""Into how many parts a search divides a domain, and how often it halves the one in which the limit lies: for modes of
+a single W, over a period, and where a rate is estimated."""
 
 
 @dataclass(frozen=True)
 class Stability:
-    """The rates at which the modes of a rule on a topology grow or decay."""
+    """The rates at which the modes of a rule on a topology grow or decay, per step."""
 
     consensus_rate: float
     """The largest modulus of the consensus modes: the factor of the disagreement between agents per step."""
     average_rate: float
     """The largest modulus of the average mode, such as the momentum of the agents' average."""
-    worst_eigenvalue: complex
-    """The eigenvalue λ of W with the largest mode, 1 if that is the average mode; a float where W is symmetric."""
+    worst_eigenvalue: complex | None = None
+    """The eigenvalue λ of W with the largest mode, a float where W is symmetric; 1 if that is the average mode, None
+    where W varies with time."""
+    error: float = 0.0
+    """The standard error of the logarithm of `consensus_rate`, where it is estimated and not computed."""
 
     @property
     def spectral_radius(self) -> float:
@@ -46,25 +56,48 @@ class Stability:
 
     @property
     def verdict(self) -> str:
-        """The text "stable" if every mode decays, "unstable" if one grows, "marginal" between the two."""
-        if abs(self.spectral_radius - 1) <= TOLERANCE:
-            return "marginal"
-        return "stable" if self.spectral_radius < 1 else "unstable"
+        """The text "stable" if every mode decays, "unstable" if one grows, "marginal" between the two.
+
+        Where the rate is estimated, two standard errors are granted: "marginal" means that neither is certain.
+        """
+        if self._at(-2) > 1 + TOLERANCE:
+            return "unstable"
+        return "stable" if self._at(2) < 1 - TOLERANCE else "marginal"
+
+    @property
+    def never_grows(self) -> bool:
+        """True if no mode grows, beyond doubt where the rate is estimated."""
+        return self._at(2) <= 1 + TOLERANCE
+
+    def _at(self, errors: float) -> float:
+        return max(self.average_rate, self.consensus_rate * math.exp(errors * self.error))
 
 
 def stability(
-    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 0.0
+    rule: str | UpdateRule,
+    hyperparameters: Mapping[str, Any],
+    topology: Topology,
+    curvature: float = 0.0,
+    *,
+    local_steps: int = 1,
 ) -> Stability:
     """The rates of `rule` on `topology` where every agent's loss has this `curvature`; see `modes` for the arguments.
 
-    They are exact except for unstructured graphs of more than 512 agents: there the ends of W's spectrum are estimated
+    With `local_steps` H agents mix at the end of each round of H steps, and a topology that varies moves on by a round.
+    On a topology that varies the rate is that of a whole period, per step: the root of the spectral radius of the
+    product of its rounds. On one that never repeats it is the Lyapunov exponent of its first 460 rounds, of fewer with
+    many agents, and has an error.
+
+    Rates are exact except for unstructured graphs of more than 512 agents, where the ends of W's spectrum are estimated
     (to about 1e-4, far closer on graphs without a bottleneck) and the modes are taken at eigenvalues all over the
-    interval.
+    interval; and for matrices that vary and share no eigenvectors, of more than 48 agents, where `Stability.error` is
+    what the last half of an iteration has changed.
 
     Raises:
-        TypeError, ValueError: the rule or a hyper-parameter is bad, or the topology is not static.
+        TypeError, ValueError: the rule or a hyper-parameter is bad.
     """
-    return stability_of(coefficients_of(rule, hyperparameters), spectrum_of(topology).eigenvalues, curvature)
+    (found,) = stabilities_of([round_of(rule, hyperparameters, curvature, local_steps)], mixing_of(topology))
+    return found
 
 
 def stability_limit(
@@ -72,21 +105,25 @@ def stability_limit(
     topology: Topology,
     hyperparameters: Mapping[str, Any] | None = None,
     name: str = "mu",
+    *,
+    local_steps: int = 1,
 ) -> float:
     """The largest value of the hyper-parameter `name` up to which the rule is stable on `topology`.
 
     The limit is the end of the stable interval that begins at the low end of the hyper-parameter's domain: the high end
-    if all of the domain is stable, NaN if its low end is not. At the limit itself the rule is marginal.
-    `hyperparameters` holds the other hyper-parameters, as in `modes`.
+    if all of the domain is stable, NaN if its low end is not. At the limit itself the rule is marginal; where rates are
+    estimated, it is beyond doubt no more than that. `hyperparameters` holds the other hyper-parameters, as in `modes`.
 
     Raises:
-        TypeError, ValueError: the rule or a hyper-parameter is bad, the domain of `name` has no ends, or the topology
-            is not static.
+        TypeError, ValueError: the rule or a hyper-parameter is bad, or the domain of `name` has no ends.
     """
-    return hyperparameter_limit(get_rule(rule), hyperparameters or {}, name, spectrum_of(topology).thinned())
+    mixing = mixing_of(topology).thinned()
+    return hyperparameter_limit(get_rule(rule), hyperparameters or {}, name, mixing, local_steps)
 
 
-def averaging_rate_limit(rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology) -> float:
+def averaging_rate_limit(
+    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, *, local_steps: int = 1
+) -> float:
     """The largest averaging rate γ in (0, 1] at which the rule is stable on ``topology.lazy(γ)``; NaN if there is none.
 
     The rule need not be stable at every smaller γ: GUTm with μ > 0.93 at β = 0.9 is unstable at very small γ.
@@ -94,19 +131,25 @@ def averaging_rate_limit(rule: str | UpdateRule, hyperparameters: Mapping[str, A
     Raises:
         TypeError, ValueError: an argument of `stability` is bad.
     """
-    coefficients, eigenvalues = coefficients_of(rule, hyperparameters), spectrum_of(topology).thinned()
+    return averaging_rate_limit_of(round_of(rule, hyperparameters, 0.0, local_steps), mixing_of(topology).thinned())
 
-    def is_stable(gamma: float) -> bool:
-        return stability_of(coefficients, 1 + gamma * (eigenvalues - 1)).verdict != "unstable"
 
-    if is_stable(1.0):
-        return 1.0
-    change = _first_change(is_stable, np.linspace(1.0, 1e-3, 101))
-    return math.nan if change is None else change
+def averaging_rate_limit_of(each: Round, mixing: Blocks | Iterated) -> float:
+    """The limit that `averaging_rate_limit` gives."""
+
+    def are_stable(gammas: Sequence[float]) -> list[bool]:
+        return [found.never_grows for found in stabilities_of([each.lazy(gamma) for gamma in gammas], mixing)]
+
+    return Search(are_stable, mixing).first_true(np.linspace(1.0, 1e-3, effort(mixing)[0] + 1))
 
 
 def learning_rate_limit(
-    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], topology: Topology, curvature: float = 1.0
+    rule: str | UpdateRule,
+    hyperparameters: Mapping[str, Any],
+    topology: Topology,
+    curvature: float = 1.0,
+    *,
+    local_steps: int = 1,
 ) -> float:
     """The learning rate up to which the rule is stable where every agent's loss has this curvature h > 0.
 
@@ -117,56 +160,61 @@ def learning_rate_limit(
     Raises:
         TypeError, ValueError: an argument of `stability` is bad, or the curvature is not positive.
     """
-    return learning_rate_limit_of(rule, hyperparameters, spectrum_of(topology).thinned(), curvature)
+    return learning_rate_limit_of(rule, hyperparameters, mixing_of(topology).thinned(), curvature, local_steps)
 
 
-def stability_of(coefficients: Coefficients, eigenvalues: Array, curvature: float = 0.0) -> Stability:
-    """The rates that `stability` gives, from the coefficients of a step and the consensus eigenvalues."""
-    average_rate = _average_rate(coefficients, curvature)
-    if not len(eigenvalues):
-        return Stability(0.0, average_rate, 1.0)
-    rates = radius(transitions(coefficients, eigenvalues, curvature)[0])
-    worst = int(rates.argmax())
-    consensus_rate = float(rates[worst])
-    return Stability(consensus_rate, average_rate, eigenvalues[worst].item() if consensus_rate > average_rate else 1.0)
+def stabilities_of(rounds: Sequence[Round], mixing: Blocks | Iterated) -> list[Stability]:
+    """The rates that `stability` gives, for several rounds of equally many steps."""
+    results, reached = [], [each.reached() for each in rounds]
+    for each, found in zip(rounds, mixing.consensus(reached), strict=True):
+        average = _average_rate(each)
+        eigenvalue = 1.0 if average >= found.rate else found.eigenvalue
+        results.append(Stability(found.rate, average, eigenvalue, found.error))
+    return results
 
 
-def _average_rate(coefficients: Coefficients, curvature: float) -> float:
-    """The average mode's largest modulus on the space that z and the gradients reach from zero state.
+def _average_rate(each: Round) -> float:
+    """The average mode's largest modulus per step on the space that z and the gradients reach from zero state.
 
     The eigenvalue 1 of a free translation of all agents is left out.
     """
-    transition, gradient = transitions(coefficients, 1.0, curvature)
-    translation = np.eye(len(transition))[0]
-    basis = reachable(transition, [translation, gradient])
-    reduced = basis @ transition @ basis.T
-    if np.allclose(transition[:, 0], translation, rtol=0, atol=TOLERANCE):
+    translation = np.eye(len(each.still))[0]
+    basis = reachable([each.still], [translation, *each.still_inputs.T])
+    reduced = basis @ each.still @ basis.T
+    if np.allclose(each.still[:, 0], translation, rtol=0, atol=TOLERANCE):
         reduced = reduced[1:, 1:]
-    return float(radius(reduced))
+    return each.per_step(float(radius(reduced)))
 
 
-def hyperparameter_limit(rule: UpdateRule, hyperparameters: Mapping[str, Any], name: str, eigenvalues: Array) -> float:
-    """The limit that `stability_limit` gives, from the consensus eigenvalues."""
+def hyperparameter_limit(
+    rule: UpdateRule, hyperparameters: Mapping[str, Any], name: str, mixing: Blocks | Iterated, local_steps: int
+) -> float:
+    """The limit that `stability_limit` gives, from the rounds of the topology."""
 
-    def is_stable(value: float) -> bool:
-        return stability_of(coefficients_of(rule, {**hyperparameters, name: value}), eigenvalues).verdict != "unstable"
+    def are_stable(values: Sequence[float]) -> list[bool]:
+        rounds = [round_of(rule, {**hyperparameters, name: value}, 0.0, local_steps) for value in values]
+        return [found.never_grows for found in stabilities_of(rounds, mixing)]
 
     low, high = domain_ends(rule, name)
-    return end_of_interval(is_stable, np.linspace(low, high, 101), beyond=high)
+    return Search(are_stable, mixing).end_of_interval(np.linspace(low, high, effort(mixing)[0] + 1), beyond=high)
 
 
 def learning_rate_limit_of(
-    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], eigenvalues: Array, curvature: float
+    rule: str | UpdateRule,
+    hyperparameters: Mapping[str, Any],
+    mixing: Blocks | Iterated,
+    curvature: float,
+    local_steps: int,
 ) -> float:
-    """The limit that `learning_rate_limit` gives, from the consensus eigenvalues."""
+    """The limit that `learning_rate_limit` gives, from the rounds of the topology."""
     if not 0 < curvature < math.inf:
         raise ValueError(f"curvature must be positive and finite to limit the learning rate, got {curvature}")
 
-    def is_stable(lr: float) -> bool:
-        coefficients = coefficients_of(rule, {**hyperparameters, "lr": lr})
-        return stability_of(coefficients, eigenvalues, curvature).verdict != "unstable"
+    def are_stable(rates: Sequence[float]) -> list[bool]:
+        rounds = [round_of(rule, {**hyperparameters, "lr": lr}, curvature, local_steps) for lr in rates]
+        return [found.never_grows for found in stabilities_of(rounds, mixing)]
 
-    return end_of_interval(is_stable, np.geomspace(1e-4, 1e3, 71) / curvature, beyond=math.inf)
+    return Search(are_stable, mixing).end_of_interval(np.geomspace(1e-4, 1e3, 71) / curvature, beyond=math.inf)
 
 
 def domain_ends(rule: UpdateRule, name: str) -> tuple[float, float]:
@@ -182,32 +230,57 @@ def domain_ends(rule: UpdateRule, name: str) -> tuple[float, float]:
     return domain.low, math.nextafter(domain.high, domain.low) if domain.open_above else domain.high
 
 
-def end_of_interval(holds: Callable[[float], bool], values: Array, beyond: float) -> float:
-    """The value up to which `holds` is true from values[0] on: NaN if false there, `beyond` if true at all values."""
-    if not holds(float(values[0])):
+def effort(mixing: Blocks | Iterated) -> tuple[int, int]:
+    """The parts and halvings of a search: `FINE`, `COARSE` or `ROUGH`."""
+    if isinstance(mixing, Iterated):
+        return ROUGH
+    return FINE if mixing.period == 1 else COARSE
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search for the point where a property of a number changes, which is asked for several numbers at once."""
+
+    holds: Callable[[Sequence[float]], list[bool]]
+    mixing: Blocks | Iterated
+
+    def end_of_interval(self, values: Array, beyond: float) -> float:
+        """The value up to which the property holds from values[0] on: NaN if not there, `beyond` if at all values."""
+        found, (start, *others) = self._answers(values), map(float, values)
+        if not next(found):
+            return math.nan
+        for value, is_true in zip(others, found, strict=True):
+            if not is_true:
+                return self._bisect(start, value)
+            start = value
+        return beyond
+
+    def first_true(self, values: Array) -> float:
+        """The first point along the values where the property holds: NaN if at none of them."""
+        before = None
+        for value, is_true in zip(map(float, values), self._answers(values), strict=True):
+            if is_true:
+                return value if before is None else self._bisect(value, before)
+            before = value
         return math.nan
-    change = _first_change(holds, values)
-    return beyond if change is None else change
 
+    def _answers(self, values: Array) -> Iterator[bool]:
+        """The property at each value, found for the first alone, as it often decides, and for the others in groups."""
+        yield from self.holds([float(values[0])])
+        for start in range(1, len(values), self.mixing.at_once):
+            yield from self.holds([float(value) for value in values[start : start + self.mixing.at_once]])
 
-def _first_change(holds: Callable[[float], bool], values: Iterable[float]) -> float | None:
-    """The first point along the values where `holds` changes, on the side where it is true; None if there is none."""
-    before, *others = map(float, values)
-    holds_at_start = holds(before)
-    for value in others:
-        if holds(value) != holds_at_start:
-            return _bisect(holds, before, value) if holds_at_start else _bisect(holds, value, before)
-        before = value
-    return None
-
-
-def _bisect(holds: Callable[[float], bool], inside: float, outside: float) -> float:
-    for _ in range(40):
-        middle = (inside + outside) / 2
-        inside, outside = (middle, outside) if holds(middle) else (inside, middle)
-    return inside
+    def _bisect(self, inside: float, outside: float) -> float:
+        """The end of the interval in which the property holds, divided into several parts each time."""
+        parts = self.mixing.at_once + 1
+        for _ in range(math.ceil(effort(self.mixing)[1] / math.log2(parts))):
+            points = np.linspace(inside, outside, parts + 1)
+            held = [True, *self.holds([float(point) for point in points[1:-1]]), False]
+            first = held.index(False)
+            inside, outside = float(points[first - 1]), float(points[first])
+        return inside
 
 
 def round_down(limit: float) -> float:
-    """The largest number of three decimals safely below `limit`, so that it is stable and not marginal."""
-    return math.floor((limit - 1e-6) * 1000) / 1000
+    """The largest number of three decimals safely below `limit`, so that it is stable and not marginal; NaN of NaN."""
+    return limit if math.isnan(limit) else math.floor((limit - 1e-6) * 1000) / 1000

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gut_fast.analysis.transition import TOLERANCE, Array, coefficients_of, transitions
+from gut_fast.analysis.transition import TOLERANCE, Array, learning_rate, round_of
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
@@ -59,11 +59,10 @@ def conserved(rule: str | UpdateRule, hyperparameters: Mapping[str, Any]) -> tup
 
 @lru_cache(maxsize=256)
 def _conserved(rule: UpdateRule, own: tuple[tuple[str, Any], ...]) -> tuple[Array, Array]:
-    coefficients = coefficients_of(rule, dict(own))
-    transition, gradient = transitions(coefficients, 1.0)
-    change = transition[1:, 1:] - np.eye(len(rule.states))
-    sums = _left_null(np.column_stack([change, transition[1:, 0], gradient[1:]]))
-    drifts = np.asarray(coefficients.E, dtype=float)[1:] @ np.asarray(coefficients.A, dtype=float)
+    each = round_of(rule, dict(own))
+    change = each.still[1:, 1:] - np.eye(len(rule.states))
+    sums = _left_null(np.column_stack([change, each.still[1:, 0], each.still_inputs[1:]]))
+    drifts = np.column_stack([each.exchange, each.exchange_inputs])[1:]
     sums = _left_null(sums @ drifts, is_null=False) @ sums
     stays = _left_null(change.T).T
     return sums, stays @ np.linalg.pinv(sums @ stays)
@@ -106,6 +105,7 @@ def rounding(
     steps: int = 100_000,
     dtype: torch.dtype = torch.float32,
     is_recentred: bool = True,
+    local_steps: int = 1,
 ) -> Rounding:
     """The error that rounding the state to `dtype` brings into the average of the agents in a number of steps.
 
@@ -123,6 +123,7 @@ def rounding(
         dtype: the dtype of the state.
         is_recentred: whether `conserved` sums are made zero every `RECENTRING` steps, as they are unless the agents are
             on several ranks.
+        local_steps: H >= 1, the number of steps in a round.
 
     Raises:
         TypeError, ValueError: the rule or a hyper-parameter is bad, or the dtype is no floating one.
@@ -130,9 +131,9 @@ def rounding(
     rule, eps = get_rule(rule), torch.finfo(dtype).eps
     own = {name: value for name, value in hyperparameters.items() if name in rule.hyperparameters}
     period = RECENTRING if is_recentred and keeps_mean(topology) else steps
-    coefficients, kept = coefficients_of(rule, hyperparameters), conserved(rule, own)
+    kept, rounds, period = conserved(rule, own), max(1, steps // local_steps), max(1, period // local_steps)
     at_curvature, on_flat = (
-        _deviation(*_walk(transitions(coefficients, 1.0, h)[0], kept, steps, max(1, min(period, steps))))
+        _deviation(*_walk(*_a_round(rule, hyperparameters, h, local_steps), kept, rounds, max(1, min(period, rounds))))
         * (eps / math.sqrt(12 * topology.num_agents))
         for h in (curvature, 0.0)
     )
@@ -151,9 +152,21 @@ def _remedy(dtype: torch.dtype, is_recentred: bool, is_without_leak: bool) -> st
     return "all agents in one process, or a rule that forgets" if is_without_leak and not is_recentred else "float64"
 
 
-def _walk(transition: Array, kept: tuple[Array, Array], steps: int, period: int) -> tuple[Array, Array]:
-    """The covariance after all steps of unit noise in the states, and the transition of all of them."""
-    noise = np.diag([0.0, *np.ones(len(transition) - 1)])
+def _a_round(
+    rule: UpdateRule, hyperparameters: Mapping[str, Any], curvature: float, local_steps: int
+) -> tuple[Array, Array]:
+    """The transition of the average in a round, and the covariance that unit noise in what its steps change leaves."""
+    last = {**hyperparameters, "drift_lr": local_steps * learning_rate(hyperparameters)}
+    mixing = round_of(rule, last, curvature).still
+    local = round_of(rule, {**hyperparameters, "is_local": True}, curvature)
+    each = np.diag([0.0, *np.ones(len(mixing) - 1)])
+    stays = (np.column_stack([local.still - np.eye(len(mixing)), local.still_inputs]) == 0).all(axis=1)
+    noise, moved = _repeated(each * ~stays, local.still, local_steps - 1)
+    return mixing @ moved, mixing @ noise @ mixing.T + each
+
+
+def _walk(transition: Array, noise: Array, kept: tuple[Array, Array], steps: int, period: int) -> tuple[Array, Array]:
+    """The covariance after all rounds, each of which adds `noise`, and the transition of all of them."""
     sums, stays = kept
     recentre = np.eye(len(transition))
     recentre[1:, 1:] -= stays @ sums

@@ -1,33 +1,31 @@
-"""The modes of a rule: the eigenvalues of one step along each eigenvector of the mixing matrix.
+"""The modes of a rule: the eigenvalues of one round along each eigenvector of the mixing matrix.
 
-One step of a rule acts on the component of (z, state) along an eigenvector of W as a small matrix, whose eigenvalues
-are the modes. All that the analysis asks of a topology is therefore the `Spectrum` of its W.
+A *round* is what happens from one mixing to the next: one step, or several of which all but the last are local. It acts
+on the component of (z, state) along an eigenvector of W as a small matrix, whose eigenvalues are the modes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from gut_fast.arguments import as_integer
 from gut_fast.rules import Coefficients, UpdateRule, get_rule
-from gut_fast.topology import Topology
-from gut_fast.topology.mixing import MixingMatrix
 
 __all__ = [
     "TOLERANCE",
     "Array",
-    "Spectrum",
-    "coefficients_of",
+    "Round",
+    "learning_rate",
     "modes",
     "radius",
     "reachable",
-    "spectrum_of",
+    "round_of",
     "transitions",
     "without_decay",
 ]
@@ -37,14 +35,95 @@ Array = NDArray[Any]
 TOLERANCE = 1e-9
 """The distance from one below which a modulus is marginal."""
 
-DENSE_AGENTS = 512
-"""The largest number of agents for which the spectrum of any W is computed exactly, in tens of milliseconds."""
 
-GRID = 257
-"""The number of points all over the interval of a spectrum that is not computed exactly."""
+@dataclass(frozen=True)
+class Round:
+    """The linear map of a round: ``x' = (still ⊗ I + exchange ⊗ (W − I)) x``, and the same for the gradients."""
 
-SEARCHED = 1025
-"""The largest number of real eigenvalues in each step of a search: both ends, and evenly between them."""
+    still: Array
+    """The map of (z, state) for one agent alone, and for the average of all: [s, s] for s − 1 states."""
+    exchange: Array
+    """The factor of the differences between agents, [s, s]."""
+    still_inputs: Array
+    """The change of (z, state) by a unit gradient in each of the H steps, without mixing: [s, H]."""
+    exchange_inputs: Array
+    """The factor of the differences between the agents' gradients, [s, H]."""
+
+    @property
+    def num_steps(self) -> int:
+        """The number of steps in the round."""
+        return int(self.still_inputs.shape[1])
+
+    def lazy(self, gamma: float) -> Round:
+        """The round with ``I + γ (W − I)`` in place of W."""
+        return replace(self, exchange=gamma * self.exchange, exchange_inputs=gamma * self.exchange_inputs)
+
+    def at(self, blocks: Array) -> tuple[Array, Array]:
+        """The matrices of the round, [..., s b, s b], and of its gradients, [..., s b, H b], for W in [..., b, b]."""
+        identity = np.eye(blocks.shape[-1])
+
+        def placed(still: Array, exchange: Array) -> Array:
+            both = np.einsum("st,bc->sbtc", still, identity)
+            both = both + np.einsum("st,...bc->...sbtc", exchange, blocks - identity)
+            rows, columns = (size * len(identity) for size in still.shape)
+            matrices: Array = both.reshape(*blocks.shape[:-2], rows, columns)
+            return matrices
+
+        return placed(self.still, self.exchange), placed(self.still_inputs, self.exchange_inputs)
+
+    def reached(self) -> Round:
+        """The round among the combinations of (z, state) that z and the gradients reach from zero state."""
+        starts = [np.eye(len(self.still))[0], *self.still_inputs.T, *self.exchange_inputs.T]
+        basis = reachable([self.still, self.exchange], starts)
+        if len(basis) == len(self.still):
+            return self
+        still, exchange = (basis @ each @ basis.T for each in (self.still, self.exchange))
+        return Round(still, exchange, basis @ self.still_inputs, basis @ self.exchange_inputs)
+
+    def per_step(self, factor: float, rounds: int = 1) -> float:
+        """The factor of one step, from that of a number of rounds."""
+        return float(factor ** (1 / (rounds * self.num_steps)))
+
+
+def round_of(
+    rule: str | UpdateRule, hyperparameters: Mapping[str, Any], curvature: float = 0.0, local_steps: int = 1
+) -> Round:
+    """The round of a rule where every agent's loss has this curvature h.
+
+    With H local steps it is ``T_mix T_local^(H − 1)``: all steps but the last send nothing, and the drift in the states
+    of the last one is divided by the sum of the learning rates.
+
+    Args:
+        rule: a rule or its name.
+        hyperparameters: those of `modes`.
+        curvature: h; the gradients are ``h z`` and the round's inputs.
+        local_steps: H >= 1, the steps in a round.
+
+    Raises:
+        TypeError, ValueError: the rule or an argument is bad.
+    """
+    rule, lr = get_rule(rule), learning_rate(hyperparameters)
+    settings = {**hyperparameters, "lr": lr}
+    if as_integer(local_steps, "local_steps", minimum=1) == 1:
+        return Round(*_parts(rule.coefficients(**settings), curvature))
+    mixing = Round(*_parts(rule.coefficients(**{**settings, "drift_lr": local_steps * lr}), curvature))
+    step, _, step_inputs, _ = _parts(rule.coefficients(**settings, is_local=True), curvature)
+    moved, inputs = np.eye(len(step)), np.empty((len(step), 0))
+    with np.errstate(all="ignore"):  # a rate far beyond its limit overflows
+        for _ in range(local_steps - 1):
+            moved, inputs = step @ moved, np.column_stack([step @ inputs, step_inputs])
+        return Round(
+            mixing.still @ moved,
+            mixing.exchange @ moved,
+            np.column_stack([mixing.still @ inputs, mixing.still_inputs]),
+            np.column_stack([mixing.exchange @ inputs, mixing.exchange_inputs]),
+        )
+
+
+def learning_rate(hyperparameters: Mapping[str, Any]) -> float:
+    """The learning rate among the hyper-parameters; one that is missing or zero counts as one."""
+    lr: float = hyperparameters.get("lr", 1.0) or 1.0
+    return lr
 
 
 def modes(
@@ -62,13 +141,8 @@ def modes(
     Raises:
         TypeError, ValueError: the rule or a hyper-parameter is bad.
     """
-    matrices, _ = transitions(coefficients_of(rule, hyperparameters), eigenvalue, curvature)
+    matrices, _ = round_of(rule, hyperparameters, curvature).at(np.asarray(eigenvalue)[..., None, None])
     return np.linalg.eigvals(matrices).astype(complex)
-
-
-def coefficients_of(rule: str | UpdateRule, hyperparameters: Mapping[str, Any]) -> Coefficients:
-    """The coefficients of a step; a learning rate that is missing or zero counts as one."""
-    return get_rule(rule).coefficients(**{**hyperparameters, "lr": hyperparameters.get("lr", 1.0) or 1.0})
 
 
 def without_decay(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,15 +151,20 @@ def without_decay(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def transitions(coefficients: Coefficients, eigenvalue: ArrayLike, curvature: float = 0.0) -> tuple[Array, Array]:
-    """The matrices T(λ), [..., K − 1, K − 1], and the change of (z, state) by a unit gradient, [..., K − 1]."""
+    """The matrices T(λ) of one step, [..., K − 1, K − 1], and the change of (z, state) by a unit gradient."""
+    matrices, inputs = Round(*_parts(coefficients, curvature)).at(np.asarray(eigenvalue)[..., None, None])
+    return matrices, inputs[..., 0]
+
+
+def _parts(coefficients: Coefficients, curvature: float) -> Iterator[Array]:
+    """The four matrices of the `Round` of one step."""
     if not math.isfinite(curvature):
         raise ValueError(f"curvature must be finite, got {curvature}")
     A, B, C, E = (np.asarray(getattr(coefficients, name), dtype=float) for name in "ABCE")
-    shift = np.asarray(eigenvalue)[..., None, None] - 1
-    full = B + (C + shift * E) @ A
-    matrices, gradient = full[..., :-1].copy(), full[..., -1]
-    matrices[..., 0] += curvature * gradient
-    return matrices, gradient
+    full = np.stack([B + C @ A, E @ A])
+    gradient = full[..., -1:]
+    yield from full[..., :-1] + curvature * gradient * np.eye(len(B))[0]
+    yield from gradient
 
 
 def radius(matrices: Array) -> Array:
@@ -94,113 +173,14 @@ def radius(matrices: Array) -> Array:
     return rates
 
 
-def reachable(transition: Array, start: Sequence[Array]) -> Array:
-    """Orthonormal rows that span all powers of `transition` applied to the vectors of `start`, start[0] first."""
-    basis = np.empty((0, len(transition)))
-    pending = list(start)
+def reachable(transitions: Sequence[Array], starts: Sequence[Array]) -> Array:
+    """Orthonormal rows that span what `transitions` in any order make of the vectors `starts`, starts[0] first."""
+    basis = np.empty((0, len(starts[0])))
+    pending = list(starts)
     while pending:
         vector = pending.pop(0)
         rest = vector - basis.T @ (basis @ vector)
         if np.linalg.norm(rest) > TOLERANCE * np.linalg.norm(vector):
             basis = np.vstack([basis, rest / np.linalg.norm(rest)])
-            pending.append(transition @ basis[-1])
+            pending.extend(transition @ basis[-1] for transition in transitions)
     return basis
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """The consensus eigenvalues of W, empty for one agent."""
-
-    eigenvalues: Array
-    """The distinct eigenvalues, [k], ascending where W is symmetric; complex where it is not."""
-    weights: Array
-    """The multiplicity of each eigenvalue over N, [k]: Σ weights f(eigenvalues) is a mean over agents."""
-    is_normal: bool = True
-    """True if W's eigenvectors are orthogonal, so that disagreement is a sum over modes."""
-    keeps_mean: bool = True
-    """True if W's columns sum to one, so that the average over agents moves by itself."""
-
-    def __len__(self) -> int:
-        return len(self.eigenvalues)
-
-    def lazy(self, gamma: float) -> Spectrum:
-        """The spectrum of ``I + γ (W − I)``."""
-        return dataclasses.replace(self, eigenvalues=1 + gamma * (self.eigenvalues - 1))
-
-    def thinned(self) -> Array:
-        """Enough of the eigenvalues to find where a rule's slowest mode crosses a limit: at most `SEARCHED` real ones.
-
-        Of a pair of conjugates, whose modes are conjugates too, it is the one above the real line.
-        """
-        if np.iscomplexobj(self.eigenvalues):
-            upper: Array = self.eigenvalues[self.eigenvalues.imag >= 0]
-            return upper
-        if len(self) <= SEARCHED:
-            return self.eigenvalues
-        places = np.linspace(0, len(self) - 1, SEARCHED).round().astype(int)
-        found: Array = self.eigenvalues[places]
-        return found
-
-
-def spectrum_of(topology: Topology) -> Spectrum:
-    """The spectrum of a topology: exact except for unstructured symmetric graphs of more than 512 agents.
-
-    For these the ends are good to about 1e-4, far closer on graphs without a bottleneck, and means over agents to some
-    per cent.
-
-    Raises:
-        ValueError: the topology is not static.
-    """
-    if not topology.is_static:
-        raise ValueError(f"{topology.name} changes from step to step; stability is defined for static topologies only")
-    if _is_costly(topology):
-        nodes, weights = _lanczos(topology)
-        grid = np.linspace(nodes[0], nodes[-1], GRID)
-        return Spectrum(np.concatenate([grid, nodes]), np.concatenate([np.zeros(GRID), weights]))
-    eigenvalues = topology.eigenvalues[1:].numpy()
-    # Rounding finds equal eigenvalues; the values themselves stay unrounded, for verdicts at the limit.
-    _, first, counts = np.unique(eigenvalues.round(9), return_index=True, return_counts=True)
-    found, weights, mixing = eigenvalues[first], counts / topology.num_agents, topology.cycle[0]
-    if not isinstance(mixing, MixingMatrix):
-        return Spectrum(found, weights)
-    return Spectrum(found, weights, mixing.is_normal, mixing.is_doubly_stochastic)
-
-
-def _is_costly(topology: Topology) -> bool:
-    """True if the spectrum takes dense linear algebra on a large W: neither small nor a Fourier transform."""
-    mixing = topology.cycle[0]
-    if topology.num_agents <= DENSE_AGENTS or not isinstance(mixing, MixingMatrix):
-        return False
-    return mixing.group is None and mixing.is_symmetric
-
-
-def _lanczos(topology: Topology, num_steps: int = 80) -> tuple[Array, Array]:
-    """Nodes, ascending, and weights that integrate over the spectrum of a large symmetric W without its leading one.
-
-    Lanczos's method from one random vector of mean zero: the first and last node are the ends of the spectrum, and the
-    weights are those of Gauss quadrature over the density of the eigenvalues.
-
-    Source: Golub and Meurant, "Matrices, Moments and Quadrature with Applications", 2010.
-    """
-    num_agents = topology.num_agents
-    row_start, neighbor, weight = (array.numpy() for array in topology.csr())
-    rows = np.repeat(np.arange(num_agents), np.diff(row_start))
-    basis = np.zeros((num_steps + 1, num_agents))
-    basis[0] = np.random.default_rng(0).standard_normal(num_agents)
-    basis[0] -= basis[0].mean()
-    basis[0] /= np.linalg.norm(basis[0])
-    tridiagonal = np.zeros((num_steps + 1, num_steps + 1))
-    for k in range(num_steps):
-        x, past = basis[k], basis[: k + 1]
-        image = x + np.bincount(rows, weight * (x[neighbor] - x[rows]), minlength=num_agents)
-        tridiagonal[k, k] = image @ x
-        for _ in range(2):  # the second time removes what rounding has left of the mean and the earlier vectors
-            image -= image.mean()
-            image -= (past @ image) @ past
-        length = np.linalg.norm(image)
-        if length < TOLERANCE:  # W has few eigenvalues, as a star does, and all are found
-            break
-        tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = length
-        basis[k + 1] = image / length
-    nodes, vectors = np.linalg.eigh(tridiagonal[: k + 1, : k + 1])
-    return nodes, vectors[0] ** 2 * (1 - 1 / num_agents)

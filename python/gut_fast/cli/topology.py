@@ -94,7 +94,7 @@ def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | No
     """Prints the facts and the tables of a topology, or one JSON document, and draws it into `out`."""
     with as_bad_argument():
         _check_spectrum(mixing)
-        found = _rules_on(mixing, lr, curvature) if mixing.is_static else {}
+        found = _rules_on(mixing, lr, curvature)
     if out is not None:
         with writing():
             plots.draw_topology(mixing, out)
@@ -104,9 +104,8 @@ def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | No
     console = console_of_text()
     console.print(mixing.name, style="bold")
     console.print(facts_grid(_topology_facts(mixing)))
-    if found:
-        console.print(_stability_table(found))
-        console.print(_prediction_table(found, lr, curvature))
+    console.print(_stability_table(found))
+    console.print(_prediction_table(found, lr, curvature))
     if out is not None:
         console.print(f"wrote {out}")
 
@@ -159,6 +158,10 @@ class _RuleOnTopology:
     stability: analysis.Stability
     mu_limit: float | None
     """The largest stable μ with the other values at their defaults; None without μ."""
+    kappa_limit: float | None
+    """The largest stable κ with the other values at their defaults; None without κ."""
+    auto_kappa: float | None
+    """What ``kappa="auto"`` chooses with the other values at their defaults; None without κ."""
     auto: analysis.Prediction
 
     @property
@@ -171,16 +174,22 @@ class _RuleOnTopology:
 
 
 def _rules_on(mixing: Topology, lr: float, curvature: float) -> dict[str, _RuleOnTopology]:
-    """Every rule of the table on a static topology."""
-    return {
-        name: _RuleOnTopology(
+    """Every rule of the table on a topology."""
+
+    def at_defaults(rule: rules.UpdateRule) -> _RuleOnTopology:
+        own = {**rule.hyperparameters, "lr": lr}
+        found = analysis.predict(rule, own, mixing, curvature)
+        auto = found if found.auto_mu is None or math.isnan(found.auto_mu) else None
+        return _RuleOnTopology(
             rule.hyperparameters,
-            analysis.stability(rule, rule.hyperparameters, mixing),
-            analysis.stability_limit(rule, mixing, rule.hyperparameters) if "mu" in rule.hyperparameters else None,
-            _prediction(rule, mixing, lr, curvature),
+            found.stability,
+            found.mu_limit,
+            found.kappa_limit,
+            found.auto_kappa,
+            auto or analysis.predict(rule, {**own, "mu": found.auto_mu}, mixing, curvature),
         )
-        for name, rule in rules.RULES.items()
-    }
+
+    return {name: at_defaults(rule) for name, rule in rules.RULES.items()}
 
 
 def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[str, Any]:
@@ -194,9 +203,7 @@ def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[st
         "degree": {"least": degrees[0], "largest": degrees[-1]},
         "period": mixing.period,
     }
-    if not mixing.is_static:
-        return document
-    for name in ("lambda_2", "lambda_min", "spectral_gap"):
+    for name in ("lambda_2", "lambda_min", "spectral_gap") if mixing.is_static else ():
         document[name] = getattr(mixing, name)
     document["rules"] = {
         name: {
@@ -204,6 +211,8 @@ def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[st
             "verdict": each.stability.verdict,
             "consensus_rate": each.stability.consensus_rate,
             "mu_limit": each.mu_limit,
+            "kappa_limit": each.kappa_limit,
+            "auto_kappa": each.auto_kappa,
             "with_auto_mu": {
                 "mu": each.auto.auto_mu,
                 "consensus_rate": each.auto.stability.consensus_rate,
@@ -217,15 +226,16 @@ def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[st
 
 
 def _stability_table(found: Mapping[str, _RuleOnTopology]) -> Table:
-    """A table of every rule at its defaults, and of the largest stable μ with the other values at theirs."""
-    columns = ("rule", "defaults", "verdict", "per step", "μ up to")
+    """A table of every rule at its defaults, and of the largest stable μ and κ with the other values at theirs."""
+    columns = ("rule", "defaults", "verdict", "per step", "κ up to", "μ up to")
     table = summary.plain_table("Stability of every rule at its defaults", *columns, wrapped="defaults")
     for name, each in found.items():
         values = ", ".join(f"{key} {value:g}" for key, value in each.defaults.items() if not isinstance(value, bool))
         rate = f"× {each.stability.consensus_rate:.4f}"
-        table.add_row(name, values, each.stability.verdict, rate, _limit(each.mu_limit))
+        table.add_row(name, values, each.stability.verdict, rate, _limit(each.kappa_limit), _limit(each.mu_limit))
     table.caption = (
-        "per step: factor of the slowest disagreement between agents\nμ up to: where stability ends, n/a without μ"
+        "per step: factor of the slowest disagreement between agents\n"
+        "κ up to, μ up to: where stability ends, n/a without it"
     )
     return table
 
@@ -233,16 +243,20 @@ def _stability_table(found: Mapping[str, _RuleOnTopology]) -> Table:
 def _prediction_table(found: Mapping[str, _RuleOnTopology], lr: float, curvature: float) -> Table:
     """A table of every rule with the μ that ``mu="auto"`` chooses: what it settles to, where DSGD settles to 1."""
     title = f'With mu="auto", at lr {lr:g} and curvature {curvature:g}'
-    table = summary.plain_table(title, "rule", "auto μ", "per step", "lr up to", "bias", "step", "noise", "spread")
+    table = summary.plain_table(
+        title, "rule", "auto κ", "auto μ", "per step", "lr up to", "bias", "step", "noise", "spread"
+    )
     for name, each in found.items():
         table.add_row(
             name,
+            _limit(each.auto_kappa, digits=3),
             _limit(each.auto.auto_mu, digits=3),
             f"{each.auto.stability.consensus_rate:.4f}",
             _limit(each.auto.learning_rate_limit),
             *(f"{value:.2f}" if math.isfinite(value) else "–" for value in each.settled),
         )
     table.caption = (
+        "auto κ: with μ at its default; the others: with auto μ and κ at its default\n"
         "lr up to: where stability ends at this curvature\n"
         "where DSGD has 1.00: bias, disagreement at rest; step, of the average;\n"
         "noise of the average and spread of the agents, variances from noisy gradients"
@@ -250,16 +264,8 @@ def _prediction_table(found: Mapping[str, _RuleOnTopology], lr: float, curvature
     return table
 
 
-def _prediction(rule: rules.UpdateRule, mixing: Topology, lr: float, curvature: float) -> analysis.Prediction:
-    """The prediction with the μ of ``mu="auto"``, or with the rule's default where it has no μ or none is stable."""
-    found = analysis.predict(rule, {**rule.hyperparameters, "lr": lr}, mixing, curvature)
-    if found.auto_mu is None or math.isnan(found.auto_mu):
-        return found
-    return analysis.predict(rule, {**rule.hyperparameters, "lr": lr, "mu": found.auto_mu}, mixing, curvature)
-
-
 def _limit(limit: float | None, digits: int = 4) -> str:
-    """A limit as text: ``n/a`` without μ, ``none`` where no value is stable."""
+    """A limit as text: ``n/a`` without the hyper-parameter, ``none`` where no value is stable."""
     if limit is None:
         return "n/a"
     return "none" if math.isnan(limit) else f"{limit:.{digits}f}"

@@ -63,7 +63,7 @@ class GUT(GossipOptimizer):
     Args:
         params: stacked parameters, or parameter groups; see `GossipOptimizer`.
         lr: learning rate η >= 0.
-        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`.
         kappa: κ in [0, 1], how fast r follows; small values are stable on every topology, those that vary included.
         topology: who mixes with whom, for N agents.
         **options: the options that all optimizers share; see `GossipOptimizer`.
@@ -93,7 +93,7 @@ class GUTm(GossipOptimizer):
         params: stacked parameters, or parameter groups; see `GossipOptimizer`.
         lr: learning rate η >= 0.
         momentum: β in [0, 1).
-        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`.
         topology: who mixes with whom, for N agents.
         **options: the options that all optimizers share; see `GossipOptimizer`.
     """
@@ -122,7 +122,7 @@ class QGT(GossipOptimizer):
         params: stacked parameters, or parameter groups; see `GossipOptimizer`.
         lr: learning rate η >= 0.
         momentum: β in [0, 1).
-        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`.
         topology: who mixes with whom, for N agents.
         **options: the options that all optimizers share; see `GossipOptimizer`.
     """
@@ -175,7 +175,7 @@ class QGGUTm(GossipOptimizer):
         params: stacked parameters, or parameter groups; see `GossipOptimizer`.
         lr: learning rate η >= 0.
         momentum: β in [0, 1).
-        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        mu: μ in [0, 1]; ``"auto"`` is `gut_fast.analysis.auto_mu`.
         topology: who mixes with whom, for N agents.
         **options: the options that all optimizers share; see `GossipOptimizer`.
     """

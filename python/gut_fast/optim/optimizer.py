@@ -85,7 +85,8 @@ class GossipOptimizer(KeepsState):
         sync_initial: True overwrites the parameters of all agents by those of rank 0's first agent, here and in a group
             that is added later; the state stays zero. False leaves them, so that ranks keep what they have loaded, and
             warns if agents start from different ones.
-        **hyperparameters: those of the rule; ``mu="auto"`` is `gut_fast.analysis.auto_mu`, on a static topology.
+        **hyperparameters: those of the rule; ``mu="auto"`` and ``kappa="auto"`` are chosen for the topology
+            (`gut_fast.analysis.with_auto`).
 
     The state of parameter p is ``state[p][name]`` for each of the rule's state names, of p's shape, zero at the start;
     what is cleared or deleted is zero again. A group's ``drift_lr`` is ρ of the last step that mixed, ``round_lr`` the
@@ -160,7 +161,7 @@ class GossipOptimizer(KeepsState):
             self._number = register(self)
             memory = drift_memory if drift_memory is not None else 0.0 if capturable else DRIFT_MEMORY
             defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, "drift_memory": memory}
-            hyperparameters = self.rule.check(analysis.with_auto_mu(self.rule, hyperparameters, topology))
+            hyperparameters = self.rule.check(analysis.with_auto(self.rule, hyperparameters, topology, local_steps))
             if process_group is None:
                 options.check_alone(self._name)
                 wire = Wire(wire_dtype, wire_seed, topology.num_agents, topology.is_static)
@@ -217,7 +218,7 @@ class GossipOptimizer(KeepsState):
         params, tensors = checks.listed(param_group, self.rule, self._name)
         check_implementation(param_group, self._name)
         group = {**self.defaults, "drift_lr": 0.0, "round_lr": 0.0, **param_group}
-        group = analysis.with_auto_mu(self.rule, group, self.topology)
+        group = analysis.with_auto(self.rule, group, self.topology, self.local_steps)
         checks.checked_coefficients(self._settings(group), self.rule, self._name)
         validation.check_parameters(tensors, self._num_here, f"{self._name}: ")
         for tensor in tensors[:1]:
@@ -260,7 +261,7 @@ class GossipOptimizer(KeepsState):
         if self._exchange is not None and self._exchange.group.rank:
             return  # one rank says it for all
         settings = {name: value for name, value in self._settings(group).items() if not name.startswith("drift_")}
-        advice = analysis.advice(self.rule, settings, self.topology)
+        advice = analysis.advice(self.rule, settings, self.topology, local_steps=self.local_steps)
         if advice is not None:
             warnings.warn(f"{self._name}: {advice}", UserWarning, stacklevel=checks.frames_to_the_caller())
 

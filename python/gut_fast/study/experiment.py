@@ -114,8 +114,8 @@ class Experiment:
         self._check_types()
         object.__setattr__(self, "rule", get_rule(self.rule).name)
         given = self.hyperparameters
-        if given.get("mu") == AUTO:
-            given = analysis.with_auto_mu(self.rule, given, parse_topology(self.topology, self.gamma))
+        if AUTO in (given.get("mu"), given.get("kappa")):
+            given = analysis.with_auto(self.rule, given, parse_topology(self.topology, self.gamma))
         object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(given))
         object.__setattr__(self, "partition_options", dict(self.partition_options))
         object.__setattr__(self, "milestones", tuple(self.milestones) if self.schedule == MILESTONES else ())

@@ -33,7 +33,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from gut_fast.analysis.transition import DENSE_AGENTS, Array, transitions
+from gut_fast.analysis.periods import DENSE_AGENTS
+from gut_fast.analysis.transition import Array, transitions
 from gut_fast.arguments import as_number
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
