@@ -118,7 +118,7 @@ def wraps_seen(monkeypatch):
 
     def judged(*arguments):
         distance = judge(*arguments)
-        seen.append(int(distance.isinf().sum()))
+        seen.append(int((distance < 0).sum()))
         return distance
 
     monkeypatch.setattr(wire_module, "judged", judged)

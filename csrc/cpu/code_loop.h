@@ -352,15 +352,17 @@ struct DecodeLoop {
     }
   }
 
-  // The distance if both ends know that the block is right; if not, X is what leaves the block out of the mixing.
+  // The distance if both ends know that the block is right. If not, X is what leaves the block out of the mixing, and
+  // -4 times the smaller width what widths should be.
   static GUT_FAST_INLINE float judged(float distance, float width, float theirs, const float* own, float* X) {
     if (width != width || theirs != theirs) {
       Blocks::fill(X, kNaN);
       return kNaN;
     }
-    if (distance < kMargin * (width < theirs ? width : theirs)) return distance;
+    const float smaller = width < theirs ? width : theirs;
+    if (distance < kMargin * smaller) return distance;
     std::memcpy(X, own, kCodeBlock * sizeof(float));
-    return std::numeric_limits<float>::infinity();
+    return -4 * (smaller > kLeastWidth ? smaller : kLeastWidth);
   }
 };
 

@@ -255,7 +255,7 @@ class Copies:
                     assert found is not None
                     distance = found
                 seen.append(distance)
-                if bool(distance.isfinite().all()):
+                if bool((distance >= 0).all()):
                     rows[speaker] = copy  # the same bits, whoever hears it
                     continue
                 if code is None:

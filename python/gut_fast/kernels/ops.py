@@ -260,7 +260,7 @@ def decode(
         backend: ``"torch"`` for plain PyTorch operations, which give the same bits as the compiled ones.
 
     Returns:
-        Of modulo, float32 [num_blocks]: how far the two copies are apart, infinity where the block has to be dropped
+        Of modulo, float32 [num_blocks]: how far the two copies are apart, negative where the block has to be dropped
         (the copy is `own` there), NaN where a message was not finite. See `codes.decode_modulo`, `codes.next_widths_`.
 
     Raises:
