@@ -186,10 +186,11 @@ class Gossip(Contender):
 
     @classmethod
     def expected_bytes(cls, case, numbers):
-        """The bytes that each rank sends in the first steps: degree × model size a step."""
-        topology, size = cls.graph(case.ranks), numbers * cls.options.get("wire_dtype", torch.float32).itemsize
+        """The bytes that each rank sends in the first steps: degree × model size; a code begins with a whole one."""
+        topology, wire = cls.graph(case.ranks), cls.options.get("wire_dtype", torch.float32)
+        sizes = [numbers * (wire.itemsize if k or not topology.is_static else 4) for k in range(CHECKED_STEPS)]
         degrees = [[len(topology.neighbors(rank, k)) for k in range(CHECKED_STEPS)] for rank in range(case.ranks)]
-        return [size * sum(each) for each in degrees]
+        return [sum(size * degree for size, degree in zip(sizes, each, strict=True)) for each in degrees]
 
     @classmethod
     def truth(cls, agents, *, keeps_gradient=False):

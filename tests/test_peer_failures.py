@@ -74,14 +74,14 @@ def test_a_lost_rank_is_named_by_all_who_wait_for_it(phase, how):
 TOPOLOGIES = {"ring": gf.topology.ring, "matching": lambda n: gf.topology.random_matching(n, 1)}
 
 
-def survive(rank, size, steps, rule, graph, seed):
+def survive(rank, size, steps, rule, graph, seed, wire):
     """Takes steps of random length on quadratics; returns who is left, the steps taken, the mean, and parameters."""
     torch.manual_seed(seed * 100 + rank)
     parameter = nn.Parameter(torch.zeros(50))
     goal = seeded(size, 50, seed=9, dtype=torch.float32)[rank]
     optimizer = gf.GossipOptimizer(
         [parameter], rule, lr=0.05, topology=TOPOLOGIES[graph](size), process_group=dist.group.WORLD,
-        timeout=20.0, on_peer_failure="continue",
+        timeout=20.0, on_peer_failure="continue", wire_dtype=wire,
     )  # fmt: skip
     for step in range(steps):
         time.sleep(0.003 * float(torch.rand(())))
@@ -98,12 +98,13 @@ def survive(rank, size, steps, rule, graph, seed):
 SLOW_SEEDS = [pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize("wire", [None, "int8"])
 @pytest.mark.parametrize("seed", [0, 5, *SLOW_SEEDS])  # one and two ranks die, on each of the graphs
-def test_the_others_go_on(seed):
+def test_the_others_go_on(seed, wire):
     random, size = torch.Generator().manual_seed(seed), 7
     victims = (1 + torch.randperm(size - 1, generator=random)[: 1 + seed % 2]).tolist()
     rule, graph = ["gut", "gradient_tracking", "dsgd"][seed % 3], ["ring", "matching"][seed // 3]
-    with ranks.Crew(size, survive, 300, rule, graph, seed) as crew:
+    with ranks.Crew(size, survive, 300, rule, graph, seed, wire) as crew:
         crew.wait_for("step")
         for victim in victims:
             time.sleep(0.4 * float(torch.rand((), generator=random)))
@@ -197,18 +198,19 @@ def test_a_rank_of_this_machine_that_dies_while_the_others_regroup_is_not_waited
             assert members == [0, 2, 4, 5]
 
 
-def optimizer_of(group, size, rule="gradient_tracking"):
+def optimizer_of(group, size, rule="gradient_tracking", wire=None):
     parameter = nn.Parameter(torch.zeros(50))
     optimizer = gf.GossipOptimizer(
-        [parameter], rule, lr=0.1, topology=gf.topology.ring(size), process_group=group, on_peer_failure="continue"
-    )
+        [parameter], rule, lr=0.1, topology=gf.topology.ring(size), process_group=group, on_peer_failure="continue",
+        wire_dtype=wire,
+    )  # fmt: skip
     return parameter, optimizer
 
 
-def come_and_go(rank, size, victim, comes_back):
+def come_and_go(rank, size, victim, comes_back, wire):
     """Trains in a group made of a store; the victim leaves at step 20 and may come back. Ends 300 steps after that."""
     goal = seeded(size, 50, seed=9, dtype=torch.float32)[rank]
-    parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=20.0), size)
+    parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=20.0), size, wire=wire)
     first, end = None, None if comes_back else 400
     while end is None or optimizer.num_steps < end:
         if rank == victim and optimizer.num_steps == 20:
@@ -216,7 +218,7 @@ def come_and_go(rank, size, victim, comes_back):
             del parameter, optimizer
             if not comes_back:
                 return None
-            parameter, optimizer = optimizer_of(rejoin(ranks.store, rank, size, timeout=20.0), size)
+            parameter, optimizer = optimizer_of(rejoin(ranks.store, rank, size, timeout=20.0), size, wire=wire)
             first = optimizer.num_steps, parameter.detach().clone()
         if end is None:
             time.sleep(0.002)  # leaves a core to the rank that comes back
@@ -227,10 +229,11 @@ def come_and_go(rank, size, victim, comes_back):
     return optimizer.group.members, parameter.detach(), first, str(optimizer.topology)
 
 
+@pytest.mark.parametrize("wire", [None, "int4"])
 @pytest.mark.parametrize("comes_back", [True, pytest.param(False, marks=pytest.mark.slow)])
-def test_a_rank_comes_back(comes_back):
+def test_a_rank_comes_back(comes_back, wire):
     size, victim = 5, 3
-    with ranks.Crew(size, come_and_go, victim, comes_back) as crew:
+    with ranks.Crew(size, come_and_go, victim, comes_back, wire) as crew:
         outcomes = crew.outcomes()
     there = [rank for rank in range(size) if comes_back or rank != victim]
     goal = seeded(size, 50, seed=9, dtype=torch.float32)[there].mean(0)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
+import test_simulator_across as simulations
 from gut_fast.distributed import wire as wire_module
 from gut_fast.verify.lockstep import seeded
 from test_distributed import graph_of, rank_run, train_on_quadratics
@@ -239,3 +241,48 @@ def disagree(rank, size):
 
 def test_ranks_agree_on_the_seed():
     assert ranks.run(2, disagree) == [True, True]
+
+
+def simulated(rank, size, graph, wire):
+    """Trains four agents for eight steps; returns the history, models, and both counts of bytes."""
+    topology = getattr(simulations, graph)()
+    here = {"process_group": dist.group.WORLD, "agents_per_rank": 4 // size} if size > 1 else {}
+
+    def optimizer(parameters):
+        return gf.GUT(parameters, 0.1, mu=0.5, topology=topology, wire_dtype=wire, local_steps=2, **here)
+
+    sim = simulations.simulator("gut", lambda: topology, across=size > 1, optimizer=optimizer)
+    simulations.run(sim, 8)
+    return sim.history, simulations.values(sim), sim.bytes_sent, sim.optimizer.bytes_sent
+
+
+@pytest.mark.parametrize("graph", ["ring", "matching"])
+@pytest.mark.parametrize("wire", ["int8", "int4"])
+def test_a_simulation_computes_and_counts_what_ranks_do(graph, wire):
+    history, models, total, _ = simulated(0, 1, graph, wire)
+    for rank, outcome in enumerate(ranks.run(4, simulated, graph, wire)):
+        assert outcome[0] == history
+        assert all(
+            torch.equal(own[0], whole[rank]) for own, whole in zip(outcome[1].values(), models.values(), strict=True)
+        )
+        assert torch.equal(outcome[2], total)
+        assert sum(outcome[3].values()) == total[rank] > 0
+
+
+@pytest.mark.parametrize("graph", ["ring", "matching"])
+def test_a_resumed_simulation_goes_on_bit_for_bit(graph, tmp_path):
+    topology = getattr(simulations, graph)()
+
+    def make():
+        options = {"mu": 0.5, "topology": topology, "wire_dtype": "int4", "wire_seed": 2, "local_steps": 2}
+        optimizer = partial(gf.GUT, lr=0.1, **options)
+        return simulations.simulator("gut", lambda: topology, optimizer=optimizer)
+
+    whole, parts, resumed = make(), make(), make()
+    simulations.run(whole, 12)
+    simulations.run(parts, 5, checkpoint=tmp_path / "state.pt")
+    resumed.load_checkpoint(tmp_path / "state.pt")
+    simulations.run(resumed, 12)
+    assert torch.equal(resumed.bytes_sent, whole.bytes_sent)
+    values = zip(simulations.values(resumed).values(), simulations.values(whole).values(), strict=True)
+    assert all(torch.equal(own, expected) for own, expected in values)

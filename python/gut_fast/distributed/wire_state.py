@@ -1,4 +1,4 @@
-"""What a state dict holds of a coded wire: who is known, and of each parameter group the agents' copies or widths.
+"""The entry "wire" of a state dict: who is known, and of each parameter group the agents' copies or widths.
 
 A copy is saved where its agent is. Its neighbours, which have the same copy, do not save it: the first message after
 loading is sent as it is, at the cost of its bytes.

@@ -231,7 +231,9 @@ class BytesSent:
         if self._topology is not None and self._optimizer.num_rounds != self._rounds:
             self._rounds = self._optimizer.num_rounds
             receivers = self._receivers(self._rounds - 1) if self._static_receivers is None else self._static_receivers
-            self.total += receivers * self._optimizer.message_bytes()
+            each = self._optimizer.message_bytes()
+            if len(each) == len(self.total):  # after ranks have left, a run ends where all agents' numbers are due
+                self.total += receivers * each
 
     def _receivers(self, step: int) -> Tensor:
         """The number of agents that each agent sends to, [N]."""
