@@ -259,3 +259,25 @@ def test_clipping_bad_input():
     with pytest.raises(ValueError, match="must share the leading dimension"):
         gf.clip_grad_norm_per_agent_([*params, odd], 1.0)
     assert same([p.grad for p in params], before)
+
+
+@pytest.mark.parametrize("wire", ["int8", "int4", torch.bfloat16], ids=str)
+def test_coded_messages_serve_an_inner_optimizer_and_its_state(wire):
+    def make():
+        parameter = torch.nn.Parameter(seeded(4, 300, seed=1, dtype=torch.float32))
+        ring = gf.topology.ring(4)
+        inner = torch.optim.AdamW([parameter], lr=0.01)
+        return parameter, gf.Gossip(inner, "gut", topology=ring, wire_dtype=wire)
+
+    def train(parameter, optimizer):
+        for _ in range(6):
+            parameter.grad = parameter.detach() - torch.arange(4.0)[:, None]
+            optimizer.step()
+
+    (parameter, optimizer), (other, restored) = make(), make()
+    train(parameter, optimizer)
+    other.data.copy_(parameter.detach())
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(parameter, optimizer)
+    train(other, restored)
+    assert torch.equal(parameter, other)
