@@ -2,6 +2,7 @@
 
     python benchmarks/across.py --output benchmarks/results
     sudo python benchmarks/across.py --rate 200mbit --model lenet5      # a network namespace and a shaped link for each
+    sudo python benchmarks/across.py --rate 200mbit --fewer-bytes       # local steps and coded messages, and DiLoCo
 
 Everyone is compared with the recurrence it should compute first, and the bytes that we send are counted. Images are
 noise. decent-dp is no dependency: ``pip install --no-deps --target FOLDER decent-dp loguru``, and FOLDER in PYTHONPATH.
@@ -10,6 +11,8 @@ noise. decent-dp is no dependency: ``pip install --no-deps --target FOLDER decen
 import argparse
 import importlib
 import importlib.util
+import math
+import operator
 import os
 import statistics
 import time
@@ -42,9 +45,12 @@ NUM_CLASSES = 10
 CHECKED_STEPS = 4
 """The steps that are compared; messages overlap with computation from the second one on."""
 
-TOLERANCE, BFLOAT16_TOLERANCE = 1e-4, 2.0**-5
-"""The largest error of parameters in units of the largest one. Agents begin with different parameters, so without
-mixing, or with the wrong agents, the error is about 1."""
+TOLERANCE, TOLERANCES = 1e-4, {torch.bfloat16: 2.0**-5, "int8": 0.05, "int4": 0.3}
+"""The largest error of parameters in units of the largest one, and where messages are rounded. Agents begin with
+different parameters, so without mixing, or with the wrong agents, the error is about 1."""
+
+LOCAL_STEPS = 16
+"""The steps of a round where not every step sends something."""
 
 
 class Setting(NamedTuple):
@@ -121,6 +127,7 @@ class Contender:
     """Someone who trains on this rank, as others do on theirs; by itself it computes and sends nothing."""
 
     options: dict[str, Any] = {}  # noqa: RUF012  replaced, never changed
+    local_steps = 1
 
     def __init__(self, case, rank):
         self.case, self.rank = case, rank
@@ -151,6 +158,11 @@ class Contender:
         return
 
     @classmethod
+    def checked_steps(cls):
+        """The steps that are compared: some rounds."""
+        return CHECKED_STEPS if cls.local_steps == 1 else 2 * cls.local_steps
+
+    @classmethod
     def truth(cls, agents):
         """The rows that should come out on the ranks, [N, D] in float64. Here z' = z − ηg."""
         z = agents.start
@@ -171,6 +183,7 @@ class Gossip(Contender):
             topology=self.graph(self.case.ranks),
             process_group=dist.group.WORLD,
             bucket_bytes=self.case.setting.bucket_bytes,
+            local_steps=self.local_steps,
             **self.hyperparameters,
             **{"shared_memory": self.case.shares_memory, **self.options},
         )
@@ -186,23 +199,39 @@ class Gossip(Contender):
 
     @classmethod
     def expected_bytes(cls, case, numbers):
-        """The bytes that each rank sends in the first steps: degree × model size; a code begins with a whole one."""
-        topology, wire = cls.graph(case.ranks), cls.options.get("wire_dtype", torch.float32)
-        sizes = [numbers * (wire.itemsize if k or not topology.is_static else 4) for k in range(CHECKED_STEPS)]
-        degrees = [[len(topology.neighbors(rank, k)) for k in range(CHECKED_STEPS)] for rank in range(case.ranks)]
-        return [sum(size * degree for size, degree in zip(sizes, each, strict=True)) for each in degrees]
+        """The bytes that each rank sends in the first steps: degree × message a round, the first in float32."""
+        topology, rounds = cls.graph(case.ranks), cls.checked_steps() // cls.local_steps
+        sizes = [4 * numbers] + [cls.message_bytes(case)] * (rounds - 1)
+        degrees = [[len(topology.neighbors(rank, k)) for k in range(rounds)] for rank in range(case.ranks)]
+        return [sum(map(operator.mul, sizes, each)) for each in degrees]
+
+    @classmethod
+    def message_bytes(cls, case):
+        """The bytes of a message: its numbers, and of 8 and 4 bits a scale for every 256 of a tensor."""
+        wire = cls.options.get("wire_dtype", torch.float32)
+        sizes = [parameter.numel() for parameter in case.make_module(0).parameters()]
+        if isinstance(wire, torch.dtype):
+            return sum(sizes) * wire.itemsize
+        bits = int(wire.removeprefix("int"))
+        return sum(math.ceil(size * bits / 8) + 4 * math.ceil(size / 256) for size in sizes)
 
     @classmethod
     def truth(cls, agents, *, keeps_gradient=False):
-        """GUT: ``S = z − η(g + μr);  D = W S − S;  z' = S + D;  r' = μr − D/η``; and DSGD, which is μ = 0."""
+        """GUT: ``S = z − η(g + μr);  D = W S − S;  z' = S + D;  r' = μr − D/(ηH)``; and DSGD, which is μ = 0.
+
+        Of H steps the last one mixes; those before are ``z' = S``.
+        """
         topology, mu = cls.graph(agents.case.ranks), cls.hyperparameters.get("mu", 0.0)
         z, r = agents.start, torch.zeros_like(agents.start)
         g = agents.gradients(z)
-        for step in range(CHECKED_STEPS):
+        for step in range(cls.checked_steps()):
             g = g if keeps_gradient else agents.gradients(z)
             S = z - LR * (g + mu * r)
-            D = topology.matrix(step) @ S - S
-            z, r = S + D, mu * r - D / LR
+            if (step + 1) % cls.local_steps:
+                z = S
+                continue
+            D = topology.matrix(step // cls.local_steps) @ S - S
+            z, r = S + D, mu * r - D / (LR * cls.local_steps)
         return z
 
 
@@ -311,6 +340,44 @@ class DDP(Contender):
         return z
 
 
+class DiLoCo(Contender):
+    """DiLoCo's pattern: rounds of SGD alone, then one all-reduce and an outer step of Nesterov's momentum for all."""
+
+    local_steps = LOCAL_STEPS
+    outer_lr, outer_momentum = 0.7, 0.9
+
+    def prepare(self):
+        super().prepare()
+        self.start = super().outcome().clone()
+        dist.broadcast(self.start, 0)
+        vector_to_parameters(self.start.clone(), self.module.parameters())
+        self.momentum, self.number = torch.zeros_like(self.start), 0
+
+    def step(self):
+        super().step()
+        self.number += 1
+        if self.number % self.local_steps == 0:
+            moved = self.start - super().outcome()
+            dist.all_reduce(moved)
+            moved /= self.case.ranks
+            self.momentum.mul_(self.outer_momentum).add_(moved)
+            self.start.sub_(moved.add_(self.momentum, alpha=self.outer_momentum), alpha=self.outer_lr)
+            vector_to_parameters(self.start.clone(), self.module.parameters())
+
+    @classmethod
+    def truth(cls, agents):
+        """The recurrence of Douillard et al., 2023, with SGD inside, from the first rank's parameters."""
+        start = agents.start[:1].expand_as(agents.start)
+        z, m = start, torch.zeros_like(start)
+        for step in range(cls.checked_steps()):
+            z = z - LR * agents.gradients(z)
+            if (step + 1) % cls.local_steps == 0:
+                moved = (start - z).mean(0)
+                m = cls.outer_momentum * m + moved
+                z = start = start - cls.outer_lr * (moved + cls.outer_momentum * m)
+        return z
+
+
 class DecentDP(Contender):
     """The ring of decent-dp: everyone mixes with one neighbour a step, in turn. Its buckets are whole MiB."""
 
@@ -362,6 +429,21 @@ CONTENDERS = {
 }
 """The contenders in the order in which every rank makes them. The first two bound what can be reached."""
 
+WIRES = {"float32": {}, "bfloat16": {"wire_dtype": torch.bfloat16}} | {
+    name: {"wire_dtype": name} for name in ("int8", "int4")
+}
+FEWER = {
+    "computation": Contender,
+    "DDP": DDP,
+    "DiLoCo, H = 16": DiLoCo,
+    **{f"GUT {name}": variant(Gossip, options={**OVERLAP, **wire}) for name, wire in WIRES.items()},
+    **{
+        f"GUT {name}, H = 16": variant(Gossip, options={**OVERLAP, **wire}, local_steps=LOCAL_STEPS)
+        for name, wire in WIRES.items()
+    },
+}
+"""Contenders that send less than a model in every step, with overlap, beside those that do not."""
+
 
 def absent(case):
     """The contenders that cannot take part, and why."""
@@ -381,7 +463,7 @@ class Rank:
 
     def make(self, case, names):
         """Makes these contenders; returns how many parameters the network has."""
-        self.contenders = {name: CONTENDERS[name](case, self.rank) for name in names}
+        self.contenders = {name: (CONTENDERS | FEWER)[name](case, self.rank) for name in names}
         return sum(parameter.numel() for parameter in self.contenders["computation"].module.parameters())
 
     def train(self, name, steps):
@@ -393,15 +475,19 @@ class Rank:
         return contender.outcome().numpy(), None if before is None else contender.bytes_sent() - before
 
     def time(self, name, steps):
-        """Makes so many steps, begun together; returns seconds, processor seconds, and bytes through the interface."""
+        """Makes so many steps, begun together; returns seconds, processor seconds, and bytes through the interface.
+
+        A step of a contender with rounds is a whole round, and what is returned a mean over its steps.
+        """
         contender = self.contenders[name]
+        rounds = contender.local_steps
         dist.barrier()
         cpu, out, start = time.process_time(), self.place.bytes_out(), time.perf_counter()
-        for _ in range(steps):
+        for _ in range(steps * rounds):
             contender.step()
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         dist.barrier()
-        return seconds, cpu, self.place.bytes_out() - out
+        return seconds / rounds, cpu / rounds, (self.place.bytes_out() - out) / rounds
 
     def cpu_seconds(self):
         """Returns the processor seconds of this process so far."""
@@ -435,30 +521,31 @@ def compare(ranks, case, names, numbers):
     """
     errors, agents = {}, Agents(case)
     for name in names:
-        contender = CONTENDERS[name]
-        rows, sent = zip(*ranks.ask("train", name, CHECKED_STEPS), strict=True)
+        contender = (CONTENDERS | FEWER)[name]
+        steps = contender.checked_steps()
+        rows, sent = zip(*ranks.ask("train", name, steps), strict=True)
         if None not in sent and list(sent) != (expected := contender.expected_bytes(case, numbers)):
-            raise WrongResultError(f"{name}: it sent {list(sent)} bytes in {CHECKED_STEPS} steps, expected {expected}")
+            raise WrongResultError(f"{name}: it sent {list(sent)} bytes in {steps} steps, expected {expected}")
         found = [torch.from_numpy(row).double() for row in rows]
         found, right = found[0] if found[0].dim() == 2 else torch.stack(found), contender.truth(agents)
         errors[name] = float((found - right).abs().max() / right.abs().max())
-        limit = BFLOAT16_TOLERANCE if "wire_dtype" in contender.options else TOLERANCE
+        limit = TOLERANCES.get(contender.options.get("wire_dtype"), TOLERANCE)
         if not errors[name] < limit:
             raise WrongResultError(
-                f"{name}: its parameters are off by {errors[name]:.1e} of the largest one after {CHECKED_STEPS} steps, "
+                f"{name}: its parameters are off by {errors[name]:.1e} of the largest one after {steps} steps, "
                 f"more than {limit:.1e}"
             )
     return errors
 
 
-def measure(case, seconds, rate=None):
-    """Compares all contenders with their recurrences, then times them in turns, for about so many seconds.
+def measure(case, seconds, rate=None, contenders=CONTENDERS):
+    """Compares these contenders with their recurrences, then times them in turns, for about so many seconds.
 
     A step's time is the mean of a turn on the rank that took longest. With a rate, links stand for those between
     machines, and no memory is shared.
     """
     missing, counts = absent(case), {}
-    names = [name for name in CONTENDERS if name not in missing]
+    names = [name for name in contenders if name not in missing]
     with threads(1), crew(Rank, case.ranks, rate) as ranks:
         numbers = ranks.ask("make", case, names)[0]
         errors = compare(ranks, case, names, numbers)
@@ -486,7 +573,9 @@ def measure(case, seconds, rate=None):
     versions = machine.versions()
     if (version := machine.installed_version("decent-dp")) is not None:
         versions["decent-dp"] = version
-    name = f"{case.model}, {case.ranks} ranks × {samples}, {link}"
+    missing = {name: reason for name, reason in missing.items() if name in contenders}
+    what = ", fewer bytes" if contenders is FEWER else ""
+    name = f"{case.model}, {case.ranks} ranks × {samples}, {link}{what}"
     return Result(
         "across", name, about, "DDP", measured, missing, noise, machine=machine.machine_line(), versions=versions
     )
@@ -500,6 +589,9 @@ def main():
     parser.add_argument("--batch-size", type=int, default=0, help="samples per agent; by default the network's own")
     parser.add_argument("--bucket-bytes", type=int, default=0, help="what travels at once; default: the network's own")
     parser.add_argument("--rate", help="gives each rank a link of this rate, for example 200mbit; needs root")
+    parser.add_argument(
+        "--fewer-bytes", action="store_true", help="local steps and coded messages beside DDP and DiLoCo"
+    )
     parser.add_argument("--seconds", type=float, default=30.0, help="for each network; three rounds at least")
     parser.add_argument("--output", type=Path, help="a folder for JSON and Markdown; results add up")
     options = parser.parse_args()
@@ -510,7 +602,8 @@ def main():
     measured = []
     for model in options.model:
         case = Case(model, options.ranks, options.batch_size, options.bucket_bytes, options.rate is None)
-        measured.append(measure(case, options.seconds, options.rate))
+        contenders = FEWER if options.fewer_bytes else CONTENDERS
+        measured.append(measure(case, options.seconds, options.rate, contenders))
         print(results.describe(measured[-1]), flush=True)
     if options.output is not None:
         options.output.mkdir(parents=True, exist_ok=True)

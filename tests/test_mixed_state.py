@@ -142,3 +142,17 @@ def on_ranks(rank, size):
 
 def test_optimizers_of_whole_matrices_serve_where_one_rank_holds_one_agent():
     assert ranks.run(2, on_ranks) == [True, True]
+
+
+def test_coded_messages_and_mixed_second_moments_go_together():
+    params, plain_params = parameters(torch.float32), parameters(torch.float32)
+    optimizer = adamw(params, mix_state=("exp_avg_sq",), wire_dtype="int8")
+    plain = adamw(plain_params, mix_state=("exp_avg_sq",))
+    for step in range(3):
+        for p, q in zip(params, plain_params, strict=True):
+            p.grad = seeded(*p.shape, seed=step, dtype=torch.float32)
+            q.grad = p.grad.clone()
+        optimizer.step()
+        plain.step()
+    for p, q in zip(params, plain_params, strict=True):
+        assert same(optimizer.inner.state[p], plain.inner.state[q])

@@ -9,6 +9,7 @@ gives these to the kernel; with a process_group, to the `Exchange` with the othe
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -363,20 +364,23 @@ class GossipOptimizer(KeepsState):
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         if self._exchange is not None:
             self._step_across(self._exchange, grad_scale, self._is_local)
-        elif self._together is not None and not self._is_local:
-            steps = self._group_steps(grad_scale)
-            for step in filter(None, steps):
-                validation.check(step)
-            self._together.run(steps, self.num_rounds)
         else:
-            steps = [step for step in self._group_steps(grad_scale) if step is not None]
-            for run in [*[ops.prepare(step, self.backend) for step in steps], *self._what_else_mixes()]:
+            for run in [*self._prepared_steps(self._group_steps(grad_scale)), *self._what_else_mixes()]:
                 run()
         if is_captured:
             self._traced_steps += 1
         else:
             self._close_step()
         return loss
+
+    def _prepared_steps(self, steps: list[GossipStep | None]) -> list[Callable[[], None]]:
+        """Checks the steps of all groups, and returns what takes them."""
+        given = [step for step in steps if step is not None]
+        if self._together is None or self._is_local:
+            return [ops.prepare(step, self.backend) for step in given]
+        for step in given:
+            validation.check(step)
+        return [functools.partial(self._together.run, steps, self.num_rounds)]
 
     def _what_else_mixes(self) -> list[Callable[[], None]]:
         """Returns what is to be done behind the step itself."""
