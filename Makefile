@@ -8,7 +8,7 @@ MINUTES ?= 3
 SEED ?= 0
 BIN := .venv/bin
 SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/* csrc/*/*) \
-	$(addprefix python/gut_fast/,rules.py update_rule.py coefficients.py)
+	$(addprefix python/gut_fast/,rules.py rule.py coefficients.py)
 CPP := $(wildcard csrc/*.h $(foreach end,h cpp cu cuh,csrc/*/*.$(end)) tests/emulation/*.h tests/emulation/*.cpp)
 # Built in .venv itself: a build environment of its own would be another each time, and compile everything anew.
 BUILDERS := scikit-build-core pybind11 $(foreach tool,cmake ninja,$(if $(shell command -v $(tool)),,$(tool)))

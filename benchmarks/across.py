@@ -201,17 +201,17 @@ class Gossip(Contender):
     def expected_bytes(cls, case, numbers):
         """The bytes that each rank sends in the first steps: degree × message a round, the first in float32."""
         topology, rounds = cls.graph(case.ranks), cls.checked_steps() // cls.local_steps
-        sizes = [4 * numbers] + [cls.message_bytes(case)] * (rounds - 1)
+        sizes = [4 * numbers] + [cls.message_bytes(case, numbers)] * (rounds - 1)
         degrees = [[len(topology.neighbors(rank, k)) for k in range(rounds)] for rank in range(case.ranks)]
         return [sum(map(operator.mul, sizes, each)) for each in degrees]
 
     @classmethod
-    def message_bytes(cls, case):
+    def message_bytes(cls, case, numbers):
         """The bytes of a message: its numbers, and of 8 and 4 bits a scale for every 256 of a tensor."""
         wire = cls.options.get("wire_dtype", torch.float32)
-        sizes = [parameter.numel() for parameter in case.make_module(0).parameters()]
         if isinstance(wire, torch.dtype):
-            return sum(sizes) * wire.itemsize
+            return numbers * wire.itemsize
+        sizes = [parameter.numel() for parameter in case.make_module(0).parameters()]
         bits = int(wire.removeprefix("int"))
         return sum(math.ceil(size * bits / 8) + 4 * math.ceil(size / 256) for size in sizes)
 

@@ -15,7 +15,7 @@ each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path
 
 FLOORS = [
     {"arguments", "coefficients", "files", "randomness", "_core", "_cuda"},
-    {"update_rule", "published", "topology", "data", "models"},
+    {"rule", "published", "topology", "data", "models"},
     {"rules"},
     {"reference", "analysis", "kernels"},
     {"agents", "distributed", "verify"},

@@ -89,6 +89,7 @@ def test_ranks_send_degree_times_model_size_whatever_the_rule():
     }
     assert sent["GUT"] == sent["DSGD"] == sent["communication"] == [4 * 2 * 4000] * 4
     assert sent["DSGD one peer overlap"] == [4 * 4000] * 4
+    assert sent["GUT overlap bfloat16"] == [2 * 4000 + 3 * 4000] * 4  # the first message is exact
 
 
 def test_one_peer_ring():

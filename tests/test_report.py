@@ -267,7 +267,7 @@ def test_settings_are_divided_into_common_and_own():
     assert ("milestones", "lr decay at 50 %") in common.rows
     assert ("seeds", "0, 1 and 2") in common.rows
     assert own.header == ("method", "rule", "hyperparameters")
-    assert own.rows[1] == ("GUT", "gut", "mu 0.9")
+    assert own.rows[1] == ("GUT", "gut", "mu 0.9 and kappa 1")
 
 
 def test_markdown_is_escaped():

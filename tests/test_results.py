@@ -130,7 +130,9 @@ def test_a_run_that_a_kill_left_half_written_is_dropped(folder):
 
 def test_a_rule_that_is_not_known_here_is_taken_as_it_was(folder):
     text = (folder / LINES).read_text().replace('"d2"', '"my_own"')
-    (folder / LINES).write_text(sealed(text.replace('"hyperparameters": {}', '"hyperparameters": {"kappa": 0.5}')))
+    (folder / LINES).write_text(
+        sealed(text.replace('"hyperparameters": {"kappa": 1.0}', '"hyperparameters": {"kappa": 0.5}'))
+    )
     for _ in range(2):
         results = read_results(folder)
         experiment = results.experiments[results.runs.index[0]]

@@ -294,7 +294,7 @@ def test_a_rule_of_ones_own_pickles():
 
 
 def test_update_rule_registers_and_refuses_a_name_that_is_taken(monkeypatch):
-    monkeypatch.setattr("gut_fast.update_rule.RULES", dict(RULES))
+    monkeypatch.setattr("gut_fast.rule.RULES", dict(RULES))
     rule = update_rule("a")(leaky)
     assert get_rule("leaky") is rule
     assert rule == LEAKY
@@ -308,7 +308,7 @@ def test_update_rule_registers_and_refuses_a_name_that_is_taken(monkeypatch):
 
 
 def test_running_the_same_definition_again_replaces_the_rule(monkeypatch):
-    monkeypatch.setattr("gut_fast.update_rule.RULES", dict(RULES))
+    monkeypatch.setattr("gut_fast.rule.RULES", dict(RULES))
     update_rule("a")(leaky)
     second = update_rule("a")(leaky)
     assert get_rule("leaky") is second

@@ -338,7 +338,7 @@ def test_instability_is_told_once_for_each_method(gut_fast, tmp_path, monkeypatc
     monkeypatch.setattr("gut_fast.cli.sweep.run_here", lambda *_: [])
     code, _, err = gut_fast("sweep", "sweep.yaml", "--out", "out", "--jobs", "1")
     assert code == 0
-    assert err.count("gut-fast: warning: GUT: mu=0.9 is unstable on torus(4, 4)") == 1
+    assert err.count("gut-fast: warning: GUT: mu=0.9, kappa=1 is unstable on torus(4, 4)") == 1
 
 
 # What is shown

@@ -37,7 +37,7 @@ def test_every_combination_is_a_run_seed_after_seed():
         steps=5,
         lr=0.2,
         rule="gut",
-        hyperparameters={"mu": 0.5},
+        hyperparameters={"mu": 0.5, "kappa": 1.0},
         topology="ring:8",
         partition_options={"alpha": 0.01},
         seed=7,
@@ -227,7 +227,7 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
     )
     tasks = read_sweep(file).tasks()
     assert {task.method for task in tasks} == {"GUT μ", "3"}
-    assert tasks[0].experiment.hyperparameters == {"mu": 0.5}
+    assert tasks[0].experiment.hyperparameters == {"mu": 0.5, "kappa": 1.0}
     assert [task.point for task in tasks[::2]] == [
         {"lr": lr, "milestones": milestones} for lr in (0.001, 0.01) for milestones in ([], [0.5])
     ]

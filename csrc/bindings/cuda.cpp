@@ -90,7 +90,7 @@ void run_half(const Step& step, DType row_dtype, std::int64_t num_rows, const st
   std::int64_t length = 0;
   for (const Segment& segment : step.segments) length += segment.columns;
   const py::gil_scoped_release release;
-  half(step.args, {row_dtype, rows.empty() ? nullptr : rows.data(), num_rows, length, nullptr}, step.place,
+  half(step.args, {row_dtype, rows.empty() ? nullptr : rows.data(), num_rows, length}, step.place,
        pointer<void*>(table));
 }
 

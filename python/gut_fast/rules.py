@@ -26,7 +26,7 @@ To add a method, write one function under ``@update_rule``; every backend, test,
 from __future__ import annotations
 
 from gut_fast.coefficients import Coefficients, Interval
-from gut_fast.update_rule import RULES, UpdateRule, get_rule, next_drift_lr, update_rule
+from gut_fast.rule import RULES, UpdateRule, get_rule, next_drift_lr, update_rule
 
 __all__ = ["RULES", "Coefficients", "Interval", "UpdateRule", "get_rule", "next_drift_lr", "update_rule"]
 

@@ -176,11 +176,11 @@ def radius(matrices: Array) -> Array:
 def reachable(transitions: Sequence[Array], starts: Sequence[Array]) -> Array:
     """Orthonormal rows that span what `transitions` in any order make of the vectors `starts`, starts[0] first."""
     basis = np.empty((0, len(starts[0])))
-    pending = list(starts)
+    pending = [(start, float(np.linalg.norm(start))) for start in starts]  # with what their rounding is measured by
     while pending:
-        vector = pending.pop(0)
+        vector, size = pending.pop(0)
         rest = vector - basis.T @ (basis @ vector)
-        if np.linalg.norm(rest) > TOLERANCE * np.linalg.norm(vector):
+        if np.linalg.norm(rest) > TOLERANCE * size:
             basis = np.vstack([basis, rest / np.linalg.norm(rest)])
-            pending.extend(transition @ basis[-1] for transition in transitions)
+            pending.extend((transition @ basis[-1], float(np.linalg.norm(transition))) for transition in transitions)
     return basis
