@@ -581,6 +581,18 @@ def test_a_rule_may_be_spelt_in_several_ways(gut_fast_command):
     assert len({(Path(f"{number}") / "sweep.yaml").read_text() for number in range(3)}) == 1
 
 
+def test_rounds_codes_and_mixed_state_of_a_run(gut_fast_command):
+    options = ("--local-steps", "4", "--wire-dtype", "int4", "--inner", "adamw", "--mix-state", "exp_avg_sq")
+    code, _, _ = gut_fast_command(*QUICK, *options, "--output", "run")
+    assert code == 0
+    (task,) = read_sweep("run/sweep.yaml").tasks()
+    optimizer = make_simulator(task.experiment).optimizer
+    assert (optimizer.local_steps, optimizer.wire_dtype, optimizer.mix_state) == (4, "int4", ("exp_avg_sq",))
+    code, _, err = gut_fast_command(*QUICK, "--mix-state", "exp_avg_sq")
+    assert code == 2
+    assert "--mix-state 'exp_avg_sq' needs --inner" in err
+
+
 def test_schedule_clipping_and_inner_optimizer_of_a_run(gut_fast_command):
     options = ("--schedule", "cosine", "--warmup", "4", "--max-grad-norm", "0.5", "--inner", "adamw", "--inner_set")
     code, _, _ = gut_fast_command(*QUICK, *options, "betas=0.8,0.9", "--output", "run")

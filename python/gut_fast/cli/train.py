@@ -104,6 +104,10 @@ def train(
     inner_options: Annotated[
         list[str] | None, _method("--inner-set", metavar="NAME=VALUE", help="An option of --inner; may be repeated.")
     ] = None,
+    mix_state: Annotated[
+        str | None,
+        _method(metavar="NAMES", help="State of --inner that is mixed with the models: exp_avg_sq of adamw."),
+    ] = DEFAULT.mix_state,
     max_grad_norm: Annotated[float | None, _method(help="Scale each agent's gradient to at most this norm.")] = None,
     batch_size: Annotated[int, _method(help="Samples per agent and step.")] = DEFAULT.batch_size,
     steps: Annotated[int, _method(help="Number of steps.")] = DEFAULT.steps,

@@ -63,6 +63,7 @@ class Experiment:
         inner: a class of `torch.optim`, whose case does not matter, that makes the local move as in `gut_fast.Gossip`;
             `weight_decay` is then its own. None is plain gradient descent.
         inner_options: further arguments of that class.
+        mix_state: names of its state that are mixed with the models, with commas between them: see `gut_fast.Gossip`.
         state_dtype: of the optimizer's state, for example ``"bfloat16"``; None is the parameters'.
         local_steps, wire_seed: as in `GossipOptimizer`.
         wire_dtype: of messages, ``"int8"``, ``"int4"`` or a dtype by name; None is the parameters'.
@@ -88,6 +89,7 @@ class Experiment:
     weight_decay: float = 0.0
     inner: str | None = None
     inner_options: Mapping[str, Any] = field(default_factory=dict)
+    mix_state: str | None = None
     max_grad_norm: float | None = None
     schedule: str = MILESTONES
     warmup: float = 0.0
@@ -129,6 +131,8 @@ class Experiment:
         warmup_steps(as_number(self.warmup, "warmup"), self.steps)
         if self.max_grad_norm is not None and not as_number(self.max_grad_norm, "max_grad_norm") > 0:
             raise ValueError(f"max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.inner is None and self.mix_state is not None:
+            raise ValueError(f"mix_state {shown(self.mix_state)} needs inner=, the optimizer whose state it is")
         if self.inner is None and self.inner_options:
             raise ValueError(f"inner_options {dict(self.inner_options)} need inner=, the optimizer that takes them")
         object.__setattr__(self, "inner_options", dict(self.inner_options))

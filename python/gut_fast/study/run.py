@@ -95,6 +95,8 @@ def _make_optimizer(
         make_inner: Any = inner_class(experiment.inner)
         has_decay = "weight_decay" in inspect.signature(make_inner).parameters
         own = {**experiment.inner_options, **({"weight_decay": decay} if has_decay or decay else {})}
+        if experiment.mix_state is not None:
+            options["mix_state"] = tuple(name.strip() for name in experiment.mix_state.split(","))
         optimizer = Gossip(make_inner(parameters, lr=lr, **own), experiment.rule, **options)
     return optimizer
 

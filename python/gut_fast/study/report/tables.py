@@ -16,7 +16,10 @@ from gut_fast.study.units import format_bytes
 
 __all__ = ["Table", "further_tables", "main_tables", "markdown_table", "point_tables", "settings"]
 
-OPTIONAL = ("inner", "inner_options", "max_grad_norm", "schedule", "warmup")
+OPTIONAL = (
+    *("inner", "inner_options", "mix_state", "max_grad_norm", "schedule", "warmup"),
+    *("local_steps", "wire_dtype", "wire_seed"),
+)
 """The settings that are not listed where no run departs from their defaults."""
 
 NOTHING = "–"
