@@ -81,7 +81,7 @@ def survive(rank, size, steps, rule, graph, seed, wire):
     goal = seeded(size, 50, seed=9, dtype=torch.float32)[rank]
     optimizer = gf.GossipOptimizer(
         [parameter], rule, lr=0.05, topology=TOPOLOGIES[graph](size), process_group=dist.group.WORLD,
-        timeout=20.0, on_peer_failure="continue", wire_dtype=wire,
+        timeout=20.0, on_peer_failure="continue", wire_dtype=wire, **({"kappa": 0.2} if rule == "gut" else {}),
     )  # fmt: skip
     for step in range(steps):
         time.sleep(0.003 * float(torch.rand(())))
