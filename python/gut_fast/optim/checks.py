@@ -78,15 +78,8 @@ def check_state_dtype(settings: Mapping[str, Any], rule: UpdateRule, state: Sequ
         )
 
 
-def check_capturable(
-    topology: Topology, is_across: bool, drift_memory: float | None, local_steps: int, name: str
-) -> None:
+def check_capturable(topology: Topology, is_across: bool, drift_memory: float | None, name: str) -> None:
     """Raises ValueError if a CUDA graph cannot hold the steps of an optimizer with such arguments."""
-    if local_steps > 1:
-        raise ValueError(
-            f"{name}: capturable=True with local_steps={local_steps}: a CUDA graph repeats one step, and local steps "
-            "are others than those that mix"
-        )
     if not topology.is_static:
         raise ValueError(f"capturable=True needs a topology that does not vary with time, got {topology}")
     if is_across:

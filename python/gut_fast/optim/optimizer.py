@@ -146,7 +146,7 @@ class GossipOptimizer(KeepsState):
             check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
             check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
             if capturable:
-                checks.check_capturable(topology, process_group is not None, drift_memory, local_steps, self._name)
+                checks.check_capturable(topology, process_group is not None, drift_memory, self._name)
                 if wire_dtype is not None:
                     raise ValueError(
                         f"{self._name}: capturable=True with wire_dtype={wire_dtype}: messages that are coded or "
@@ -204,7 +204,10 @@ class GossipOptimizer(KeepsState):
     @local_steps.setter
     def local_steps(self, local_steps: int) -> None:
         if as_integer(local_steps, f"{self._name}: local_steps", minimum=1) > 1 and self.capturable:
-            checks.check_capturable(self.topology, False, None, local_steps, self._name)
+            raise ValueError(
+                f"{self._name}: capturable=True with local_steps={local_steps}: a CUDA graph repeats one step, and "
+                "local steps are others than those that mix"
+            )
         self._local_steps = local_steps
 
     @property
