@@ -293,7 +293,7 @@ def test_a_picture_that_cannot_be_written_after_all_is_one_line(gut_fast_command
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(topology_command.plots, "draw_topology", full)
+    monkeypatch.setattr(topology_command.graph_pictures, "draw_topology", full)
     code, _, err = gut_fast_command("topology", "ring:4", "--out", "ring.png")
     assert (code, err) == (1, "gut-fast: error: cannot write: [Errno 28] No space left on device\n")
 

@@ -12,7 +12,17 @@ from rich.console import Console
 from gut_fast import rules, topology
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import cpu, cuda, triton
-from gut_fast.study import TOPOLOGIES, Experiment, Run, make_simulator, parse_topology, plots, summary, train
+from gut_fast.study import (
+    TOPOLOGIES,
+    Experiment,
+    Run,
+    graph_pictures,
+    make_simulator,
+    parse_topology,
+    plots,
+    summary,
+    train,
+)
 from gut_fast.study.run import samples_per_class
 
 QUICK = Experiment(topology="ring:4", steps=6, eval_every=3, engine="vmap", partition_options={"alpha": 0.1})
@@ -345,19 +355,19 @@ def test_training_is_drawn_even_if_it_diverged(tmp_path):
 
 @pytest.mark.parametrize("spec", ["torus:3x4", "one-peer-exponential:4", "complete:1", "ring:2"])
 def test_topologies_are_drawn(tmp_path, spec):
-    plots.draw_topology(parse_topology(spec), tmp_path / "graph.png")
+    graph_pictures.draw_topology(parse_topology(spec), tmp_path / "graph.png")
     assert is_png(tmp_path / "graph.png")
 
 
 def test_spectrum_shows_every_eigenvalue():
     axes = Figure().subplots()
-    plots.plot_spectrum(axes, topology.ring(6))
+    graph_pictures.plot_spectrum(axes, topology.ring(6))
     assert axes.get_lines()[0].get_ydata() == pytest.approx(topology.ring(6).eigenvalues.numpy())
     assert [text.get_text().split(" = ")[1] for text in axes.texts] == ["0.6667", "-0.3333"]
     with pytest.warns(UserWarning, match="asymmetric"):
         directed = topology.from_matrix([[0.5, 0.5, 0], [0, 0.5, 0.5], [0.5, 0, 0.5]])
     axes = Figure().subplots()
-    plots.plot_spectrum(axes, directed)
+    graph_pictures.plot_spectrum(axes, directed)
     points = axes.get_lines()[1]
     assert sorted(points.get_ydata()) == pytest.approx(sorted(directed.eigenvalues.imag.numpy()))
 
@@ -365,7 +375,7 @@ def test_spectrum_shows_every_eigenvalue():
 @pytest.mark.parametrize("size", [(4, 8), (8, 4), (3, 3), (2, 5), (1, 6)])
 def test_no_two_agents_of_a_torus_are_drawn_on_each_other(size):
     axes = Figure().subplots()
-    plots.plot_graph(axes, topology.torus(*size))
+    graph_pictures.plot_graph(axes, topology.torus(*size))
     drawn = max((collection.get_offsets() for collection in axes.collections), key=len)
     distances = torch.cdist(*[torch.tensor(np.asarray(drawn))] * 2) + 10 * torch.eye(len(drawn))
     assert len(drawn) == size[0] * size[1]

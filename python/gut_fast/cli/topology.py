@@ -16,7 +16,7 @@ from gut_fast import analysis, rules
 from gut_fast.cli.network import make_question, show_network
 from gut_fast.cli.options import AsJson, check_picture
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, print_json, writing
-from gut_fast.study import plots, summary
+from gut_fast.study import graph_pictures, summary
 from gut_fast.topology import Topology
 from gut_fast.topology.mixing import MixingMatrix
 from gut_fast.topology.names import TOPOLOGIES, parse_topology
@@ -97,7 +97,7 @@ def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | No
         found = _rules_on(mixing, lr, curvature)
     if out is not None:
         with writing():
-            plots.draw_topology(mixing, out)
+            graph_pictures.draw_topology(mixing, out)
     if as_json:
         print_json(_document(mixing, found))
         return

@@ -15,7 +15,8 @@ from PIL import Image
 
 from gut_fast.files import replacing
 from gut_fast.study import plots
-from gut_fast.study.plots import History, line_look, shown_label
+from gut_fast.study.looks import Look, looks_of
+from gut_fast.study.plots import History, shown_label
 from gut_fast.study.report.study import ACCURACIES, Study, interval, mean
 
 if TYPE_CHECKING:
@@ -42,8 +43,8 @@ FADED = 0.35
 DPI, NUM_COLORS = 110, 256
 """A picture is sharp at the width of a page, with a sixth of the bytes of 150 dpi in full colour."""
 
-Line = tuple[str, int, Callable[[str, str, str], pd.Series]]
-"""A label, the number of its colour, and its numbers as a function of metric, point and moment."""
+Line = tuple[str, Look, Callable[[str, str, str], pd.Series]]
+"""A label, its look, and its numbers as a function of metric, point and moment."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,13 @@ class Picture:
 
 def draw_accuracies(study: Study, path: Path) -> Picture:
     """Writes accuracy of the averaged model, the mean agent and the worst agent, a line for each method."""
-    lines = [(study.name(method), k, partial(study.numbers, method)) for k, method in enumerate(study.methods)]
+    looks = _looks(study)
+    lines = [(name, looks[name], partial(study.numbers, method)) for name, method in _named(study).items()]
     _draw_dots(study, lines, _around_mean, f"{study.accuracy} in %", path, zero=False)
     return Picture(
         path,
         f"{study.accuracy.capitalize()}: mean over seeds as a dot, ± one standard deviation as a bar, each seed as a "
-        "faint dot. Every panel has a scale of its own.",
+        "faint dot. Panels below each other have one scale.",
         f"Dots with bars of {study.accuracy} for {len(study.methods)} methods, a row of panels for each point; the "
         "tables have the same numbers.",
     )
@@ -70,15 +72,16 @@ def draw_accuracies(study: Study, path: Path) -> Picture:
 
 def draw_differences(study: Study, path: Path) -> Picture:
     """Writes paired differences of the same three accuracies with their confidence intervals."""
+    looks = _looks(study)
     lines = [
-        (" − ".join(map(study.name, pair)), study.methods.index(pair[0]), partial(study.differences, pair))
+        (" − ".join(map(study.name, pair)), looks[study.name(pair[0])], partial(study.differences, pair))
         for pair in study.comparisons
     ]
     _draw_dots(study, lines, interval, "paired difference in points", path, zero=True)
     return Picture(
         path,
-        "Paired differences: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot. Every panel "
-        "has a scale of its own.",
+        "Paired differences: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot. Panels below "
+        "each other have one scale.",
         f"Dots with bars of {len(lines)} paired differences, a row of panels for each point; the tables have the same "
         "numbers.",
     )
@@ -86,7 +89,7 @@ def draw_differences(study: Study, path: Path) -> Picture:
 
 def draw_curves(study: Study, path: Path) -> Picture:
     """Writes, for each point, the averaged model over steps and bytes, the mean agent, and the consensus error."""
-    has_bands = len(study.methods) <= MAX_BANDS
+    has_bands, looks = len(study.methods) <= MAX_BANDS, _looks(study)
     panels = (
         ("test_accuracy", "Averaged model", study.accuracy, "step"),
         ("test_accuracy", "Averaged model, by bytes", study.accuracy, "mean_bytes_sent"),
@@ -94,21 +97,26 @@ def draw_curves(study: Study, path: Path) -> Picture:
         ("consensus_error", "Disagreement", "consensus error", "step"),
     )
     legend: dict[str, Any] = {}
+    columns: list[list[Axes]] = [[] for _ in panels]
     with _small_figure(path, (WIDTH, 0.6 + CURVES_HEIGHT * len(study.points))) as figure:
         for point, strip in _strips(figure, study.points):
             groups = _histories(study, point)
             decays = plots.decays_of(study.results.experiments[next(iter(_runs_at(study, point)))])
             axes = strip.subplots(1, len(panels))
-            for panel, (metric, title, name, against) in zip(axes, panels, strict=True):
-                options: dict[str, Any] = {"against": against, "bands": has_bands, "decays": decays}
+            for panel, column, (metric, title, name, against) in zip(axes, columns, panels, strict=True):
+                options: dict[str, Any] = {"against": against, "bands": has_bands, "decays": decays, "looks": looks}
+                column.append(panel)
                 plots.plot_curves(panel, groups, metric, title, name, **options)
                 if metric.endswith("accuracy"):
                     panel.set_ylim(top=min(100.5, panel.dataLim.y1 + 2))
             legend |= dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+        for column in ([*columns[0], *columns[1]], columns[2], columns[3]):
+            plots.share_scale(column)
         figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 5))
     return Picture(
         path,
-        f"Mean over seeds as a line{'; the band reaches from the lowest to the highest seed' * has_bands}.",
+        f"Mean over seeds as a line{'; the band reaches from the lowest to the highest seed' * has_bands}. Panels of "
+        "one accuracy have one scale, and so have those of the consensus error.",
         f"Four panels for each point: {study.accuracy} of the averaged model against steps and against bytes sent, of "
         f"the mean agent against steps, and the consensus error, a line for each of {len(study.methods)} methods.",
     )
@@ -117,7 +125,7 @@ def draw_curves(study: Study, path: Path) -> Picture:
 def draw_agents(study: Study, path: Path) -> Picture:
     """Writes, for each point, a panel for each method with the agents' accuracies as bands."""
     groups = {point: {name: runs for name, runs in _histories(study, point).items() if runs} for point in study.points}
-    colors = {study.name(method): line_look(index)[0] for index, method in enumerate(study.methods)}
+    looks = _looks(study)
     num_rows = {point: -(-len(methods) // AGENTS_PER_ROW) for point, methods in groups.items()}
     heights = [0.4 + AGENTS_HEIGHT * rows for rows in num_rows.values()]
     with _small_figure(path, (WIDTH, 0.4 + sum(heights))) as figure:
@@ -125,7 +133,7 @@ def draw_agents(study: Study, path: Path) -> Picture:
             size = (num_rows[point], min(len(groups[point]), AGENTS_PER_ROW))
             panels = strip.subplots(*size, squeeze=False, sharex=True, sharey=True)
             for axes, (name, runs) in zip(panels.flat, groups[point].items(), strict=False):
-                _plot_agents(axes, runs, colors[name])
+                _plot_agents(axes, runs, looks[name].color)
                 axes.set(title=shown_label(name))
                 axes.tick_params(labelbottom=True)
             for axes in panels.flat[len(groups[point]) :]:
@@ -140,6 +148,18 @@ def draw_agents(study: Study, path: Path) -> Picture:
         "Accuracy of single agents, mean over seeds: from worst to best (light), quartiles (dark), median (line).",
         f"A panel for each point and method with bands of the agents' {study.accuracy} against steps.",
     )
+
+
+def _named(study: Study) -> dict[str, str]:
+    """The methods by their names in pictures."""
+    return {study.name(method): method for method in study.methods}
+
+
+def _looks(study: Study) -> dict[str, Look]:
+    """The looks of the methods by their names in pictures."""
+    runs = study.results.runs.groupby("method").groups
+    experiments = study.results.experiments
+    return looks_of({name: experiments[runs[method][0]].rule for name, method in _named(study).items()})
 
 
 @contextmanager
@@ -198,22 +218,29 @@ def _draw_dots(
 ) -> None:
     """Writes a row of panels for each moment and point, one panel for each accuracy; `zero` draws a line at 0."""
     rows = {", ".join(filter(None, row)): row for row in _rows(study)}
+    limits = {
+        metric: _limits([of(metric, *row) for row in rows.values() for _, _, of in lines], bar, zero=zero)
+        for metric in ACCURACIES
+    }
     height = HEADING_HEIGHT + LINE_HEIGHT * len(lines)
     with _small_figure(path, (WIDTH, height * len(rows))) as figure:
         for title, strip in _strips(figure, list(rows)):
             panels = strip.subplots(1, len(ACCURACIES), sharey=True)
             for axes, (metric, heading) in zip(panels, ACCURACIES.items(), strict=True):
-                numbers = [(color, of(metric, *rows[title])) for _, color, of in lines]
+                numbers = [(look, of(metric, *rows[title])) for _, look, of in lines]
                 bars = [np.nan_to_num(bar(one), nan=mean(one)) for _, one in numbers]
-                axes.set_xlim(_limits([one for _, one in numbers], bars, zero=zero))
+                axes.set_xlim(limits[metric])
                 _plot_dots(axes, numbers, bars, zero=zero)
                 axes.set(title=heading, xlabel=name)
             panels[0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
             panels[0].set_ylim(len(lines) - 0.4, -0.6)
 
 
-def _limits(numbers: Sequence[pd.Series], bars: Sequence[Any], *, zero: bool) -> tuple[float, float]:
+def _limits(
+    numbers: Sequence[pd.Series], bar: Callable[[pd.Series], tuple[float, float]], *, zero: bool
+) -> tuple[float, float]:
     """The ends of an axis that shows all but what lies far away, as the accuracy of methods that diverged does."""
+    bars = [np.nan_to_num(bar(one), nan=mean(one)) for one in numbers]
     means = np.array([mean(one) for one in numbers if one.count()] or [0.0])
     middle, quartiles = np.median(means), np.quantile(means, [0.25, 0.75])
     reach = 4 * max(float(quartiles[1] - quartiles[0]), 1.0) + 4
@@ -224,15 +251,15 @@ def _limits(numbers: Sequence[pd.Series], bars: Sequence[Any], *, zero: bool) ->
     return low - margin, high + margin
 
 
-def _plot_dots(axes: Axes, numbers: Sequence[tuple[int, pd.Series]], bars: Sequence[Any], *, zero: bool) -> None:
+def _plot_dots(axes: Axes, numbers: Sequence[tuple[Look, pd.Series]], bars: Sequence[Any], *, zero: bool) -> None:
     """Draws a line of dots for each series: a mean with its bar and the seeds, or a word where there is none."""
     low, high = axes.get_xlim()
     axes.grid(visible=False, axis="y")
     axes.tick_params(axis="y", length=0)
     if zero:
         axes.axvline(0, color="#888888", linewidth=1)
-    for line, ((index, found), bar) in enumerate(zip(numbers, bars, strict=True)):
-        color, marker = line_look(index)[0], "o" if index < len(plots.COLORS) else "s"
+    for line, ((look, found), bar) in enumerate(zip(numbers, bars, strict=True)):
+        color, marker = look.color, look.marker
         style: dict[str, Any] = {"transform": axes.get_yaxis_transform(), "va": "center", "fontsize": 8.5}
         if not found.count():
             axes.text(0.02, line, "diverged" if len(found) else "no run", color="#666666", **style)
@@ -241,9 +268,9 @@ def _plot_dots(axes: Axes, numbers: Sequence[tuple[int, pd.Series]], bars: Seque
         elif mean(found) > high:
             axes.text(0.99, line, f"{mean(found):.1f} ▸", color=color, ha="right", **style)
         else:
-            axes.plot(found, [line] * len(found), marker, color=color, alpha=FADED, markersize=3.5)
+            axes.plot(found, [line] * len(found), marker=marker, ls="", color=color, alpha=FADED, markersize=3.5)
             axes.plot(bar, [line, line], color=color, linewidth=1.8)
-            axes.plot([mean(found)], [line], marker, color=color, markersize=7)
+            axes.plot([mean(found)], [line], marker=marker, color=color, markersize=7)
 
 
 def _plot_agents(axes: Axes, runs: Sequence[History], color: str) -> None:
