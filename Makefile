@@ -1,6 +1,7 @@
 # make demo: sixteen agents learn on real digits.   make test: lint, formats, types and the tests that one runs often.
 # make test-all: every test, with the full products, repeated faults and long sweeps that make test leaves out.
 # make fuzz, sanitize, soak: attacks, memory and races, long runs: see docs/promises.md.
+# make docs: the site, in outputs/site; a warning is an error.
 # make bench: how fast steps are here, each after a comparison with the reference (THREADS=2 make bench).
 # All set up .venv themselves, demo with what it needs alone; they need Python >= 3.10, a C++17 compiler and make.
 PYTHON ?= python3
@@ -15,7 +16,7 @@ BUILDERS := scikit-build-core pybind11 $(foreach tool,cmake ninja,$(if $(shell c
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: demo test test-all fuzz sanitize soak bench lint format types check check-slow clean
+.PHONY: demo test test-all docs fuzz sanitize soak bench lint format types check check-slow clean
 .DELETE_ON_ERROR:
 
 demo: $(or $(wildcard .venv/dev),.venv/demo)
@@ -23,7 +24,10 @@ demo: $(or $(wildcard .venv/dev),.venv/demo)
 
 test: lint types check
 
-test-all: test check-slow
+test-all: test check-slow docs
+
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fuzz: .venv/dev
 	cd tests && ../$(BIN)/python -m attacks --minutes $(MINUTES) --seed $(SEED)
@@ -71,6 +75,10 @@ format: .venv/dev
 
 .venv/dev: $(SOURCES) | .venv/builders
 	$(INSTALL) ".[cli,dev]"
+	touch $@
+
+.venv/docs: .venv/dev
+	$(INSTALL) ".[cli,dev,docs]"
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
-"""Draws the small pictures of docs/concepts.md and docs/choosing.md: ``python docs/pictures.py``.
+"""Draws the small pictures of the concepts, of choosing κ and of our results: ``python docs/pictures.py``.
 
-All but the first show what the library computes: agents whose losses are ½‖z − cᵢ‖², with minima cᵢ that differ.
+The first is a sketch, and the last is of finished runs. The others show what the library computes: agents whose losses
+are ½‖z − cᵢ‖², with minima cᵢ that differ.
 """
 
 import math
@@ -16,6 +17,8 @@ import gut_fast as gf
 from gut_fast.study import plots
 from gut_fast.study.graph_pictures import plot_graph
 from gut_fast.study.looks import LOOKS
+from gut_fast.study.report.study import END, gather
+from gut_fast.study.results import read_results
 
 FOLDER = Path(__file__).with_name("pictures")
 WIDTH, DPI = 5.2, 160
@@ -149,6 +152,24 @@ def draw_kappa(figure: Figure) -> None:
     axes.legend(loc="upper right")
 
 
+ORDER = ("DSGD", "GUT", "D2", "QG-DSGDm", "QG-GUTm", "QG-DSGDm β+μ", "GUTm", "QGT")
+
+
+def draw_results(figure: Figure) -> None:
+    """Accuracies of the methods on Fashion-MNIST where data differ most, with and without decay, on one scale."""
+    study = gather([read_results(Path(__file__).parents[1] / "results/fashion-mnist-14-ring16")], order=ORDER)
+    cases = (("Averaged model", "test_accuracy", study.points[0]),
+             ("Mean agent", "mean_agent_accuracy", study.points[1]))  # fmt: skip
+    for axes, (title, metric, point) in zip(figure.subplots(1, 2, sharex=True, sharey=True), cases, strict=True):
+        for line, method in enumerate(study.methods):
+            found = study.numbers(method, metric, point, END)
+            look = LOOKS[method]
+            axes.errorbar(found.mean(), line, xerr=found.std(), marker=look.marker, color=look.color, markersize=6)
+        axes.set(title=title, xlabel="test accuracy in %")
+        axes.set_yticks(range(len(study.methods)), [study.name(method) for method in study.methods])
+        axes.set_ylim(len(study.methods) - 0.4, -0.6)
+
+
 PICTURES = {
     "agents": (draw_agents, 3.8),
     "mixing": (draw_mixing, 2.8),
@@ -156,6 +177,7 @@ PICTURES = {
     "rest": (draw_rest, 2.7),
     "tracking": (draw_tracking, 2.9),
     "kappa": (draw_kappa, 2.9),
+    "results": (draw_results, 3.6),
 }
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The READMEs show what works: their code runs, their commands are there and run, their links lead somewhere."""
+"""README and docs show what works: code runs and prints what is shown, commands run, links lead somewhere."""
 
 import itertools
 import re
@@ -16,7 +16,15 @@ from gut_fast.rules import RULES
 from gut_fast.study.yaml_files import read_yaml, write_yaml
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/integrations.md", "benchmarks/README.md", "results/README.md")
+GUIDES = ["README.md", *sorted(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
+PAGES = [*GUIDES, "benchmarks/README.md", "results/README.md", "results/one-message-rules.md"]
+EXCERPTS = "docs/integrations.md"
+"""The page whose blocks are parts of examples; test_examples.py looks for them there."""
+
+SLOW = {"docs/how-to/language-model.md"}
+VARYING = ("index", "loop", "simulator", "language-model", "README")
+"""The pages whose numbers are of training, which may differ a little from machine to machine."""
+
 STUDIES = ("tune", "sweep", "report")
 SETTINGS = {"data": "digits", "pool": 1, "model": "mlp:8", "steps": 4, "eval_every": 2}
 SHORT = {
@@ -30,15 +38,26 @@ SHORT = {
 }
 """What makes a command short; the commands that are not here have long tests of their own, and are only parsed."""
 
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:e[-+]\d+)?")
+
 
 def text_of(page):
     return (ROOT / page).read_text(encoding="utf-8")
 
 
 def blocks(page, language=""):
-    """The contents of the fenced blocks of a page."""
-    found = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
-    return [body for kind, body in found if kind == language]
+    """The contents of the fenced blocks of a page in one language."""
+    return [body for kind, body in BLOCK.findall(text_of(page)) if kind == language]
+
+
+def code_and_output(page):
+    """The Python blocks of a page, each with the block of text that follows it at once, or None."""
+    found = list(BLOCK.finditer(text_of(page)))
+    for block, after in itertools.zip_longest(found, found[1:]):
+        if block[1] == "python":
+            is_output = after and after[1] == "text" and not text_of(page)[block.end() : after.start()].strip()
+            yield block[2], after[2] if is_output else None
 
 
 def commands(page):
@@ -48,6 +67,45 @@ def commands(page):
     return [shlex.split(line, comments=True) for line in lines if re.match(r"(gut-fast|make|python|pytest) ", line)]
 
 
+def sessions(page):
+    """The commands of a page whose output is shown, each with the lines shown."""
+    for block in blocks(page, "console"):
+        for session in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, *lines = session.splitlines()
+            yield shlex.split(command), lines
+
+
+def check_output(shown, printed, tolerance):
+    """Each line shown was printed, in this order, numbers within a tolerance, if any; ``…`` stands for other lines."""
+    rest = iter(printed)
+    for line in shown:
+        if line.strip() not in ("", "…"):
+            assert any(are_alike(line, other, tolerance) for other in rest), f"not printed: {line}"
+
+
+def are_alike(line, other, tolerance):
+    texts, numbers = zip(*(split_numbers(each) for each in (line, other)), strict=True)
+    return texts[0] == texts[1] and (tolerance is None or numbers[0] == pytest.approx(numbers[1], rel=tolerance))
+
+
+def split_numbers(line):
+    """The words of a line with 0 for each number, whatever their distance, and the numbers."""
+    words = re.sub(r"─+", "─", " ".join(NUMBER.sub("0", line).split()))
+    return words, [float(number.replace(",", "")) for number in NUMBER.findall(line)]
+
+
+def as_cases(pages):
+    return [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else [], id=page) for page in pages]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working folder, and a terminal of a hundred columns."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    return tmp_path
+
+
 def test_the_way_of_a_step_leads_through_five_files():
     way = blocks("docs/step.md")[0]
     files = re.findall(r"^(\S+/\S+) +(?:\w+\.)?(\w+)", way, re.MULTILINE)
@@ -55,36 +113,41 @@ def test_the_way_of_a_step_leads_through_five_files():
     assert all(re.search(rf"\b{name}\b", text_of(path)) for path, name in files)
 
 
-def test_the_code_runs(capsys):
+@pytest.mark.parametrize("page", as_cases(page for page in GUIDES if blocks(page, "python") and page != EXCERPTS))
+def test_code_runs_and_prints_what_is_shown(page, folder, capsys):
+    tolerance = 0.1 if page.removesuffix(".md").endswith(VARYING) else 1e-9
     torch.manual_seed(0)
     known = dict(RULES)
-    names = {"__name__": "readme", "gf": gf}
+    names = {"__name__": "page", "gf": gf}
     try:
-        for block in blocks("README.md", "python"):
-            exec(compile(block, "README.md", "exec"), names)  # the README is ours
-        names["optimizer"].step()
+        for code, output in code_and_output(page):
+            exec(compile(code, page, "exec"), names)  # the pages are ours
+            printed = capsys.readouterr().out
+            if output is not None:
+                check_output(output.splitlines(), printed.splitlines(), tolerance)
     finally:
         RULES.clear()
         RULES.update(known)
-    data, agents = names["data"], names["agents"]
-    right = (agents.average()(data.test_inputs).argmax(1) == data.test_labels).float().mean().item()
-    assert right > 0.9
-    assert f"{right:.1%}" in capsys.readouterr().out
+
+
+def test_output_that_was_not_printed_is_found():
+    check_output(["a 1.0", "…", "c"], ["a  1.0", "b", "c"], 1e-9)
+    for shown in (["a 1.1"], ["c", "a 1.0"], ["a"], ["d"]):
+        with pytest.raises(AssertionError, match="not printed"):
+            check_output(shown, ["a 1.0", "b", "c"], 1e-9)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_lead_somewhere(page):
     targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)) if "://" not in target]
-    assert targets
-    assert [target for target in targets if not (ROOT / page).parent.joinpath(target).is_file()] == []
+    files = [target.partition("#")[0] for target in targets if not target.startswith("#")]
+    assert [target for target in files if not (ROOT / page).parent.joinpath(target).is_file()] == []
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_are_there(page):
     makefile = (ROOT / "Makefile").read_text()
-    found = commands(page)
-    assert found
-    for program, *arguments in found:
+    for program, *arguments in commands(page):
         if program == "make":
             assert re.search(rf"^{arguments[0]}:", makefile, re.MULTILINE), arguments
         elif program == "gut-fast":
@@ -103,21 +166,14 @@ def check_arguments(arguments):
         command.make_context("gut-fast", rest)
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """An empty working folder."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def run_short(arguments):
-    """Runs a command of the README on the digits and for a few steps; it must succeed."""
+    """Runs a command of a page on the digits and for a few steps; it must succeed."""
     arguments = ["digits" if word == "fashion-mnist" else word for word in arguments]
     assert cli.main([*arguments, *SHORT[arguments[0]]]) == 0, arguments
 
 
-def test_commands_of_the_readme_run(folder):
-    found = [words[1:] for words in commands("README.md") if words[0] == "gut-fast" and "cuda" not in words]
+def test_commands_of_the_pages_run(folder):
+    found = [words[1:] for page in GUIDES for words in commands(page) if words[0] == "gut-fast" and "cuda" not in words]
     short = [words for words in found if words[0] in SHORT.keys() - set(STUDIES) and "--launch" not in words]
     assert {"train", "data", "topology", "info"} <= {words[0] for words in short}
     for number, words in enumerate(dict.fromkeys(map(tuple, short))):
@@ -125,8 +181,18 @@ def test_commands_of_the_readme_run(folder):
     assert (folder / "samples.png").exists()
 
 
+@pytest.mark.parametrize("page", [page for page in GUIDES if blocks(page, "console")])
+def test_commands_print_what_is_shown(page, folder, capsys):
+    """Training is cut to few steps: its tables must have the columns that are shown, with other numbers."""
+    for (program, *words), shown in sessions(page):
+        is_training = words[0] == "train"
+        assert program == "gut-fast"
+        assert cli.main([*words, *(SHORT["train"] if is_training else [])]) == 0
+        check_output(shown, capsys.readouterr().out.splitlines(), None if is_training else 1e-9)
+
+
 @pytest.mark.slow
-def test_studies_of_the_readme_run(folder):
+def test_studies_of_the_pages_run(folder):
     """Each file of a study is cut to two methods, one point and few steps of a small network on the digits."""
     for place, file in itertools.product(("results/fashion-mnist-14-ring16", "."), ("tune.yaml", "sweep.yaml")):
         content = read_yaml(ROOT / "results/fashion-mnist-14-ring16" / file)
@@ -135,9 +201,19 @@ def test_studies_of_the_readme_run(folder):
         short |= {"tune": {**content["tune"], "tries": 2, "seeds": [0]}} if "tune" in content else {"seeds": 1}
         (folder / place).mkdir(parents=True, exist_ok=True)
         write_yaml(short, folder / place / file)
-    studies = [words[1:] for words in commands("README.md") if words[:1] == ["gut-fast"] and words[1] in STUDIES]
-    for words in studies:
+    found = [words[1:] for page in GUIDES for words in commands(page) if words[:1] == ["gut-fast"]]
+    for words in dict.fromkeys(tuple(words) for words in found if words[0] in STUDIES and len(words) > 1):
         if words[0] == "tune" and (folder / "tuned").exists():
             (folder / "tuned").rename(folder / "tuned-before")
         run_short(words)
     assert (folder / "sweep/report/report.md").exists()
+
+
+@pytest.mark.slow
+def test_the_small_sweep_that_is_shown_runs(folder):
+    (shown,) = blocks("docs/how-to/commands.md", "yaml")
+    (folder / "small.yaml").write_text(shown)
+    content = read_yaml(folder / "small.yaml")
+    write_yaml({**content, "settings": {**content["settings"], **SETTINGS}, "seeds": 1}, folder / "short.yaml")
+    assert cli.main(["sweep", "short.yaml", "--out", "small", "--jobs", "1"]) == 0
+    assert cli.main(["report", "small"]) == 0

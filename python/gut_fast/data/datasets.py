@@ -25,8 +25,10 @@ class Dataset:
     Args:
         name: for example ``"digits"``.
         num_classes: number of classes; labels are 0 … num_classes − 1.
-        train_inputs, test_inputs: tensors [samples, *input_shape], or `ImageFiles`.
-        train_labels, test_labels: int64 tensors [samples], or [samples, length] with a class for each of many places.
+        train_inputs: a tensor [samples, *input_shape], or `ImageFiles`.
+        train_labels: an int64 tensor [samples], or [samples, length] with a class for each of many places.
+        test_inputs: as `train_inputs`.
+        test_labels: as `train_labels`.
         source: where the samples come from, and which check sums are correct.
         augmentation: the usual random changes to training images of this set; None if there are none.
         train_groups: the group of each training sample, int64 [samples], from 0 to one below their number, for samples

@@ -65,7 +65,7 @@ class GossipOptimizer(KeepsState):
             topology. The coefficients live on the device; after a change of the learning rate or a hyper-parameter
             call `update_coefficients`, then replay. Capture anew after `load_state_dict`.
         process_group: this process is one of its ranks and holds one agent, number ``rank``; parameters have no leading
-            dimension. Make it with ``torch.distributed.init_process_group``; see "Across machines" in the README.
+            dimension. Make it with ``torch.distributed.init_process_group``; see docs/how-to/machines.md.
         agents_per_rank: this process holds k agents, numbers ``rank · k …``, and parameters are (k, *shape).
         overlap: messages leave during backward, as soon as a bucket's gradients are there. All backward passes of a
             step but the last go into `no_sync`. If gradients are touched between backward and step (clipping, AMP)
