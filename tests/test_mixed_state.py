@@ -9,7 +9,8 @@ from torch import nn
 
 import gut_fast as gf
 import ranks
-from gut_fast.optim.mixed_state import mix
+from gut_fast.distributed import mix_together, state_step
+from gut_fast.distributed.state_bucket import cut_off
 from gut_fast.verify.lockstep import seeded
 from quadratics import RING, parameters, same, set_gradients, train, values_of
 
@@ -18,19 +19,36 @@ def adamw(params, topology=RING, **options):
     return gf.Gossip(torch.optim.AdamW(params, lr=0.01), topology=topology, **options)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_what_is_mixed_is_averaged_and_stays_above_zero(dtype):
     """On a graph of large weights, with numbers that the neighbours of an agent do not have."""
     graph = gf.topology.complete(64)
     values = seeded(64, 33, seed=1, dtype=torch.float32).abs().pow(8).to(dtype)
     values[1:, 5] = 0.0
     mixed = values.clone()
-    mix([mixed], graph.csr(), "auto")()
+    mix_together(state_step([mixed], graph.csr()), "auto")
     assert bool((mixed >= 0).all())
     half, exact = torch.finfo(torch.bfloat16).eps, torch.finfo(dtype).eps
     mean = values.double().mean(0)
     assert (mixed.double().mean(0) - mean).abs().le(64 * exact * values.double().abs().amax(0)).all()
     assert (mixed.double() - mean).abs().le(2 * max(half, 64 * exact) * values.double().abs().amax(0)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_travels_is_the_nearest_bfloat16_that_is_not_larger(dtype):
+    """Of numbers of all sizes that the dtype has, those below the least bfloat16 among them."""
+    exponents = torch.arange(-160, 127, dtype=torch.float64)
+    numbers = (2.0 ** exponents[:, None] * (1 + seeded(len(exponents), 50, seed=1).abs())).to(dtype).flatten()
+    numbers = torch.cat([numbers, -numbers, torch.tensor([0.0, -0.0, torch.inf, -torch.inf], dtype=dtype)])
+    cut = cut_off(numbers)
+    assert cut.dtype == torch.bfloat16
+    assert bool((cut.double().abs() <= numbers.double().abs()).all())
+    assert same(cut.signbit(), numbers.signbit())
+    is_finite = numbers.isfinite()
+    following = (cut.view(torch.int16) + 1).view(torch.bfloat16).double().abs()
+    assert bool((following > numbers.double().abs())[is_finite].all())
+    assert same(cut[~is_finite].double(), numbers[~is_finite].double())
+    assert bool(cut_off(torch.tensor([torch.nan], dtype=dtype)).isnan().all())
 
 
 def test_second_moments_are_mixed_at_the_end_of_each_round_only():
@@ -64,6 +82,26 @@ def test_states_that_are_not_there_yet_are_left_out():
     params[0].grad = torch.ones_like(params[0])
     optimizer.step()
     assert "exp_avg_sq" not in optimizer.inner.state[params[1]]
+
+
+def test_state_of_another_shape_is_refused_before_anything_is_changed():
+    params = parameters(torch.float32)
+    optimizer = adamw(params, mix_state=("exp_avg_sq",))
+    train(params, optimizer, range(2))
+    optimizer.inner.state[params[1]]["exp_avg_sq"] = torch.zeros(6)
+    optimizer.inner.step = lambda: None
+    before = [value.clone() for value in values_of(params)]
+    with pytest.raises(ValueError, match=r"mix_state: 'exp_avg_sq' of a parameter \(6, 5\) is \(6,\); only state of"):
+        optimizer.step()
+    assert same(values_of(params), before)
+
+
+def test_messages_count_the_bytes_of_what_is_mixed():
+    """Two bytes a number of 21, and one number for each of three tensors, beside the model in float32."""
+    params = parameters(torch.float32)
+    assert adamw(params).message_bytes().tolist() == [84] * 6
+    mixed = adamw(parameters(torch.float32), mix_state=("exp_avg", "exp_avg_sq"))
+    assert mixed.message_bytes().tolist() == [84 + 2 * 2 * 24] * 6
 
 
 def test_a_run_goes_on_bit_for_bit():
@@ -135,8 +173,6 @@ def on_ranks(rank, size):
             optimizer.step()
         with pytest.raises(TypeError, match="cannot make the local move: it looks at all agents' numbers together"):
             gf.Gossip(inner([nn.Parameter(torch.zeros(4, 3))], lr=0.01), topology=gf.topology.complete(4))
-    with pytest.raises(ValueError, match="mix_state needs all agents in one process"):
-        gf.Gossip(torch.optim.AdamW(weights, lr=0.01), mix_state=("exp_avg_sq",), **where)
     return True
 
 

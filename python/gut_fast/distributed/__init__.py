@@ -7,6 +7,7 @@ from gut_fast.distributed.exchange import Exchange
 from gut_fast.distributed.group import DEFAULT_TIMEOUT, Group, MismatchError, PeerError
 from gut_fast.distributed.membership import RankOptions, rejoin
 from gut_fast.distributed.overlap import SCALED
+from gut_fast.distributed.state_bucket import mix_together, state_bytes, state_step
 from gut_fast.distributed.together import Together
 from gut_fast.distributed.wire import Wire
 
@@ -22,6 +23,9 @@ __all__ = [
     "Together",
     "Wire",
     "consolidate",
+    "mix_together",
     "rejoin",
+    "state_bytes",
+    "state_step",
     "telling_the_others",
 ]

@@ -30,7 +30,13 @@ COMPARED_STEPS = 64
 
 
 def fixed_settings(
-    rule: UpdateRule, topology: Topology, backend: str, timeout: float, options: RankOptions, local_steps: int
+    rule: UpdateRule,
+    topology: Topology,
+    backend: str,
+    timeout: float,
+    options: RankOptions,
+    local_steps: int,
+    mix_state: Sequence[str],
 ) -> dict[str, Any]:
     """Returns the settings that an optimizer keeps for as long as it lives, by name."""
     return {
@@ -41,6 +47,7 @@ def fixed_settings(
         "rows of W": _digests(topology),
         "backend": backend,
         "local_steps": local_steps,
+        "mix_state": f"({', '.join(map(repr, mix_state))})",
         "timeout": f"{timeout:g} s",
         "wire_dtype": str(options.wire_dtype),
         "wire_seed": options.wire_seed,

@@ -19,6 +19,7 @@ from gut_fast.distributed.group import Group, PeerError, Welcome
 from gut_fast.distributed.membership import JOIN_EVERY, RankOptions, admit, regroup
 from gut_fast.distributed.overlap import Overlap
 from gut_fast.distributed.starts import Meeting, begin_alike
+from gut_fast.distributed.state_bucket import DTYPE, StateBucket
 from gut_fast.distributed.traffic import Bucket, Route, Traffic, make_route, plan_buckets
 from gut_fast.distributed.wire import Copies, Wire
 from gut_fast.kernels import ops
@@ -36,7 +37,8 @@ class Exchange:
     """The agents of this process and their messages to and from those of other ranks: the work of an optimizer.
 
     The optimizer hands over snapshots of its step, a `GossipStep` for each parameter group, None for a group without
-    parameters. Agent a lives on rank ``a // agents_per_rank``.
+    parameters; behind them, if it mixes state of an inner optimizer, in the same way the steps of that state, which
+    rounds take and local steps do not. Agent a lives on rank ``a // agents_per_rank``.
 
     Args:
         process_group: a `torch.distributed` process group, or a `Group`.
@@ -45,6 +47,7 @@ class Exchange:
         backend: the name of the backend that computes messages and mixing.
         options: how this process takes part.
         local_steps: the number of steps in a round; the steps of an exchange are those that end one.
+        mix_state: the names of the inner optimizer's state that is mixed.
 
     Attributes:
         topology: the topology of the agents that are there.
@@ -66,16 +69,18 @@ class Exchange:
         backend: str,
         options: RankOptions,
         local_steps: int = 1,
+        mix_state: Sequence[str] = (),
     ) -> None:
         options.check()
-        self.options, self.agents_per_rank = options, options.agents_per_rank or 1
+        self.options, self.agents_per_rank, self._mix_state = options, options.agents_per_rank or 1, mix_state
         group = Group.of(process_group, options.timeout)
         group.check_free()
         self._traffic = Traffic(group, self.agents_per_rank)
         stays = topology.is_static and options.on_peer_failure == "raise"
         self.wire = Wire(options.wire_dtype, options.wire_seed, topology.num_agents, stays)
         self._settings: dict[str, Any] = {}
-        self._agree(fixed_settings(rule, topology, backend, group.timeout, options, local_steps), group.welcome)
+        fixed = fixed_settings(rule, topology, backend, group.timeout, options, local_steps, mix_state)
+        self._agree(fixed, group.welcome)
         if group.everyone * self.agents_per_rank != topology.num_agents:
             raise ValueError(
                 f"{topology} has {topology.num_agents} agents, but {group.everyone} ranks with {self.agents_per_rank} "
@@ -119,7 +124,7 @@ class Exchange:
 
         Args:
             groups: the optimizer's parameter groups.
-            steps: a snapshot of each group's step.
+            steps: a snapshot of each group's step, and of the steps of its state.
 
         Raises:
             MismatchError, PeerError: the ranks differ, or not all came: see `check_agreement`.
@@ -129,13 +134,13 @@ class Exchange:
             self.group.take()
             welcome = self.group.welcome
         self._agree(group_settings(self._rule, groups, steps), welcome)
-        self._plan_buckets(steps)
+        self._plan_buckets(groups, steps)
         if welcome is None:
             new = [parameter for group in groups[self._num_compared :] for parameter in group["params"]]
             said = begin_alike(self.group, new, self.agents_per_rank, is_synchronized=self.options.sync_initial)
             meeting = Meeting(difference=said)
         else:
-            self._hand_over(steps, self.group.members.index(welcome.sponsor), is_send=False)
+            self._hand_over(steps[: len(groups)], self.group.members.index(welcome.sponsor), is_send=False)
             meeting = Meeting(step=welcome.step)
         self._share_memory(steps)
         self.overlap = Overlap(self.buckets, [group["params"] for group in groups]) if self.options.overlap else None
@@ -150,10 +155,11 @@ class Exchange:
             check_welcome(self.group, welcome, settings)
         self._settings |= settings
 
-    def _plan_buckets(self, steps: Sequence[GossipStep | None]) -> None:
+    def _plan_buckets(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None]) -> None:
         """Plans buckets of the size that the user set, or else as many as suit a model of this size."""
-        sizes = [[p.numel() // self.agents_per_rank for p in step.parameters] if step else [] for step in steps]
-        widths = [self._bytes_per_number(step) * step.num_messages if step else 0 for step in steps]
+        sizes = [[p.numel() // self.agents_per_rank for p in group["params"]] for group in groups]
+        own = steps[: len(groups)]
+        widths = [self._bytes_per_number(step) * step.num_messages if step else 0 for step in own]
         limit = self.options.bucket_bytes
         if limit is None:
             total = sum(width * sum(own) for width, own in zip(widths, sizes, strict=True))
@@ -165,8 +171,10 @@ class Exchange:
             step = steps[bucket.group]
             code = self.wire.code(step.parameters[0].dtype) if step else None
             if step is not None and code is not None:
-                own, column = step.parameters[bucket.start : bucket.stop], begins[bucket.group] + bucket.column
-                bucket.copies = Copies(code, own, self.agents_per_rank, step.num_messages, column)
+                part, column = step.parameters[bucket.start : bucket.stop], begins[bucket.group] + bucket.column
+                bucket.copies = Copies(code, part, self.agents_per_rank, step.num_messages, column)
+        state = [*([] for _ in sizes), *(each * len(self._mix_state) for each in sizes)]  # its values come only later
+        self.buckets += plan_buckets(state, [DTYPE.itemsize] * len(state), limit, StateBucket, len(self.buckets))
         self.wire.begin_anew(self.topology.num_agents)
 
     def _share_memory(self, steps: Sequence[GossipStep | None]) -> None:
@@ -226,7 +234,7 @@ class Exchange:
         """Takes the whole of step `number`; nothing is changed before all messages are there.
 
         Args:
-            steps: a snapshot of each group's step.
+            steps: a snapshot of each group's step, and of the steps of its state.
             number: of the step.
             reason: why messages that left early are not those of this step, if the optimizer knows one.
 
@@ -257,7 +265,7 @@ class Exchange:
                 self._regroup(failure, number)
                 steps = [step and self._reset(step, number) for step in steps]
         else:
-            self.run_local(steps)
+            self.run_local(steps[: self._num_compared])
             return
         for bucket in self.buckets:
             step = steps[bucket.group]
@@ -350,7 +358,7 @@ class Exchange:
         self._take(group)
         for newcomer in newcomers:
             if sponsors[newcomer] == own:
-                self._hand_over(steps, group.members.index(newcomer), is_send=True)
+                self._hand_over(steps[: self._num_compared], group.members.index(newcomer), is_send=True)
         if group.rank == 0:
             warnings.warn(f"ranks {newcomers} have joined at step {number}", UserWarning, stacklevel=2)
         return [step and self._with_mixing(step, number) for step in steps]

@@ -89,7 +89,7 @@ class Bucket:
         number: tells buckets apart on all ranks.
         group: index of the parameter group.
         column: where the bucket's numbers begin in one agent's model of the group.
-        columns: how many numbers one agent has.
+        sizes: how many numbers one agent has of each parameter.
         sent: a row for each agent here, [M · columns] or the bytes of a code; None for agents that nobody on another
             rank hears.
         received: rows of agents elsewhere, in the order of the route.
@@ -105,7 +105,7 @@ class Bucket:
     start: int
     stop: int
     column: int
-    columns: int
+    sizes: tuple[int, ...]
     sent: list[Tensor | None] = field(default_factory=list)
     received: list[Tensor] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
@@ -113,6 +113,11 @@ class Bucket:
     exact: frozenset[int] = frozenset()
     exact_received: list[bool] = field(default_factory=list)
     staging: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> int:
+        """The numbers of one agent."""
+        return sum(self.sizes)
 
     def staged(self, row: Tensor) -> Tensor:
         """Returns the row's copy on the host, its contents not copied yet."""
@@ -162,13 +167,21 @@ class Bucket:
             ops.combine_(*self.copies.decode(part, self.received, self.exact_received), backend)
 
 
-def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int], limit: int) -> list[Bucket]:
+def plan_buckets(
+    sizes: Sequence[Sequence[int]],
+    bytes_per_number: Sequence[int],
+    limit: int,
+    kind: type[Bucket] = Bucket,
+    first: int = 0,
+) -> list[Bucket]:
     """Plans buckets of about `limit` bytes, in the order in which gradients come: the last parameters first.
 
     Args:
         sizes: for each group, how many numbers one agent has of each parameter.
         bytes_per_number: for each group, how many bytes of messages one number makes.
         limit: bytes; a bucket ends with the parameter that reaches it.
+        kind: the class of the buckets.
+        first: the number of the first bucket.
     """
     buckets: list[Bucket] = []
     for group in reversed(range(len(sizes))):
@@ -178,7 +191,8 @@ def plan_buckets(sizes: Sequence[Sequence[int]], bytes_per_number: Sequence[int]
             while start > 0 and (start == stop or columns * bytes_per_number[group] < limit):
                 start -= 1
                 columns += sizes[group][start]
-            buckets.append(Bucket(len(buckets), group, start, stop, sum(sizes[group][:start]), columns))
+            column, own = sum(sizes[group][:start]), tuple(sizes[group][start:stop])
+            buckets.append(kind(first + len(buckets), group, start, stop, column, own))
             stop = start
     return buckets
 

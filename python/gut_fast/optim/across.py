@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from gut_fast.distributed import SCALED, Exchange, Group, Together, Wire
+from gut_fast.distributed import SCALED, Exchange, Group, Together, Wire, state_bytes
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
@@ -28,9 +28,11 @@ class AcrossRanks(Optimizer):
 
     Attributes:
         topology: who mixes with whom; smaller after ranks have left.
+        mix_state: names of an inner optimizer's state that is mixed as the models are.
     """
 
     topology: Topology
+    mix_state: tuple[str, ...] = ()
     _exchange: Exchange | None = None
     _together: Together | None = None  # codes or rounds messages where all agents are here
     _hooks: tuple[RemovableHandle, ...] = ()
@@ -69,6 +71,10 @@ class AcrossRanks(Optimizer):
     @abstractmethod
     def _snapshot(self, index: int) -> GossipStep: ...
 
+    def _state_steps(self) -> list[GossipStep | None]:
+        """Makes the step of each group's state that is mixed; [] if nothing but the models is."""
+        return []
+
     @abstractmethod
     def _warn_if_unstable(self, group: dict[str, Any]) -> None: ...
 
@@ -76,7 +82,7 @@ class AcrossRanks(Optimizer):
         """Compares the settings with the other ranks' once all groups are there, and listens to gradients."""
         if self._exchange is not None and self._is_made:
             steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
-            meeting = self._exchange.meet(self.param_groups, steps)
+            meeting = self._exchange.meet(self.param_groups, [*steps, *self._state_steps()])
             if meeting.step is not None:  # a newcomer comes to the end of a round
                 self._rounds, self._local_before = meeting.step, self.local_steps - 1
                 self._eager_steps = (meeting.step + 1) * self.local_steps - 1
@@ -96,7 +102,7 @@ class AcrossRanks(Optimizer):
         if is_local:
             exchange.run_local(steps)
             return
-        exchange.run(steps, self.num_rounds, None if scale is None else SCALED)
+        exchange.run([*steps, *self._state_steps()], self.num_rounds, None if scale is None else SCALED)
         if self.topology is not exchange.topology:
             self.topology = exchange.topology
             for group in self.param_groups:
@@ -158,7 +164,8 @@ class AcrossRanks(Optimizer):
         wire = self._wire or Wire(None, None, self.topology.num_agents, stays=True)
         groups = [group["params"] for group in self.param_groups]
         known, new = wire.message_sizes(groups, self._num_here, self.rule.num_messages)
-        return torch.where(wire.knew, known, new)
+        sizes = [parameter.numel() // self._num_here for group in groups for parameter in group]
+        return torch.where(wire.knew, known, new) + len(self.mix_state) * state_bytes(sizes)
 
     @property
     def overlap(self) -> str:

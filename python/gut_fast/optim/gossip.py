@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from gut_fast.arguments import shown
 from gut_fast.distributed import DEFAULT_TIMEOUT, Group, telling_the_others
 from gut_fast.kernels import validation
+from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim.local import MIXES, check_inner_state, why_not_local
-from gut_fast.optim.mixed_state import checked_names, mix
+from gut_fast.optim.mixed_state import checked_names, mixed_state
 from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
@@ -63,9 +64,11 @@ class Gossip(GossipOptimizer):
         on_peer_failure: as for `GossipOptimizer`.
         shared_memory: as for `GossipOptimizer`.
         sync_initial: as for `GossipOptimizer`.
-        mix_state: names of the inner optimizer's state that are mixed at the end of each round, as the models are, in
-            bfloat16: ``("exp_avg_sq",)`` mixes Adam's second moments, without which agents whose data differ settle
-            elsewhere than all data together would have them. Not with a process_group.
+        mix_state: names of the inner optimizer's state that are mixed at the end of each round, as the models are:
+            ``("exp_avg_sq",)`` mixes Adam's second moments, without which agents whose data differ settle elsewhere
+            than all data together would have them. They travel in bfloat16, whatever `wire_dtype` is, and leave in
+            `step`. An agent that has no such state of a parameter yet, as it had no gradient, neither gives nor takes.
+            Where ranks have left the others keep it; a rank that comes back begins without.
         **hyperparameters: those of the rule.
 
     Raises:
@@ -105,8 +108,6 @@ class Gossip(GossipOptimizer):
             for option, reason in NOT_AROUND.items():
                 if hyperparameters.pop(option, None):
                     raise ValueError(f"Gossip: no {option}=; {reason}")
-            if mix_state and process_group is not None:
-                raise ValueError("Gossip: mix_state needs all agents in one process; leave out process_group")
             self.mix_state = checked_names(mix_state, optimizer)
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
@@ -167,15 +168,13 @@ class Gossip(GossipOptimizer):
             for group, lr in zip(self.param_groups, self._handed_on, strict=True)
         ]
 
-    def _what_else_mixes(self) -> list[Callable[[], None]]:
-        if self._is_local or not self.mix_state:
-            return []
-        mixed = []
-        for prepared, group in zip(self._prepared, self.param_groups, strict=True):
-            found = [self.inner.state.get(p, {}).get(name) for name in self.mix_state for p in group["params"]]
-            if tensors := [tensor for tensor in found if tensor is not None]:  # None where there was no gradient yet
-                mixed.append(mix(tensors, self._mixing(prepared, tensors[0].device), self.backend))
-        return mixed
+    def _state_steps(self) -> list[GossipStep | None]:
+        steps: list[GossipStep | None] = []
+        for prepared, group in zip(self._prepared, self.param_groups, strict=True) if self.mix_state else ():
+            params = group["params"]
+            mixing = self._mixing(prepared, params[0].device) if params else None
+            steps.append(mixing and mixed_state(self.mix_state, self.inner.state, params, mixing))
+        return steps
 
     def _hand_on_learning_rates(self) -> None:
         current = [float(group["lr"]) for group in self.inner.param_groups]

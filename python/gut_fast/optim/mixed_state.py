@@ -7,24 +7,21 @@ Second moments that are mixed leave nothing of that. They are mixed and not trac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from gut_fast.arguments import shown
-from gut_fast.coefficients import plain_gossip
-from gut_fast.kernels import ops, validation
+from gut_fast.distributed import state_step
+from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
+from gut_fast.kernels.validation import described
 from gut_fast.optim.local import state_after_a_step
 from gut_fast.topology import CSR
 
-__all__ = ["checked_names", "mix"]
-
-UPPER_HALF = -(1 << 16)
-"""The bits of a float32 that a bfloat16 has."""
+__all__ = ["checked_names", "mixed_state"]
 
 
 def checked_names(names: Any, optimizer: Optimizer) -> tuple[str, ...]:
@@ -50,26 +47,24 @@ def checked_names(names: Any, optimizer: Optimizer) -> tuple[str, ...]:
     return tuple(names)
 
 
-def mix(tensors: Sequence[Tensor], mixing: CSR, backend: str) -> Callable[[], None]:
-    """Returns a function that mixes tensors of all agents in place: ``v_i + Σ_j w_ij (X_j − X_i)``.
-
-    X is v in bfloat16 if it is float32, else v itself. It is cut off, not rounded to the nearest: so X is nowhere
-    larger than v, and what is not negative stays so. Every agent takes X for its own too, so the mean stays.
+def mixed_state(
+    names: Sequence[str], states: Mapping[Tensor, Mapping[str, Any]], parameters: Sequence[Tensor], mixing: CSR
+) -> GossipStep:
+    """Makes the step that mixes the state of these names, of all parameters; state that is not there is left out.
 
     Raises:
-        TypeError, ValueError, RuntimeError: a tensor cannot be mixed; nothing has been changed.
+        TypeError, ValueError: it cannot be mixed; nothing has been changed.
     """
-    coefficients = torch.tensor(plain_gossip(2, 1).flat(), dtype=torch.float64, device="cpu")
-    step = GossipStep(list(tensors), [], [None] * len(tensors), coefficients, 1, *mixing, None)
-    validation.check(step)
-    return lambda: ops.combine_(step, rows_of(step), backend)
-
-
-@torch.no_grad()
-def rows_of(step: GossipStep) -> list[Tensor]:
-    """Returns what each agent sends of the tensors that are mixed."""
-    agents = step.num_agents
-    rows = torch.cat([tensor.detach().reshape(agents, -1) for tensor in step.parameters], dim=1)
-    if rows.dtype == torch.float32:
-        rows = (rows.view(torch.int32) & UPPER_HALF).view(torch.float32).to(torch.bfloat16)
-    return list(rows)
+    tensors = []
+    for name in names:
+        for parameter in parameters:
+            value = states.get(parameter, {}).get(name)
+            if value is not None and (not isinstance(value, Tensor) or value.shape != parameter.shape):
+                raise ValueError(
+                    f"Gossip: mix_state: {name!r} of a parameter {tuple(parameter.shape)} is {described(value)}; only "
+                    "state of the parameters' shape can be mixed"
+                )
+            tensors.append(parameter.new_empty(0) if value is None else value)
+    if there := [tensor for tensor in tensors if tensor.numel()]:
+        validation.check(state_step(there, mixing))
+    return state_step(tensors, mixing)

@@ -22,7 +22,16 @@ from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimize
 
 from gut_fast import analysis
 from gut_fast.arguments import as_integer
-from gut_fast.distributed import DEFAULT_TIMEOUT, Exchange, Group, RankOptions, Together, Wire, telling_the_others
+from gut_fast.distributed import (
+    DEFAULT_TIMEOUT,
+    Exchange,
+    Group,
+    RankOptions,
+    Together,
+    Wire,
+    mix_together,
+    telling_the_others,
+)
 from gut_fast.kernels import ops, validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
@@ -168,7 +177,8 @@ class GossipOptimizer(KeepsState):
                 wire = Wire(wire_dtype, wire_seed, topology.num_agents, topology.is_static)
                 self._together = None if wire_dtype is None else Together(wire, topology, backend)
             else:
-                self._exchange = Exchange(process_group, topology, self.rule, backend, options, local_steps)
+                own = self.rule, backend, options, local_steps, self.mix_state
+                self._exchange = Exchange(process_group, topology, *own)
             super().__init__(params, {**defaults, **hyperparameters})
         self._is_made = True
         self._warn_if_unstacked()
@@ -368,7 +378,7 @@ class GossipOptimizer(KeepsState):
         if self._exchange is not None:
             self._step_across(self._exchange, grad_scale, self._is_local)
         else:
-            for run in [*self._prepared_steps(self._group_steps(grad_scale)), *self._what_else_mixes()]:
+            for run in self._prepared_steps(self._group_steps(grad_scale)):
                 run()
         if is_captured:
             self._traced_steps += 1
@@ -379,15 +389,14 @@ class GossipOptimizer(KeepsState):
     def _prepared_steps(self, steps: list[GossipStep | None]) -> list[Callable[[], None]]:
         """Checks the steps of all groups, and returns what takes them."""
         given = [step for step in steps if step is not None]
-        if self._together is None or self._is_local:
+        if self._is_local:
             return [ops.prepare(step, self.backend) for step in given]
+        states = [functools.partial(mix_together, step, self.backend) for step in self._state_steps() if step]
+        if self._together is None:
+            return [*(ops.prepare(step, self.backend) for step in given), *states]
         for step in given:
             validation.check(step)
-        return [functools.partial(self._together.run, steps, self.num_rounds)]
-
-    def _what_else_mixes(self) -> list[Callable[[], None]]:
-        """Returns what is to be done behind the step itself."""
-        return []
+        return [functools.partial(self._together.run, steps, self.num_rounds), *states]
 
     def _step_in_graph(self, grad_scale: Tensor | None) -> None:
         """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
