@@ -195,8 +195,12 @@ def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_comman
         (["train", "--mu", "1.5"], "--mu 1.5 is outside [0, 1]"),
         (["train", "--rule", "dsgd", "--mu", "0.5"], "rule 'dsgd' has no hyper-parameter 'mu'"),
         (["train", "--set", "speed=1"], "no hyper-parameter 'speed'; it has: mu"),
-        (["train", "--set", "mu"], "--set mu: expected NAME=VALUE"),
+        (["train", "--set", "mu"], "--set mu: expected NAME=VALUE, where VALUE is a number, true, false or auto"),
         (["train", "--set", "mu=much"], "'much' is not a number"),
+        (["train", "--kappa", "much"], "'much' is not a number"),
+        (["train", "--set", "momentum=auto", "--rule", "gutm"], "momentum must be a number, got str 'auto'"),
+        (["train", "--inner", "adamw", "--inner-set", "eps=auto"], "'auto' is not a number"),
+        (["train", "--kappa", "0.5", "--set", "kappa=0.5"], "'kappa' is given twice"),
         (["train", "--mu", "0.5", "--set", "mu=0.5"], "'mu' is given twice"),
         (["train", "--weight-decay", "-1"], "--weight-decay -1.0 is outside"),
         (["train", "--data", "letters"], "unknown data set 'letters'"),
@@ -565,6 +569,33 @@ def test_unstable_settings_warn_once_in_a_line_and_train(gut_fast_command):
     assert "unstable on torus(4, 4)" in warnings[0]
     assert "mu <= 0.333" in warnings[0]
     assert "curves.png" in out
+
+
+def test_the_warning_is_about_rounds_of_local_steps(gut_fast_command):
+    options = ("--topology", "torus:4x4", "--steps", "4", "--local-steps", "4", "--engine", "vmap", "--threads", "1")
+    code, _, err = gut_fast_command("train", *options)
+    assert code == 0
+    growth = re.search(r"grows .*-fold a step", analysis.advice("gut", {}, topology.torus(4, 4), local_steps=4))
+    assert growth[0] in err
+    assert growth[0] not in analysis.advice("gut", {}, topology.torus(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        (("--kappa", "auto"), {"kappa": "auto"}),
+        (("--set", "kappa=auto"), {"kappa": "auto"}),
+        (("--kappa", "auto", "--set", "mu=auto"), {"mu": "auto", "kappa": "auto"}),
+        (("--mu", "auto", "--kappa", "0.5"), {"mu": "auto", "kappa": 0.5}),
+    ],
+)
+def test_kappa_and_mu_may_be_chosen_for_the_topology(gut_fast_command, options, given):
+    """They are the numbers that an optimizer of so many local steps would choose."""
+    code, _, _ = gut_fast_command(*QUICK, "--topology", "torus:2x2", "--local-steps", "3", *options, "--out", "run")
+    assert code == 0
+    (task,) = read_sweep("run/sweep.yaml").tasks()
+    chosen = analysis.with_auto("gut", {"mu": 0.9, "kappa": 1.0, **given}, topology.torus(2, 2), 3)
+    assert task.experiment.hyperparameters == chosen
 
 
 def test_divergence_is_told(gut_fast_command):

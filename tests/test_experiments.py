@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from gut_fast import rules, topology
+from gut_fast import analysis, rules, topology
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import cpu, cuda, triton
 from gut_fast.study import (
@@ -24,6 +24,8 @@ from gut_fast.study import (
     train,
 )
 from gut_fast.study.run import samples_per_class
+from gut_fast.study.sweep import make_sweep
+from gut_fast.study.tune import make_tuning
 
 QUICK = Experiment(topology="ring:4", steps=6, eval_every=3, engine="vmap", partition_options={"alpha": 0.1})
 
@@ -386,3 +388,23 @@ def test_pictures_without_matplotlib_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "gut_fast\[cli\]"'):
         plots.check_matplotlib()
+
+
+@pytest.mark.parametrize("H", [1, 16])
+def test_automatic_values_are_those_of_rounds_of_local_steps(H):
+    """The file of a study, its tries too, names mu and kappa as an optimizer's arguments do."""
+    content = {
+        "settings": {"kappa": "auto", "local_steps": H},
+        "methods": {"GUT": {"rule": "gut"}, "GUTm": {"rule": "gutm", "mu": "auto"}},
+        "grid": {"topology": ["torus:4x4", "one-peer-exponential:4"]},
+    }
+    for task in make_sweep(content).tasks():
+        rule, graph = task.experiment.rule, parse_topology(task.experiment.topology)
+        name = {"gut": "kappa", "gutm": "mu"}[rule]
+        chosen = analysis.with_auto(rule, {name: "auto"}, graph, H)[name]
+        assert task.experiment.hyperparameters[name] == chosen
+    tune = {"tries": 2, "seeds": [100], "space": {"kappa": ["auto", 0.3]}}
+    tuning = make_tuning({"methods": {"GUT": {"rule": "gut", "local_steps": H, "topology": "torus:4x4"}}, "tune": tune})
+    first, second = (task.experiment.hyperparameters["kappa"] for task in tuning.tasks())
+    assert first == analysis.with_auto("gut", {"kappa": "auto"}, topology.torus(4, 4), H)["kappa"]
+    assert second == 0.3

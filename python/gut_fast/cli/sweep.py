@@ -152,8 +152,9 @@ def _check(tasks: Sequence[Task]) -> None:
 
 def _warn_of_unstable(tasks: Sequence[Task]) -> None:
     for task in {(task.method, repr(task.point)): task for task in tasks}.values():
-        topology = parse_topology(task.experiment.topology, task.experiment.gamma)
-        if advice := analysis.advice(task.experiment.rule, task.experiment.hyperparameters, topology):
+        experiment = task.experiment
+        method = experiment.rule, experiment.hyperparameters, parse_topology(experiment.topology, experiment.gamma)
+        if advice := analysis.advice(*method, local_steps=experiment.local_steps):
             warnings.warn(f"{task.method}: {advice}", stacklevel=2)
 
 

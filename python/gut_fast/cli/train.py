@@ -87,10 +87,14 @@ def train(
     rule: Annotated[str, _method(help=_one_of(rules.RULES))] = DEFAULT.rule,
     lr: Annotated[float, _method(help="Learning rate.")] = DEFAULT.lr,
     mu: Annotated[str | None, _method(help="Tracking scale μ of the rule, or auto: what suits the topology.")] = None,
+    kappa: Annotated[
+        str | None,
+        _method(help="Part κ of the drift that tracking takes up at once, or auto: what suits the topology."),
+    ] = None,
     momentum: Annotated[float | None, _method(help="Momentum β of the rule.")] = None,
     nesterov: Annotated[bool | None, _method("--nesterov/--no-nesterov", help="Nesterov momentum.")] = None,
     settings: Annotated[
-        list[str] | None, _method("--set", metavar="NAME=VALUE", help="Any other hyper-parameter; may be repeated.")
+        list[str] | None, _method("--set", metavar="NAME=VALUE", help="Any hyper-parameter; may be repeated.")
     ] = None,
     weight_decay: Annotated[
         float, _method(help="λ: adds λz to the gradient; with --inner that optimizer's own.")
@@ -306,28 +310,38 @@ def _experiment(given: dict[str, Any]) -> Experiment:
 
 
 def _hyperparameters(options: Mapping[str, Any]) -> dict[str, Any]:
-    given = {name: options[name] for name in ("mu", "momentum", "nesterov") if name in options}
-    if "mu" in given and given["mu"] != AUTO:
-        given["mu"] = _number(given["mu"])
-    more = _named_values("--set", options.get("settings", ()))
+    given = {name: options[name] for name in ("mu", "kappa", "momentum", "nesterov") if name in options}
+    given |= {name: _value(given[name], {AUTO: AUTO}) for name in ("mu", "kappa") if name in given}
+    more = _named_values("--set", options.get("settings", ()), {AUTO: AUTO})
     if both := given.keys() & more.keys():
         raise ValueError(f"hyper-parameter {min(both)!r} is given twice")
     return {**given, **more}
 
 
-def _named_values(option: str, settings: Iterable[str]) -> dict[str, Any]:
-    """The values of an option that says NAME=VALUE, where a value is a number, true, false or numbers with commas."""
+def _named_values(option: str, settings: Iterable[str], words: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The values of an option that says NAME=VALUE, where a value is a word, a number, or several with commas.
+
+    Args:
+        option: the option, for messages.
+        settings: what it was given.
+        words: what words stand for, beside true and false.
+    """
+    words = {"true": True, "false": False, **(words or {})}
     given: dict[str, Any] = {}
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals:
-            raise ValueError(f"{option} {setting}: expected NAME=VALUE, where VALUE is a number, true or false")
+            known = ", ".join(list(words)[:-1]) + f" or {list(words)[-1]}"
+            raise ValueError(f"{option} {setting}: expected NAME=VALUE, where VALUE is a number, {known}")
         if name in given:
             raise ValueError(f"hyper-parameter {name!r} is given twice")
-        words = {"true": True, "false": False}
-        values = [words[part] if part in words else _number(part) for part in text.split(",")]
+        values = [_value(part, words) for part in text.split(",")]
         given[name] = values if "," in text else values[0]
     return given
+
+
+def _value(text: str, words: Mapping[str, Any]) -> Any:
+    return words[text] if text in words else _number(text)
 
 
 def _seeds(text: str) -> list[int]:

@@ -54,7 +54,8 @@ class Experiment:
         validation: this fraction of the training samples, of every class, is held out, and all evaluations are of these
             instead of the test samples.
         topology: a spec for `parse_topology`; `gamma` below 1 makes it lazy.
-        hyperparameters: of the rule; defaults are filled in, and for mu ``"auto"`` what suits the topology.
+        hyperparameters: of the rule; defaults are filled in, and for mu and kappa ``"auto"`` what suits the topology
+            and local_steps.
         partition_options: for example ``{"alpha": 0.1}``.
         lr, weight_decay, milestones, decay, batch_size, steps, eval_every: as in `GossipOptimizer` and `Simulator`.
         schedule: a name out of `gut_fast.study.schedules.SCHEDULES`; without ``"milestones"`` there are none.
@@ -117,7 +118,8 @@ class Experiment:
         object.__setattr__(self, "rule", get_rule(self.rule).name)
         given = self.hyperparameters
         if AUTO in (given.get("mu"), given.get("kappa")):
-            given = analysis.with_auto(self.rule, given, parse_topology(self.topology, self.gamma))
+            topology = parse_topology(self.topology, self.gamma)
+            given = analysis.with_auto(self.rule, given, topology, self.local_steps)
         object.__setattr__(self, "hyperparameters", get_rule(self.rule).check(given))
         object.__setattr__(self, "partition_options", dict(self.partition_options))
         object.__setattr__(self, "milestones", tuple(self.milestones) if self.schedule == MILESTONES else ())
