@@ -768,6 +768,25 @@ def test_lazy_weights_move_the_limit(gut_fast_command):
     assert row.split()[-1] == "1.0000"
 
 
+def test_a_topology_is_shown_for_rounds_of_local_steps(gut_fast_command):
+    code, out, _ = gut_fast_command("topology", "ring:4", "--local-steps", "3", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["local_steps"] == 3
+    for name in ("gut", "gutm", "gradient_tracking"):
+        own = {**RULES[name].hyperparameters, "lr": 0.1}
+        expected = analysis.predict(name, own, topology.ring(4), 1.0, local_steps=3)
+        assert found["rules"][name]["consensus_rate"] == expected.stability.consensus_rate
+        if expected.auto_mu is not None:
+            assert found["rules"][name]["with_auto_mu"]["mu"] == expected.auto_mu
+    code, out, _ = gut_fast_command("topology", "ring:4", "--network", "--local-steps", "3")
+    assert code == 0
+    assert "A step, where one in 3 sends messages" in out
+    code, _, err = gut_fast_command("topology", "ring:4", "--local-steps", "0")
+    assert code == 2
+    assert "--local-steps" in err
+
+
 def test_topology_that_varies_has_no_spectrum(gut_fast_command):
     code, out, _ = gut_fast_command("topology", "sequence:ring:4+star:4")
     assert code == 0

@@ -22,7 +22,7 @@ from gut_fast.study.network import (
     bytes_per_step,
     compare,
     measured,
-    step_ends,
+    round_ends,
     step_seconds,
 )
 from gut_fast.study.quadratics import EXACT_AVERAGE, Quadratics, consensus_quadrature, excess_losses, steps_to_target
@@ -50,16 +50,18 @@ SMALL = [
 ]
 
 
-def events(topology, network, message_bytes, num_steps, seed):
-    """The ends of the steps, agent by agent and message by message, with the draws of the library."""
+def events(topology, network, message_bytes, num_rounds, seed, local_steps):
+    """The ends of the rounds, agent by agent and message by message, with the draws of the library."""
     rng = np.random.default_rng(seed)
     starts = [0.0] * topology.num_agents
-    for step in range(num_steps):
+    for number in range(num_rounds):
         receivers = {i: [] for i in range(topology.num_agents)}
         for i in range(topology.num_agents):
-            for j in topology.neighbors(i, step):
+            for j in topology.neighbors(i, number):
                 receivers[j].append(i)
-        computing = network.compute * network.slowness(rng, topology.num_agents)
+        draws = [network.compute * network.slowness(rng, topology.num_agents) for _ in range(local_steps)]
+        starts = [start + sum(before) for start, *before in zip(starts, *draws[:-1], strict=True)]
+        computing = draws[-1]
         slow = iter(network.slowness(rng, sum(map(len, receivers.values())), of_links=True))
         ends = [start + time for start, time in zip(starts, computing, strict=True)]
         arrivals = []
@@ -78,11 +80,12 @@ def events(topology, network, message_bytes, num_steps, seed):
         yield ends
 
 
+@pytest.mark.parametrize("H", [1, 3])
 @pytest.mark.parametrize("network", [PLAIN, STRAGGLING], ids=["plain", "straggling"])
-def test_the_recursion_is_that_of_single_messages(network):
+def test_the_recursion_is_that_of_single_messages(network, H):
     for topology in SMALL:
-        simulated = itertools.islice(step_ends(topology, network, MESSAGE, seed=7), 9)
-        for ends, expected in zip(simulated, events(topology, network, MESSAGE, 9, seed=7), strict=True):
+        simulated = itertools.islice(round_ends(topology, network, MESSAGE, seed=7, local_steps=H), 9)
+        for ends, expected in zip(simulated, events(topology, network, MESSAGE, 9, seed=7, local_steps=H), strict=True):
             np.testing.assert_allclose(ends, expected, rtol=1e-12, err_msg=topology.name)
 
 
@@ -97,17 +100,19 @@ def test_the_recursion_is_that_of_single_messages(network):
     ids=str,
 )
 def test_without_stragglers_the_time_is_the_closed_form(topology, degree):
-    for overlap, message_bytes in itertools.product((0.0, 0.5, 1.0), (0.0, MESSAGE)):
+    for overlap, message_bytes, H in itertools.product((0.0, 0.5, 1.0), (0.0, MESSAGE), (1, 4)):
         network = dataclasses.replace(PLAIN, overlap=overlap)
-        expected = max(0.05, (1 - overlap) * 0.05 + degree * message_bytes / 1e6) + 0.002
-        assert step_seconds(topology, network, message_bytes) == pytest.approx(expected, rel=1e-9)
+        expected = max(H * 0.05, (H - overlap) * 0.05 + degree * message_bytes / 1e6) + 0.002
+        seconds = step_seconds(topology, network, message_bytes, local_steps=H)
+        assert seconds == pytest.approx(expected / H, rel=1e-9)
     assert bytes_per_step(topology, MESSAGE) == degree * MESSAGE
+    assert bytes_per_step(topology, MESSAGE, 4) == degree * MESSAGE / 4
 
 
 def test_stragglers_cost_more_where_more_neighbors_are_waited_for():
     network = Network(1e9, compute=1.0, straggler_probability=0.05, straggler_factor=5.0)
     alone, ring, complete = (
-        step_seconds(topology, network, 0.0, num_steps=2000)
+        step_seconds(topology, network, 0.0, num_rounds=2000)
         for topology in (topologies.ring(1), topologies.ring(32), topologies.complete(32))
     )
     barrier = allreduce_seconds(32, network, 0.0)
@@ -141,15 +146,17 @@ def test_straggling_links_slow_an_allreduce_between_their_factor_and_none(algori
 
 def test_a_hundred_thousand_agents():
     topology = topologies.ring(100_000)
-    seconds = step_seconds(topology, dataclasses.replace(STRAGGLING, overlap=0.0), MESSAGE, num_steps=20)
+    seconds = step_seconds(topology, dataclasses.replace(STRAGGLING, overlap=0.0), MESSAGE, num_rounds=20)
     assert 0.072 < seconds < 4 * 0.05 + 3 * 0.022
     problem = Quadratics(target=0.6)
     found = steps_to_target("dsgd", consensus_quadrature(topology), 100_000, problem, max_steps=500)
     assert math.isfinite(found.steps)
 
 
-@pytest.mark.parametrize("name", RULES)
-def test_the_expected_loss_is_that_of_drawn_runs(name):
+@pytest.mark.parametrize(
+    ("name", "H"), [*((name, 1) for name in RULES), *((name, 3) for name in ("gut", "gutm", "gradient_tracking"))]
+)
+def test_the_expected_loss_is_that_of_drawn_runs(name, H):
     """The noise and the agents' own optima are drawn; 2,000 columns are as many runs at once."""
     rule, num_runs = get_rule(name), 2000
     problem = Quadratics(curvatures=(1.0, 0.2), noise=0.5, heterogeneity=0.7)
@@ -162,10 +169,12 @@ def test_the_expected_loss_is_that_of_drawn_runs(name):
         own = problem.heterogeneity * (own - own.mean(0))
         z = torch.ones_like(own)
         state = reference.zero_state(rule, z)
-        expected = excess_losses(rule, [setting], consensus_quadrature(topology), topology.num_agents, problem)
-        for step in range(15):
-            noise = problem.noise * torch.randn(z.shape, dtype=torch.float64, generator=generator)
-            z, state = reference.step(rule, setting, z, state, h * (z + own + noise), topology.matrix(step))
+        expected = excess_losses(rule, [setting], consensus_quadrature(topology), topology.num_agents, problem, H)
+        for number in range(15 // H):
+            for kind in [*[{"is_local": True}] * (H - 1), {"drift_lr": H * setting["lr"]}]:
+                noise = problem.noise * torch.randn(z.shape, dtype=torch.float64, generator=generator)
+                gradient, W = h * (z + own + noise), topology.matrix(number)
+                z, state = reference.step(rule, {**setting, **kind}, z, state, gradient, W)
             assert next(expected).item() == pytest.approx(z.square().mean().item(), rel=0.03)
 
 
@@ -229,6 +238,17 @@ def test_a_comparison_multiplies_steps_by_what_a_step_costs():
     assert unknown["seconds_per_step"] == pytest.approx(0.062)
     assert by_place.loc["all-reduce, ring", "dsgd"]["bytes_per_step"] == pytest.approx(2 * 7 / 8 * MESSAGE)
     assert by_place.loc["all-reduce, tree", "dsgd"]["bytes_per_step"] == pytest.approx(2 * 7 / 8 * MESSAGE)
+
+
+def test_local_steps_divide_bytes_and_lengthen_the_way_to_the_target():
+    every, rare = (compare(8, make_question("1MB/s", "2ms", "50ms", "10kB", target=0.5, local_steps=H)) for H in (1, 4))
+    ring = [costs.set_index(["topology", "method"]).loc["ring(8)", "gut"] for costs in (every, rare)]
+    assert ring[0]["bytes_per_step"] == 4 * ring[1]["bytes_per_step"]
+    assert ring[1]["seconds_per_step"] == pytest.approx((4 * 0.05 + 2 * 0.01 + 0.002) / 4)
+    assert ring[1]["steps_to_target"] % 4 == 0
+    assert ring[0]["steps_to_target"] <= ring[1]["steps_to_target"] < math.inf
+    exact = [costs[costs["family"].str.startswith("all-reduce")].reset_index(drop=True) for costs in (every, rare)]
+    pd.testing.assert_frame_equal(*exact)
 
 
 def test_the_comparison_is_printed_drawn_and_written(tmp_path, capsys, question):
@@ -296,7 +316,8 @@ def test_formats():
         (lambda: Network(1e6, compute=1e300), r"compute must be in \[0, 1e\+15\], got 1e\+300"),
         (lambda: step_seconds(topologies.ring(3), Network(1e-9), 1e9), "take less than 1e.15 s to send, got 1e.09"),
         (lambda: step_seconds(topologies.ring(3), PLAIN, -1), "message_bytes must be at least 0"),
-        (lambda: step_seconds(topologies.ring(3), PLAIN, 1, num_steps=1), "num_steps must be at least 2"),
+        (lambda: step_seconds(topologies.ring(3), PLAIN, 1, num_rounds=1), "num_rounds must be at least 2"),
+        (lambda: step_seconds(topologies.ring(3), PLAIN, 1, local_steps=0), "local_steps must be at least 1"),
         (lambda: allreduce_seconds(4, PLAIN, 1, "star"), "known are ring, tree"),
         (lambda: Quadratics(curvatures=()), "at least one"),
         (lambda: Quadratics(noise=-1.0), "noise must be at least 0"),
@@ -313,24 +334,28 @@ def test_bad_input_is_named(call, match):
 
 
 def test_finished_runs_are_put_on_the_network(capsys):
-    def run(method, rule, seed, accuracies):
-        sent = 2 * MESSAGE * get_rule(rule).num_messages
+    def run(method, rule, seed, accuracies, local_steps=1):
+        sent = 2 * MESSAGE * get_rule(rule).num_messages / local_steps
         name, accuracy_at = f"{method}-{seed}", zip((0, 10, 20), accuracies, strict=True)
         rows = [
             {"run": name, "step": step, "test_accuracy": accuracy, "mean_bytes_sent": step * sent}
             for step, accuracy in accuracy_at
         ]
-        return {"run": name, "method": method, "point": '{"alpha": 0.1}', "topology": "ring:4"}, rows
+        head = {"run": name, "method": method, "point": '{"alpha": 0.1}', "topology": "ring:4"}
+        return {**head, "local_steps": local_steps}, rows
 
     found = [
         run("GUT", "gut", 0, (0.1, 0.7, 0.9)),
         run("GUT", "gut", 1, (0.1, 0.9, 0.9)),
         run("tracking", "gradient_tracking", 0, (0.1, 0.5, 0.7)),
+        run("GUT, H = 5", "gut", 0, (0.1, 0.5, 0.8), local_steps=5),
     ]
     runs = pd.DataFrame([head for head, _ in found]).set_index("run")
     results = Results(runs, pd.DataFrame([row for _, rows in found for row in rows]), {})
     finished = measured(results, PLAIN, accuracy=0.8)
-    gut, tracking = finished.itertuples()
+    gut, rare, tracking = finished.itertuples()
+    assert rare.seconds == pytest.approx(20 * (5 * 0.05 + 0.002 + 2 * 0.01) / 5)
+    assert rare.bytes == 20 * 2 * MESSAGE / 5
     assert (gut.method, gut.runs, gut.reached, gut.steps) == ("GUT", 2, 2, 15)
     assert gut.seconds == pytest.approx(15 * (0.05 + 0.002 + 2 * 0.01))
     assert gut.bytes == 15 * 2 * MESSAGE

@@ -305,3 +305,14 @@ def test_steps_here_are_those_of_the_reference():
     found = _stepped(get_rule("gut"), settings, z, {"r": 2 * z}, z**2, W)
     torch.testing.assert_close(found[0], expected[0])
     torch.testing.assert_close(found[1]["r"], expected[1]["r"])
+
+
+@pytest.mark.parametrize("rule", ["gradient_tracking", "momentum_tracking", "gut"])
+def test_the_search_for_a_learning_rate_ends_where_rounds_of_large_rates_overflow(rule):
+    ring = topology.ring(16)
+    limit = analysis.learning_rate_limit(rule, {}, ring, local_steps=16)
+    below, above = (
+        analysis.stability(rule, {"lr": factor * limit}, ring, 1.0, local_steps=16).consensus_rate
+        for factor in (0.5, 2.0)
+    )
+    assert below < 1 < above

@@ -177,7 +177,7 @@ def reachable(transitions: Sequence[Array], starts: Sequence[Array]) -> Array:
     """Orthonormal rows that span what `transitions` in any order make of the vectors `starts`, starts[0] first."""
     basis = np.empty((0, len(starts[0])))
     pending = [(start, float(np.linalg.norm(start))) for start in starts]  # with what their rounding is measured by
-    while pending:
+    while pending and len(basis) < basis.shape[1]:  # numbers that overflow leave rests for ever
         vector, size = pending.pop(0)
         rest = vector - basis.T @ (basis @ vector)
         if np.linalg.norm(rest) > TOLERANCE * size:

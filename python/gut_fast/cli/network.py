@@ -35,6 +35,7 @@ def make_question(
     noise: float = 2.0,
     heterogeneity: float = 1.0,
     target: float = 0.1,
+    local_steps: int = 1,
     **network_options: float,
 ) -> Question:
     """The question that the options of the command ask; `network_options` are the other fields of `Network`.
@@ -51,7 +52,7 @@ def make_question(
         **network_options,
     )
     size = _parsed("model-bytes", model_bytes, parse_bytes)
-    return Question(machines, size, Quadratics(noise, heterogeneity, target))
+    return Question(machines, size, Quadratics(noise, heterogeneity, target), local_steps=local_steps)
 
 
 def _parsed(option: str, text: str, parse: Callable[[str], float]) -> float:
@@ -88,7 +89,8 @@ def show_network(
         costs = compare(topology.num_agents, question, topology)
     if as_json:
         measured_rows = None if finished is None else finished.to_dict("records")
-        print_json({"agents": topology.num_agents, "costs": costs.to_dict("records"), "runs": measured_rows})
+        asked = {"agents": topology.num_agents, "local_steps": question.local_steps}
+        print_json({**asked, "costs": costs.to_dict("records"), "runs": measured_rows})
     else:
         show_comparison(console, costs, question)
         if finished is not None:
@@ -100,7 +102,7 @@ def show_network(
 
 def show_comparison(console: Console, costs: pd.DataFrame, question: Question) -> None:
     """Prints what a step costs on each topology, then time, steps and bytes to the target by topology and method."""
-    console.print(_step_table(costs))
+    console.print(_step_table(costs, question.local_steps))
     target = f"{100 * question.problem.target:g} % of the excess loss at the start"
     console.print(_matrix(costs, "seconds_to_target", f"Time to {target}", format_seconds))
     console.print(_matrix(costs, "steps_to_target", "Steps to it", _count))
@@ -109,16 +111,17 @@ def show_comparison(console: Console, costs: pd.DataFrame, question: Question) -
         "* the least; – not reached, or not known for the topology. Loss of the mean agent on quadratics with\n"
         f"gradient noise {question.problem.noise:g} and heterogeneity {question.problem.heterogeneity:g}, each method "
         "at the best learning rate and μ of a grid.\n"
-        "All-reduce is SGD in the column DSGD, SGD with momentum in the column QG-DSGDm.",
+        "All-reduce, in every step, is SGD in the column DSGD, SGD with momentum in the column QG-DSGDm.",
     )
     if not costs["topology"].str.startswith("complete").any():
         console.print(f"complete is left out beyond {MAX_AGENTS_COMPLETE:,} agents: it sends N² messages")
 
 
-def _step_table(costs: pd.DataFrame) -> Table:
+def _step_table(costs: pd.DataFrame, local_steps: int) -> Table:
     """Bytes and time of a step on each topology, with one and with two messages."""
+    title = "A step" if local_steps == 1 else f"A step, where one in {local_steps} sends messages"
     table = summary.plain_table(
-        "A step", "topology", "sent by each agent", "time", "time, two messages", wrapped="topology"
+        title, "topology", "sent by each agent", "time", "time, two messages", wrapped="topology"
     )
     one, two = (costs[costs["method"] == rule].set_index("topology") for rule in ("dsgd", "gradient_tracking"))
     twice = two["seconds_per_step"].reindex(one.index)

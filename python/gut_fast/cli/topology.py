@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.table import Table
@@ -36,6 +36,7 @@ def topology(
     gamma: Annotated[float, typer.Option(help=GAMMA_HELP)] = 1.0,
     lr: Annotated[float, typer.Option(help="Learning rate η, for the noise.")] = 0.1,
     curvature: Annotated[float, typer.Option(help="Curvature h of the losses, for noise and limit of η.")] = 1.0,
+    local_steps: Annotated[int, typer.Option(min=1, help="Steps H of a round, at whose end the agents mix.")] = 1,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -84,28 +85,42 @@ def topology(
                 noise=noise,
                 heterogeneity=heterogeneity,
                 target=target,
+                local_steps=local_steps,
             )
         show_network(mixing, question, sizes=sizes, out=out, runs=runs, accuracy=accuracy, as_json=as_json)
     else:
-        _show_topology(mixing, lr, curvature, out, as_json)
+        _show_topology(mixing, _Setting(lr, curvature, local_steps), out, as_json)
 
 
-def _show_topology(mixing: Topology, lr: float, curvature: float, out: Path | None, as_json: bool) -> None:
+class _Setting(NamedTuple):
+    """The setting in which rules are compared."""
+
+    lr: float
+    curvature: float
+    local_steps: int
+
+    @property
+    def rounds(self) -> str:
+        """The end of a table's title that says how long rounds are, if they are longer than a step."""
+        return f", rounds of {self.local_steps} steps" if self.local_steps > 1 else ""
+
+
+def _show_topology(mixing: Topology, setting: _Setting, out: Path | None, as_json: bool) -> None:
     """Prints the facts and the tables of a topology, or one JSON document, and draws it into `out`."""
     with as_bad_argument():
         _check_spectrum(mixing)
-        found = _rules_on(mixing, lr, curvature)
+        found = _rules_on(mixing, setting)
     if out is not None:
         with writing():
             graph_pictures.draw_topology(mixing, out)
     if as_json:
-        print_json(_document(mixing, found))
+        print_json(_document(mixing, setting, found))
         return
     console = console_of_text()
     console.print(mixing.name, style="bold")
     console.print(facts_grid(_topology_facts(mixing)))
-    console.print(_stability_table(found))
-    console.print(_prediction_table(found, lr, curvature))
+    console.print(_stability_table(found, setting))
+    console.print(_prediction_table(found, setting))
     if out is not None:
         console.print(f"wrote {out}")
 
@@ -173,12 +188,12 @@ class _RuleOnTopology:
         return auto.bias_factor, auto.step_gain, auto.noise.average, auto.noise.disagreement
 
 
-def _rules_on(mixing: Topology, lr: float, curvature: float) -> dict[str, _RuleOnTopology]:
+def _rules_on(mixing: Topology, setting: _Setting) -> dict[str, _RuleOnTopology]:
     """Every rule of the table on a topology."""
 
     def at_defaults(rule: rules.UpdateRule) -> _RuleOnTopology:
-        own = {**rule.hyperparameters, "lr": lr}
-        found = analysis.predict(rule, own, mixing, curvature)
+        own, H = {**rule.hyperparameters, "lr": setting.lr}, setting.local_steps
+        found = analysis.predict(rule, own, mixing, setting.curvature, local_steps=H)
         auto = found if found.auto_mu is None or math.isnan(found.auto_mu) else None
         return _RuleOnTopology(
             rule.hyperparameters,
@@ -186,13 +201,13 @@ def _rules_on(mixing: Topology, lr: float, curvature: float) -> dict[str, _RuleO
             found.mu_limit,
             found.kappa_limit,
             found.auto_kappa,
-            auto or analysis.predict(rule, {**own, "mu": found.auto_mu}, mixing, curvature),
+            auto or analysis.predict(rule, {**own, "mu": found.auto_mu}, mixing, setting.curvature, local_steps=H),
         )
 
     return {name: at_defaults(rule) for name, rule in rules.RULES.items()}
 
 
-def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[str, Any]:
+def _document(mixing: Topology, setting: _Setting, found: Mapping[str, _RuleOnTopology]) -> dict[str, Any]:
     """The facts and the tables of a topology for a program."""
     degrees, is_directed = _degrees(mixing)
     document: dict[str, Any] = {
@@ -202,6 +217,7 @@ def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[st
         "directed": is_directed,
         "degree": {"least": degrees[0], "largest": degrees[-1]},
         "period": mixing.period,
+        "local_steps": setting.local_steps,
     }
     for name in ("lambda_2", "lambda_min", "spectral_gap") if mixing.is_static else ():
         document[name] = getattr(mixing, name)
@@ -225,10 +241,11 @@ def _document(mixing: Topology, found: Mapping[str, _RuleOnTopology]) -> dict[st
     return document
 
 
-def _stability_table(found: Mapping[str, _RuleOnTopology]) -> Table:
+def _stability_table(found: Mapping[str, _RuleOnTopology], setting: _Setting) -> Table:
     """A table of every rule at its defaults, and of the largest stable μ and κ with the other values at theirs."""
     columns = ("rule", "defaults", "verdict", "per step", "κ up to", "μ up to")
-    table = summary.plain_table("Stability of every rule at its defaults", *columns, wrapped="defaults")
+    title = f"Stability of every rule at its defaults{setting.rounds}"
+    table = summary.plain_table(title, *columns, wrapped="defaults")
     for name, each in found.items():
         values = ", ".join(f"{key} {value:g}" for key, value in each.defaults.items() if not isinstance(value, bool))
         rate = f"× {each.stability.consensus_rate:.4f}"
@@ -240,9 +257,9 @@ def _stability_table(found: Mapping[str, _RuleOnTopology]) -> Table:
     return table
 
 
-def _prediction_table(found: Mapping[str, _RuleOnTopology], lr: float, curvature: float) -> Table:
+def _prediction_table(found: Mapping[str, _RuleOnTopology], setting: _Setting) -> Table:
     """A table of every rule with the μ that ``mu="auto"`` chooses: what it settles to, where DSGD settles to 1."""
-    title = f'With mu="auto", at lr {lr:g} and curvature {curvature:g}'
+    title = f'With mu="auto", at lr {setting.lr:g} and curvature {setting.curvature:g}{setting.rounds}'
     table = summary.plain_table(
         title, "rule", "auto κ", "auto μ", "per step", "lr up to", "bias", "step", "noise", "spread"
     )

@@ -12,11 +12,13 @@ with t_i(k) the time at which agent i is through with step k,
 
 and the computation of step k + 1 begins at t_i(k). So a delay spreads by one hop a step instead of stopping everyone,
 as in Neglia et al., "The Role of Network Topology for Distributed Machine Learning", INFOCOM 2019. Stragglers are
-independent from step to step: a machine that is slow for good slows every synchronous method to its pace.
+independent from step to step: a machine that is slow for good slows every synchronous method to its pace. With H local
+steps an agent computes H gradients before its messages leave; k then counts rounds.
 
-All-reduce is the yardstick. It waits for the slowest of all agents, then takes, for a model of n bytes, on a ring
-2 (N − 1) rounds of n / N bytes, as a tree (recursive halving and doubling) 2 ⌈log₂ N⌉ rounds, 2 (1 − 2^−⌈log₂ N⌉) n
-bytes in all: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in MPICH", 2005.
+All-reduce in every step is the yardstick. It waits for the slowest of all agents, then takes, for a model of n bytes,
+on a ring 2 (N − 1) rounds of n / N bytes, as a tree (recursive halving and doubling) 2 ⌈log₂ N⌉ rounds, 2 (1 −
+2^−⌈log₂ N⌉) n bytes in all: Thakur, Rabenseifner, Gropp, "Optimization of Collective Communication Operations in
+MPICH", 2005.
 
 **The steps to a target.** They are those of `gut_fast.study.quadratics`, each method at the best learning rate and μ of
 a grid: what separates the topologies there is the agents' disagreement alone.
@@ -50,7 +52,7 @@ __all__ = [
     "bytes_per_step",
     "compare",
     "measured",
-    "step_ends",
+    "round_ends",
     "step_seconds",
 ]
 
@@ -77,8 +79,8 @@ MAX_AGENTS_COMPLETE = 500
 DEGREE = 4
 """The degree of the random regular graph."""
 
-MESSAGES_SIMULATED, MIN_STEPS_SIMULATED, MAX_STEPS_SIMULATED = 50_000_000, 40, 400
-"""How long `step_seconds` simulates: about so many messages, within these numbers of steps."""
+MESSAGES_SIMULATED, MIN_ROUNDS_SIMULATED, MAX_ROUNDS_SIMULATED = 50_000_000, 40, 400
+"""How long `step_seconds` simulates: about so many messages, within these numbers of rounds."""
 
 LONGEST = 1e15
 """The seconds that a network's times and a message must stay below, so that sums over steps keep their digits."""
@@ -153,12 +155,14 @@ class Question:
         model_bytes: bytes of a model; a rule of two messages sends twice as many.
         problem: what is learned, and the target.
         seed: draws the stragglers.
+        local_steps: H, the steps of a round, in the last of which messages leave; all-reduce is done in every step.
     """
 
     network: Network
     model_bytes: float
     problem: Quadratics
     seed: int = 0
+    local_steps: int = 1
 
 
 def compare(num_agents: int, question: Question, also: Topology | None = None) -> pd.DataFrame:
@@ -183,13 +187,14 @@ def compare(num_agents: int, question: Question, also: Topology | None = None) -
             topology = parse_topology(spec)
             named[topology.name] = (family, topology)
     rows: list[tuple[Any, ...]] = []
+    H, drawn = question.local_steps, {"seed": question.seed, "local_steps": question.local_steps}
     for name, (family, topology) in named.items():
         quadrature = consensus_quadrature(topology)
         sizes = {rule: RULES[rule].num_messages * question.model_bytes for rule in METHODS}
-        seconds = {size: step_seconds(topology, question.network, size, seed=question.seed) for size in sizes.values()}
+        seconds = {size: step_seconds(topology, question.network, size, **drawn) for size in sizes.values()}
         for rule, size in sizes.items():
-            steps = steps_to_target(rule, quadrature, num_agents, question.problem)
-            rows.append((family, name, num_agents, rule, bytes_per_step(topology, size), seconds[size], *steps))
+            steps = steps_to_target(rule, quadrature, num_agents, question.problem, local_steps=H)
+            rows.append((family, name, num_agents, rule, bytes_per_step(topology, size, H), seconds[size], *steps))
     for algorithm, rule in itertools.product(ALLREDUCE, ALLREDUCE_METHODS):
         name = f"all-reduce, {algorithm}"
         sent = float(sum(sent for _, sent in _rounds(num_agents, question.model_bytes, algorithm)))
@@ -222,7 +227,8 @@ CANDIDATES: Mapping[str, Callable[[int], str | None]] = {
 def measured(results: Results, network: Network, accuracy: float, seed: int = 0) -> pd.DataFrame:
     """The cost of finished runs, had they run on a network, until their averaged model first had a test accuracy.
 
-    The time of a step is simulated for the topology of the runs and the bytes that they have counted.
+    The time of a step is simulated for the topology and the local steps of the runs and the bytes that they have
+    counted.
 
     Args:
         results: the runs.
@@ -231,9 +237,9 @@ def measured(results: Results, network: Network, accuracy: float, seed: int = 0)
         seed: draws the stragglers.
 
     Returns:
-        A row for each method and point, the fastest first, with columns method, point, topology, runs, reached (how
-        many runs reached the target), steps (the mean number of steps; infinite if a run did not reach it),
-        bytes_per_step (an agent's), seconds_per_step, bytes and seconds (until then).
+        A row for each method and point, the fastest first, with columns method, point, topology, local_steps, runs,
+        reached (how many runs reached the target), steps (the mean number of steps; infinite if a run did not reach
+        it), bytes_per_step (an agent's), seconds_per_step, bytes and seconds (until then).
 
     Raises:
         ValueError: an accuracy that is no fraction.
@@ -241,49 +247,59 @@ def measured(results: Results, network: Network, accuracy: float, seed: int = 0)
     if not 0 < accuracy <= 1:
         raise ValueError(f"accuracy must be a fraction in (0, 1], got {accuracy}")
     history, final = results.history, results.final()
-    runs = results.runs[["method", "point", "topology"]].assign(
+    runs = results.runs[["method", "point", "topology", "local_steps"]].assign(
         bytes_per_step=(final["mean_bytes_sent"] / final["step"]).fillna(0.0),
         steps=history[history["test_accuracy"] >= accuracy].groupby("run")["step"].min(),
     )
-    groups = runs.fillna({"steps": math.inf}).groupby([*runs.columns[:4]], sort=False)["steps"]
+    groups = runs.fillna({"steps": math.inf}).groupby([*runs.columns[:-1]], sort=False)["steps"]
     found = groups.agg(runs="size", reached=lambda steps: np.isfinite(steps).sum(), steps="mean").reset_index()
 
     @lru_cache
-    def seconds(spec: str, sent: float) -> float:
+    def seconds(spec: str, H: int, sent: float) -> float:
         topology = parse_topology(spec)
-        return step_seconds(topology, network, sent / (bytes_per_step(topology, 1) or 1), seed=seed)
+        message_bytes = sent / (bytes_per_step(topology, 1, H) or 1)
+        return step_seconds(topology, network, message_bytes, seed=seed, local_steps=H)
 
-    found["seconds_per_step"] = list(map(seconds, found["topology"], found["bytes_per_step"]))
+    found["seconds_per_step"] = list(map(seconds, found["topology"], found["local_steps"], found["bytes_per_step"]))
     for unit in ("bytes", "seconds"):
         found[unit] = found["steps"] * found[f"{unit}_per_step"]
     return found.sort_values("seconds", kind="stable", ignore_index=True)
 
 
-def bytes_per_step(topology: Topology, message_bytes: float) -> float:
-    """Bytes that an agent sends in a step, the mean over agents and a period of the topology."""
-    steps = range(topology.period or 1)
-    return message_bytes * sum(len(topology.csr(step).neighbor) for step in steps) / (len(steps) * topology.num_agents)
+def bytes_per_step(topology: Topology, message_bytes: float, local_steps: int = 1) -> float:
+    """Bytes that an agent sends in a step, the mean over agents, rounds of H steps and a period of the topology."""
+    rounds = range(topology.period or 1)
+    messages = sum(len(topology.csr(number).neighbor) for number in rounds)
+    return message_bytes * messages / (len(rounds) * topology.num_agents * local_steps)
 
 
 def step_seconds(
-    topology: Topology, network: Network, message_bytes: float, num_steps: int | None = None, seed: int = 0
+    topology: Topology,
+    network: Network,
+    message_bytes: float,
+    num_rounds: int | None = None,
+    seed: int = 0,
+    local_steps: int = 1,
 ) -> float:
-    """Seconds a step in the long run: the mean over agents and over the second half of `num_steps` simulated ones.
+    """Seconds a step in the long run: the mean over agents and over the second half of `num_rounds` simulated rounds.
 
-    Without stragglers, where everyone sends to d agents and all steps are alike, that is
-    ``max(compute, (1 − overlap) compute + d message_bytes / bandwidth) + latency``.
+    Without stragglers, where everyone sends to d agents and all rounds are alike, a round of H steps takes
+    ``max(H compute, (H − overlap) compute + d message_bytes / bandwidth) + latency``, and a step 1/H of it.
 
     Args:
-        topology: who sends to whom at each step.
+        topology: who sends to whom in each round.
         network: machines and links.
-        message_bytes: what an agent sends to each of its receivers in a step: the bytes of a model times the messages
+        message_bytes: what an agent sends to each of its receivers in a round: the bytes of a model times the messages
             of the rule, which travel as one.
-        num_steps: at least 2; None is as many as the number of messages lets it be.
+        num_rounds: at least 2; None is as many as the number of messages lets it be.
         seed: draws the stragglers.
+        local_steps: H >= 1, the steps of a round, in the last of which messages leave.
 
     Raises:
-        TypeError, ValueError: a bad seed or number of steps; message_bytes is not a number, negative or too many.
+        TypeError, ValueError: a bad seed or number of steps or rounds; message_bytes is not a number, negative or too
+            many.
     """
+    as_integer(local_steps, "local_steps", minimum=1)
     if not 0 <= as_number(message_bytes, "message_bytes") / network.bandwidth < LONGEST:
         raise ValueError(
             f"message_bytes must be at least 0 and take less than {LONGEST:g} s to send, got {message_bytes:g} bytes "
@@ -292,24 +308,26 @@ def step_seconds(
     if topology.num_agents == 1:
         return network.compute * (1 + (network.straggler_factor - 1) * network.straggler_probability)
     period = topology.period or 1
-    if num_steps is None:
+    if num_rounds is None:
         affordable = MESSAGES_SIMULATED // len(topology.csr(0).neighbor)
-        num_steps = min(max(affordable, MIN_STEPS_SIMULATED), MAX_STEPS_SIMULATED)
-    half = math.ceil(as_integer(num_steps, "num_steps", minimum=2) / (2 * period)) * period
-    ends = step_ends(topology, network, message_bytes, as_integer(seed, "seed", minimum=0))
+        num_rounds = min(max(affordable, MIN_ROUNDS_SIMULATED), MAX_ROUNDS_SIMULATED)
+    half = math.ceil(as_integer(num_rounds, "num_rounds", minimum=2) / (2 * period)) * period
+    ends = round_ends(topology, network, message_bytes, as_integer(seed, "seed", minimum=0), local_steps)
     middle, end = (next(itertools.islice(ends, half - 1, None)).mean() for _ in range(2))
-    return float(end - middle) / half
+    return float(end - middle) / (half * local_steps)
 
 
-def step_ends(topology: Topology, network: Network, message_bytes: float, seed: int = 0) -> Iterator[Array]:
-    """When each agent is through with step 1, 2, …: seconds, [N]; without end. The arguments are `step_seconds`'."""
+def round_ends(
+    topology: Topology, network: Network, message_bytes: float, seed: int = 0, local_steps: int = 1
+) -> Iterator[Array]:
+    """When each agent is through with round 1, 2, …: seconds, [N]; without end. The arguments are `step_seconds`'."""
     rng = np.random.default_rng(seed)
     messages = lru_cache(maxsize=topology.period or 1)(partial(_messages, topology))
     ends = np.zeros(topology.num_agents)
-    for step in itertools.count():
-        sender, receiver, first = messages(step if topology.period is None else step % topology.period)
-        computing = network.compute * network.slowness(rng, topology.num_agents)
-        computed = ends + computing
+    for number in itertools.count():
+        sender, receiver, first = messages(number if topology.period is None else number % topology.period)
+        *before, computing = network.compute * network.slowness(rng, (local_steps, topology.num_agents))
+        computed = ends + sum(before) + computing
         slowness = network.slowness(rng, len(sender), of_links=True)
         total = np.append(0.0, np.cumsum(slowness * (message_bytes / network.bandwidth)))
         queued = total[1:] - total[first]
@@ -364,7 +382,7 @@ def _communication_seconds(
     """The mean time after which all agents are through with the rounds, begun together."""
     if network.link_straggler_probability == 0 or network.link_straggler_factor == 1:
         return sum(network.latency + sent / network.bandwidth for _, sent in rounds)
-    simulated = rounds[:MAX_STEPS_SIMULATED]
+    simulated = rounds[:MAX_ROUNDS_SIMULATED]
     ends = np.zeros((max(1, 20_000 // num_agents), num_agents))
     for hop, sent_bytes in simulated:
         slowness = network.slowness(rng, ends.shape, of_links=True)

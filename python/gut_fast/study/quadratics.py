@@ -10,10 +10,11 @@ the same share of the loss at the start; noise and differences grow with h, as i
 and what is followed is the mean agent's excess loss: the mean of z_i² over agents and coordinates, 1 at the start, in
 expectation over ξ and u.
 
-All update rules are linear, so nothing need be drawn. On the component along an eigenvector of W of eigenvalue λ a step
-is the small matrix T(λ) of `gut_fast.analysis`, and the second moments ``P = E[s sᵀ]`` of ``s = (z, state, u)`` obey
+All update rules are linear, so nothing need be drawn. On the component along an eigenvector of W of eigenvalue λ a
+round of H steps is the small matrix T(λ) of `gut_fast.analysis`, and the second moments ``P = E[s sᵀ]`` of
+``s = (z, state, u)`` obey
 
-    P ← M P Mᵀ + σ² b bᵀ,      M = [[T, ζ b], [0, 1]],      b the rule's gradient column times h.
+    P ← M P Mᵀ + σ² b bᵀ,      M = [[T, ζ b 1], [0, 1]],      b the rule's column for each of the H gradients, times h.
 
 The excess is the sum over the average mode (λ = 1, noise σ²/N, no u) and an integral over the spectrum of W for the
 disagreement between agents, taken by Gauss quadrature. The model leaves out curvatures that differ between agents and
@@ -34,7 +35,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from gut_fast.analysis.periods import DENSE_AGENTS
-from gut_fast.analysis.transition import Array, transitions
+from gut_fast.analysis.transition import Array, round_of
 from gut_fast.arguments import as_number
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
@@ -199,8 +200,9 @@ def excess_losses(
     quadrature: Quadrature,
     num_agents: int,
     problem: Quadratics,
+    local_steps: int = 1,
 ) -> Iterator[Array]:
-    """The expected excess loss of the mean agent after step 1, 2, …, as a fraction of that at the start.
+    """The expected excess loss of the mean agent after round 1, 2, …, as a fraction of that at the start.
 
     Args:
         rule: a rule or its name.
@@ -208,6 +210,7 @@ def excess_losses(
         quadrature: from `consensus_quadrature`, or `EXACT_AVERAGE`.
         num_agents: N.
         problem: what is learned.
+        local_steps: H, the steps of a round.
 
     Yields:
         [settings], infinite or NaN where a run has diverged; without end.
@@ -216,7 +219,7 @@ def excess_losses(
         TypeError, ValueError: a bad rule or hyper-parameter.
     """
     maps, sources = zip(
-        *(_moment_maps(rule, settings, nodes, problem) for nodes in quadrature.eigenvalues), strict=True
+        *(_moment_maps(rule, settings, nodes, problem, local_steps) for nodes in quadrature.eigenvalues), strict=True
     )
     node_noise = np.append(np.full(len(quadrature.weights), 1.0), 1 / num_agents)[:, None, None]
     node_weights = np.append(quadrature.weights, 1.0)
@@ -230,22 +233,26 @@ def excess_losses(
 
 
 def _moment_maps(
-    rule: str | UpdateRule, settings: Sequence[Mapping[str, Any]], eigenvalues: Array, problem: Quadratics
+    rule: str | UpdateRule,
+    settings: Sequence[Mapping[str, Any]],
+    eigenvalues: Array,
+    problem: Quadratics,
+    local_steps: int,
 ) -> tuple[Array, Array]:
     """M and σ² b bᵀ, each [settings, curvatures, nodes + 1, K, K]; the last node is the average mode."""
     nodes = np.append(eigenvalues, 1.0)
     found = [
-        (*transitions(get_rule(rule).coefficients(**setting), nodes, h), h)
+        (*round_of(rule, setting, h, local_steps).at(nodes[:, None, None]), h)
         for setting in settings
         for h in problem.curvatures
     ]
     shape = (len(settings), len(problem.curvatures), len(nodes))
     T = np.stack([matrices for matrices, _, _ in found]).reshape(*shape, *found[0][0].shape[1:])
-    b = np.stack([h * gradient for _, gradient, h in found]).reshape(*shape, -1, 1)
-    step = np.concatenate([T, problem.heterogeneity * b], axis=-1)
+    b = np.stack([h * gradients for _, gradients, h in found]).reshape(*shape, -1, local_steps)
+    step = np.concatenate([T, problem.heterogeneity * b.sum(axis=-1, keepdims=True)], axis=-1)
     last_row = np.zeros((*shape, 1, step.shape[-1]))
     last_row[..., -1] = 1.0
-    padded = np.concatenate([problem.noise * b, np.zeros((*shape, 1, 1))], axis=-2)
+    padded = np.concatenate([problem.noise * b, np.zeros((*shape, 1, local_steps))], axis=-2)
     return np.concatenate([step, last_row], axis=-2), padded @ padded.conj().swapaxes(-1, -2)
 
 
@@ -255,8 +262,9 @@ def steps_to_target(
     num_agents: int,
     problem: Quadratics,
     max_steps: int = MAX_STEPS,
+    local_steps: int = 1,
 ) -> Steps:
-    """How many steps `rule` takes to the problem's target, at the best of its settings.
+    """How many steps, in whole rounds, `rule` takes to the problem's target, at the best of its settings.
 
     `LEARNING_RATES` and, if the rule has μ, `MUS` are tried; other hyper-parameters are at their defaults.
 
@@ -266,9 +274,10 @@ def steps_to_target(
         num_agents: N.
         problem: what is learned, and the target.
         max_steps: where the search ends.
+        local_steps: H, the steps of a round.
 
     Raises:
-        TypeError, ValueError: a bad rule.
+        TypeError, ValueError: a bad rule or number of local steps.
     """
     rule = get_rule(rule)
     if quadrature is None:
@@ -276,11 +285,11 @@ def steps_to_target(
     best = Steps(math.inf)
     for mu in MUS if "mu" in rule.hyperparameters else (None,):
         settings = [{"lr": lr} if mu is None else {"lr": lr, "mu": mu} for lr in LEARNING_RATES]
-        losses = excess_losses(rule, settings, quadrature, num_agents, problem)
-        last = min(max_steps, best.steps - 1)
-        for step, loss in enumerate(itertools.islice(losses, int(last)), 1):
+        losses = excess_losses(rule, settings, quadrature, num_agents, problem, local_steps)
+        last = min(max_steps, best.steps - 1) // local_steps
+        for number, loss in enumerate(itertools.islice(losses, int(last)), 1):
             if (loss <= problem.target).any():
-                best = Steps(step, **settings[int(np.nanargmin(loss))])
+                best = Steps(number * local_steps, **settings[int(np.nanargmin(loss))])
                 break
             if not (loss < DIVERGED).any():
                 break
