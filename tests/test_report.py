@@ -18,7 +18,7 @@ from scipy import stats
 from gut_fast import cli, rules
 from gut_fast.kernels import machine
 from gut_fast.study import Experiment, Run
-from gut_fast.study.report import pictures, tables, words
+from gut_fast.study.report import frontier, pictures, tables, words
 from gut_fast.study.report.study import ACCURACIES, BEFORE_DECAY, END, gather, interval, mean
 from gut_fast.study.report.tables import main_tables, value_text
 from gut_fast.study.report.write import Source, write_report
@@ -218,9 +218,9 @@ def test_nothing_to_report_is_an_error():
 def test_numbers_in_the_tables_are_those_of_the_runs():
     table, differences = tables.point_tables(study_of(sweep()), "α = 0.01", END)
     cells = dict(zip(table.header, next(line for line in table.rows if line[0] == "GUT"), strict=True))
-    for key, name in ACCURACIES.items():
+    for key, measure in ACCURACIES.items():
         values = finals("GUT", 0.01, key)
-        assert cells[name] == f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
+        assert cells[measure.name] == f"{statistics.fmean(values):.1f} ± {statistics.stdev(values):.1f}"
     assert cells["sent a step"] == "2.00 kB"
     assert (cells["lr"], cells["diverged"], cells["seeds"]) == ("0.1", "0", "3")
     assert cells["consensus error"] == "1.0e-02"
@@ -251,6 +251,56 @@ def test_diverged_runs_are_counted_never_dropped():
     assert values.rows[1][2:7] == ("diverged",) * 3 + ("1.0e-02", "diverged")
     assert differences.rows[0][1:] == ("diverged",) * 3
     assert value_text(pd.Series([1.0, math.inf]).replace(math.inf, math.nan)) == "1.0 (1 of 2 runs)"
+
+
+def with_fewer_messages(wires=("float32", "int4"), **settings):
+    """DSGD and GUT with 1 and 16 local steps, and messages of these widths; fewer bytes and less accuracy."""
+    runs = []
+    for method in ("DSGD", "GUT"):
+        for steps in (1, 16):
+            for wire in wires:
+                label, coded = f"{method}, H = {steps}, {wire}", None if wire == "float32" else wire
+                task, run = finished(method, 0, label=label, local_steps=steps, wire_dtype=coded, **settings)
+                for each in run.history:
+                    each["mean_bytes_sent"] /= steps * (8 if coded else 1)
+                runs.append((task, run))
+    return study_of(runs)
+
+
+def test_accuracy_against_bytes_has_a_line_for_each_family():
+    study = with_fewer_messages()
+    assert frontier.families(study) == {
+        method: [f"{method}, H = {steps}, {wire}" for steps in (1, 16) for wire in ("float32", "int4")]
+        for method in ("DSGD", "GUT")
+    }
+    assert frontier.bytes_sent(study, "GUT, H = 16, int4", "α = 0.1") == 80000 / 16 / 8
+    assert frontier.has_frontier(study)
+    assert not frontier.has_frontier(study_of(sweep()))
+    everyone = with_fewer_messages(topology="complete:16")
+    assert frontier.bytes_sent(everyone, "GUT, H = 1, float32", "α = 0.1") == 80000 * 2 / 16
+
+
+def test_accuracy_against_bytes_is_painted(tmp_path):
+    picture = frontier.draw_frontier(with_fewer_messages(), tmp_path / "frontier.png")
+    with Image.open(picture.path) as image:
+        assert len(image.getcolors()) > 8
+    study = with_fewer_messages()
+    write_report(study, SOURCE, tmp_path)
+    assert "![A panel for each of 1 points: test accuracy in %" in (tmp_path / "report.md").read_text()
+
+
+def test_of_text_the_loss_comes_first_and_less_is_better():
+    runs = [finished(method, seed, data="manpages") for method in ("DSGD", "GUT") for seed in (0, 1)]
+    for task, run in runs:
+        for each in run.history:
+            each["test_loss"] = 2.5 - (task.method == "GUT") * 0.25 + 0.002 * run.experiment.seed
+    values, differences = main_tables(study_of(runs), END)
+    name = "loss of the averaged model"
+    assert values.header[2] == differences.header[1] == name
+    assert [line[2] for line in values.rows] == ["2.501 ± 0.001", "2.251 ± 0.001"]
+    assert {line for line, column in values.best if column == 2} == {1}
+    assert differences.rows[0][1] == "-0.250 [-0.250, -0.250], 2 of 2"
+    assert name not in main_tables(study_of(sweep(alphas=(0.1,))), END)[0].header
 
 
 def test_points_without_decay_have_no_moment_before_it():
@@ -304,7 +354,7 @@ def blank_figure(path, size):
 @pytest.fixture
 def blank_pictures(monkeypatch):
     """Nothing is painted, which is most of the time of a report, for tests of its words."""
-    monkeypatch.setattr(pictures, "_small_figure", blank_figure)
+    monkeypatch.setattr(pictures, "small_figure", blank_figure)
 
 
 class Page(HTMLParser):
@@ -343,7 +393,7 @@ def written(tmp_path_factory):
     runs = [*sweep()[:-2], finished("tracking", 2, 0.01, lost=True)]
     folder = tmp_path_factory.mktemp("report")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pictures, "_small_figure", blank_figure)
+        patch.setattr(pictures, "small_figure", blank_figure)
         study = study_of(runs)
         return folder, study, write_report(study, SOURCE, folder)
 
@@ -422,7 +472,7 @@ def test_the_same_runs_give_the_same_files_even_where_all_diverged(tmp_path, mon
     monkeypatch.setattr(pictures, "DPI", 40)
     study = study_of([finished("DSGD", 0, decays=False), finished("GUT", 0, decays=False, lost=True)])
     files = write_report(study, SOURCE, tmp_path / "first")
-    monkeypatch.setattr(pictures, "_small_figure", lambda path, size: nullcontext(Figure()))
+    monkeypatch.setattr(pictures, "small_figure", lambda path, size: nullcontext(Figure()))
     shutil.copytree(tmp_path / "first", tmp_path / "second")
     again = write_report(study, SOURCE, tmp_path / "second")
     assert [file.name for file in files] == [file.name for file in again]

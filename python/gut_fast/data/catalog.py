@@ -115,6 +115,9 @@ DATASETS: dict[str, Callable[..., Dataset]] = {
 }
 """All data sets by name, as functions of those arguments of `load` that they have a use for."""
 
+TEXTS = frozenset({"manpages"})
+"""The data sets whose samples are text, learned byte by byte."""
+
 
 def load(name: str, *, folder: str | Path | None = None, download: bool = False, seed: int = 0) -> Dataset:
     """The data set called `name`, one of `DATASETS`.

@@ -17,13 +17,13 @@ from gut_fast.files import replacing
 from gut_fast.study import plots
 from gut_fast.study.looks import Look, looks_of
 from gut_fast.study.plots import History, shown_label
-from gut_fast.study.report.study import ACCURACIES, Study, interval, mean
+from gut_fast.study.report.study import Measure, Study, interval, mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Picture", "draw_accuracies", "draw_agents", "draw_curves", "draw_differences"]
+__all__ = ["Picture", "draw_accuracies", "draw_agents", "draw_curves", "draw_differences", "small_figure"]
 
 WIDTH = 12.0
 """The width of a picture in inches."""
@@ -60,7 +60,7 @@ def draw_accuracies(study: Study, path: Path) -> Picture:
     """Writes accuracy of the averaged model, the mean agent and the worst agent, a line for each method."""
     looks = _looks(study)
     lines = [(name, looks[name], partial(study.numbers, method)) for name, method in _named(study).items()]
-    _draw_dots(study, lines, _around_mean, f"{study.accuracy} in %", path, zero=False)
+    _draw_dots(study, lines, _around_mean, lambda measure: measure.title(study.accuracy), path, zero=False)
     return Picture(
         path,
         f"{study.accuracy.capitalize()}: mean over seeds as a dot, ± one standard deviation as a bar, each seed as a "
@@ -77,7 +77,7 @@ def draw_differences(study: Study, path: Path) -> Picture:
         (" − ".join(map(study.name, pair)), looks[study.name(pair[0])], partial(study.differences, pair))
         for pair in study.comparisons
     ]
-    _draw_dots(study, lines, interval, "paired difference in points", path, zero=True)
+    _draw_dots(study, lines, interval, lambda measure: f"paired difference in {measure.unit[1]}", path, zero=True)
     return Picture(
         path,
         "Paired differences: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot. Panels below "
@@ -98,7 +98,7 @@ def draw_curves(study: Study, path: Path) -> Picture:
     )
     legend: dict[str, Any] = {}
     columns: list[list[Axes]] = [[] for _ in panels]
-    with _small_figure(path, (WIDTH, 0.6 + CURVES_HEIGHT * len(study.points))) as figure:
+    with small_figure(path, (WIDTH, 0.6 + CURVES_HEIGHT * len(study.points))) as figure:
         for point, strip in _strips(figure, study.points):
             groups = _histories(study, point)
             decays = plots.decays_of(study.results.experiments[next(iter(_runs_at(study, point)))])
@@ -128,7 +128,7 @@ def draw_agents(study: Study, path: Path) -> Picture:
     looks = _looks(study)
     num_rows = {point: -(-len(methods) // AGENTS_PER_ROW) for point, methods in groups.items()}
     heights = [0.4 + AGENTS_HEIGHT * rows for rows in num_rows.values()]
-    with _small_figure(path, (WIDTH, 0.4 + sum(heights))) as figure:
+    with small_figure(path, (WIDTH, 0.4 + sum(heights))) as figure:
         for point, strip in _strips(figure, study.points, heights):
             size = (num_rows[point], min(len(groups[point]), AGENTS_PER_ROW))
             panels = strip.subplots(*size, squeeze=False, sharex=True, sharey=True)
@@ -163,7 +163,7 @@ def _looks(study: Study) -> dict[str, Look]:
 
 
 @contextmanager
-def _small_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
+def small_figure(path: Path, size: tuple[float, float]) -> Iterator[Figure]:
     """A figure as from `plots.new_figure`, written in few colours."""
     with plots.new_figure(path, size, DPI) as figure:
         yield figure
@@ -211,7 +211,7 @@ def _draw_dots(
     study: Study,
     lines: Sequence[Line],
     bar: Callable[[pd.Series], tuple[float, float]],
-    name: str,
+    name: Callable[[Measure], str],
     path: Path,
     *,
     zero: bool,
@@ -220,18 +220,18 @@ def _draw_dots(
     rows = {", ".join(filter(None, row)): row for row in _rows(study)}
     limits = {
         metric: _limits([of(metric, *row) for row in rows.values() for _, _, of in lines], bar, zero=zero)
-        for metric in ACCURACIES
+        for metric in study.measures
     }
     height = HEADING_HEIGHT + LINE_HEIGHT * len(lines)
-    with _small_figure(path, (WIDTH, height * len(rows))) as figure:
+    with small_figure(path, (WIDTH, height * len(rows))) as figure:
         for title, strip in _strips(figure, list(rows)):
-            panels = strip.subplots(1, len(ACCURACIES), sharey=True)
-            for axes, (metric, heading) in zip(panels, ACCURACIES.items(), strict=True):
+            panels = strip.subplots(1, len(study.measures), sharey=True)
+            for axes, (metric, measure) in zip(panels, study.measures.items(), strict=True):
                 numbers = [(look, of(metric, *rows[title])) for _, look, of in lines]
                 bars = [np.nan_to_num(bar(one), nan=mean(one)) for _, one in numbers]
                 axes.set_xlim(limits[metric])
                 _plot_dots(axes, numbers, bars, zero=zero)
-                axes.set(title=heading, xlabel=name)
+                axes.set(title=measure.name.capitalize(), xlabel=name(measure))
             panels[0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
             panels[0].set_ylim(len(lines) - 0.4, -0.6)
 

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
+from gut_fast.data.catalog import TEXTS
 from gut_fast.rules import RULES
 from gut_fast.study.experiment import Experiment
 from gut_fast.study.report.words import listed, point_name, shown
 from gut_fast.study.results import Results
 
-__all__ = ["ACCURACIES", "BEFORE_DECAY", "END", "METRICS", "Study", "gather", "interval", "mean"]
+__all__ = ["ACCURACIES", "BEFORE_DECAY", "END", "METRICS", "Measure", "Study", "gather", "interval", "mean"]
 
 OF_COMPUTING = {"engine", "backend", "device", "seed"}
 """Settings that may differ between two runs of the same method and point."""
@@ -32,17 +33,54 @@ BEFORE_DECAY = "before the first decay"
 
 CONFIDENCE = 0.95
 
+
+@dataclass(frozen=True)
+class Measure:
+    """A number by which methods are judged.
+
+    Attributes:
+        name: what it is called at the head of a column.
+        unit: of it, and of its differences.
+        factor: of a history's number.
+        digits: those shown after the point.
+        lower_is_better: which end is the good one.
+    """
+
+    name: str
+    unit: tuple[str, str] = ("%", "points")
+    factor: float = 100.0
+    digits: int = 1
+    lower_is_better: bool = False
+
+    def title(self, accuracy: str) -> str:
+        """The words at its axis; `accuracy` says on which samples accuracies are."""
+        return f"{accuracy if self.factor == 100 else 'loss'} in {self.unit[0]}"
+
+    def best(self, means: pd.Series) -> float:
+        """The best of the means."""
+        return float(means.min() if self.lower_is_better else means.max())
+
+    def is_better(self, differences: pd.Series) -> pd.Series:
+        """Says of each difference whether it speaks for the first method."""
+        return differences < 0 if self.lower_is_better else differences > 0
+
+
 ACCURACIES = {
-    "test_accuracy": "averaged model",
-    "mean_agent_accuracy": "mean agent",
-    "worst_agent_accuracy": "worst agent",
+    "test_accuracy": Measure("averaged model"),
+    "mean_agent_accuracy": Measure("mean agent"),
+    "worst_agent_accuracy": Measure("worst agent"),
 }
-"""The columns of `Study.values` that hold accuracies, in %, and their names."""
+"""The columns of `Study.values` that hold accuracies."""
+
+LOSS = {
+    "test_loss": Measure("loss of the averaged model", ("nats a byte", "nats a byte"), 1.0, 3, lower_is_better=True)
+}
+"""The column that comes first where the samples are text."""
 
 SENT = {"mean_bytes_sent": "mean_bytes_sent_per_step", "max_bytes_sent": "max_bytes_sent_per_step"}
 """The columns of a history that grow with the steps, and the columns of `Study.values` that hold them for one step."""
 
-METRICS = (*ACCURACIES, "consensus_error", "train_loss", *SENT.values())
+METRICS = (*LOSS, *ACCURACIES, "consensus_error", "train_loss", *SENT.values())
 """The columns of `Study.values` over which means are taken."""
 
 
@@ -88,6 +126,11 @@ class Study:
         """The rows of `results.runs` of a method at a point, by ascending seed; there may be none."""
         runs = self.results.runs
         return runs[(runs["method"] == method) & (runs["place"] == point)].sort_values("seed")
+
+    @property
+    def measures(self) -> dict[str, Measure]:
+        """The numbers by which methods are judged: accuracies, and before them the loss if all samples are text."""
+        return {**LOSS, **ACCURACIES} if self.results.runs["data"].isin(TEXTS).all() else ACCURACIES
 
     @property
     def in_order(self) -> list[str]:
@@ -208,6 +251,7 @@ def _values(results: Results) -> pd.DataFrame:
     rows = rows.drop(columns="diverged_agents", errors="ignore").join(diverged.fillna(0).astype(int), on="run")
     rows = rows.join(places, on="run").assign(
         **{name: 100 * rows[name] for name in ACCURACIES},
+        **{name: rows.get(name, math.nan) for name in LOSS},
         **{per_step: rows[name] / rows["step"] for name, per_step in SENT.items()},
     )
     index = ["point", "moment", "method", "seed"]

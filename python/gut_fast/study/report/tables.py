@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from gut_fast.study.experiment import Experiment
-from gut_fast.study.report.study import ACCURACIES, END, Study, interval, mean
+from gut_fast.study.report.study import END, Measure, Study, interval, mean
 from gut_fast.study.report.words import in_markdown, listed, schedule, shown
 from gut_fast.study.schedules import MILESTONES
 from gut_fast.study.units import format_bytes
@@ -21,6 +21,8 @@ OPTIONAL = (
     *("local_steps", "wire_dtype", "wire_seed"),
 )
 """The settings that are not listed where no run departs from their defaults."""
+
+PERCENT = Measure("accuracy")
 
 NOTHING = "–"
 """The cell of a method without runs."""
@@ -40,40 +42,46 @@ def main_tables(study: Study, moment: str) -> tuple[Table, Table]:
     """The values and differences that come first: of the averaged model at all points, or all of a single point."""
     if len(study.points) == 1:
         return point_tables(study, study.points[0], moment)
-    return overview(study, "test_accuracy", moment), difference_overview(study, "test_accuracy", moment)
+    first = next(iter(study.measures))
+    return overview(study, first, moment), difference_overview(study, first, moment)
 
 
 def further_tables(study: Study, moment: str) -> list[Table]:
     """The values and differences of the mean and of the worst agent, where there is more than one point."""
-    others = [*ACCURACIES][1:] if len(study.points) > 1 else []
+    others = [*study.measures][1:] if len(study.points) > 1 else []
     return [build(study, metric, moment) for metric in others for build in (overview, difference_overview)]
 
 
 def overview(study: Study, metric: str, moment: str) -> Table:
     """A line for each method, a column for each point: mean ± standard deviation over seeds."""
     columns = [(metric, point) for point in study.points if moment in study.moments(point)]
-    title = f"{ACCURACIES[metric].capitalize()} {moment}"
+    title = f"{study.measures[metric].name.capitalize()} {moment}"
     return _value_table(study, columns, moment, title, [point for _, point in columns])
 
 
 def difference_overview(study: Study, metric: str, moment: str) -> Table:
     """A line for each comparison, a column for each point."""
     columns = [(metric, point) for point in study.points if moment in study.moments(point)]
-    title = f"Paired differences of the {ACCURACIES[metric]} {moment}"
+    title = f"Paired differences of the {study.measures[metric].name} {moment}"
     return _difference_table(study, columns, moment, title, [point for _, point in columns])
 
 
 def point_tables(study: Study, point: str, moment: str) -> tuple[Table, Table]:
     """The values and the differences of all accuracies at a point."""
-    columns = [(metric, point) for metric in ACCURACIES]
-    differences = _difference_table(study, columns, moment, f"Paired differences {moment}", list(ACCURACIES.values()))
+    columns = [(metric, point) for metric in study.measures]
+    differences = _difference_table(study, columns, moment, f"Paired differences {moment}", _names(study))
     return _point_table(study, point, moment), differences
+
+
+def _names(study: Study) -> list[str]:
+    """The names of the measures."""
+    return [measure.name for measure in study.measures.values()]
 
 
 def _point_table(study: Study, point: str, moment: str) -> Table:
     """A line for each method: accuracies, consensus error, train loss, bytes, diverged runs, seeds."""
-    columns = [(metric, point) for metric in ACCURACIES]
-    values = _value_table(study, columns, moment, moment.capitalize(), list(ACCURACIES.values()))
+    columns = [(metric, point) for metric in study.measures]
+    values = _value_table(study, columns, moment, moment.capitalize(), _names(study))
     rows = []
     for method, (name, *accuracies) in zip(study.methods, values.rows, strict=True):
         runs = study.runs(method, point)
@@ -90,7 +98,7 @@ def _point_table(study: Study, point: str, moment: str) -> Table:
                 str(len(runs) or NOTHING),
             )
         )
-    header = ("method", "lr", *ACCURACIES.values(), "consensus error", "train loss", "sent a step", "diverged", "seeds")
+    header = ("method", "lr", *_names(study), "consensus error", "train loss", "sent a step", "diverged", "seeds")
     best = frozenset((row, column + 1) for row, column in values.best)
     return Table(values.title, header, tuple(rows), best)
 
@@ -98,7 +106,7 @@ def _point_table(study: Study, point: str, moment: str) -> Table:
 def _value_table(
     study: Study, columns: Sequence[tuple[str, str]], moment: str, title: str, names: Sequence[str]
 ) -> Table:
-    """A line for each method, a column for each (metric, point); the largest mean of a column stands out.
+    """A line for each method, a column for each (metric, point); the best mean of a column stands out.
 
     A method of which a run has no number is not among the best: the mean of its others is of the luckier seeds.
     """
@@ -107,10 +115,14 @@ def _value_table(
     best = {
         (row, column + 1)
         for column in means
-        for row in means.index[means[column] == means[column].max()]
+        for row in means.index[means[column] == study.measures[columns[column][0]].best(means[column])]
         if len(means) > 1
     }
-    rows = [(study.name(method), *map(value_text, row)) for method, row in zip(study.methods, numbers, strict=True)]
+    measures = [study.measures[metric] for metric, _ in columns]
+    rows = [
+        (study.name(method), *map(value_text, row, measures))
+        for method, row in zip(study.methods, numbers, strict=True)
+    ]
     return Table(title, ("method", *names), tuple(rows), frozenset(best))
 
 
@@ -121,31 +133,36 @@ def _difference_table(
     rows = [
         (
             " − ".join(map(study.name, pair)),
-            *(difference_text(study.differences(pair, metric, point, moment)) for metric, point in columns),
+            *(
+                difference_text(study.differences(pair, metric, point, moment), study.measures[metric])
+                for metric, point in columns
+            ),
         )
         for pair in study.comparisons
     ]
     return Table(title, ("methods", *names), tuple(rows))
 
 
-def value_text(numbers: pd.Series) -> str:
+def value_text(numbers: pd.Series, measure: Measure = PERCENT) -> str:
     """``82.6 ± 0.3``; where runs diverged, how many of them have a number."""
     if not numbers.count():
         return "diverged" if len(numbers) else NOTHING
-    spread = f" ± {numbers.std():.1f}" if numbers.count() > 1 else ""
+    digits = measure.digits
+    spread = f" ± {numbers.std():.{digits}f}" if numbers.count() > 1 else ""
     of = f" ({numbers.count()} of {len(numbers)} runs)" if numbers.count() < len(numbers) else ""
-    return f"{mean(numbers):.1f}{spread}{of}"
+    return f"{mean(numbers):.{digits}f}{spread}{of}"
 
 
-def difference_text(numbers: pd.Series) -> str:
-    """``+1.9 [+1.2, +2.6], 5 of 5``: mean, interval, seeds with a positive difference; ties and lost seeds are said."""
+def difference_text(numbers: pd.Series, measure: Measure = PERCENT) -> str:
+    """``+1.9 [+1.2, +2.6], 5 of 5``: mean, interval, seeds where the first is better; ties and lost seeds are said."""
     if not numbers.count():
         return "diverged" if len(numbers) else NOTHING
     low, high = interval(numbers)
-    reach = f" [{low:+.1f}, {high:+.1f}]" if numbers.count() > 1 else ""
+    digits = measure.digits
+    reach = f" [{low:+.{digits}f}, {high:+.{digits}f}]" if numbers.count() > 1 else ""
     ties = f", {(numbers == 0).sum()} equal" if (numbers == 0).any() else ""
     lost = f", {numbers.isna().sum()} diverged" if numbers.isna().any() else ""
-    return f"{mean(numbers):+.1f}{reach}, {(numbers > 0).sum()} of {numbers.count()}{ties}{lost}"
+    return f"{mean(numbers):+.{digits}f}{reach}, {measure.is_better(numbers).sum()} of {numbers.count()}{ties}{lost}"
 
 
 def _sent(study: Study, method: str, point: str) -> str:

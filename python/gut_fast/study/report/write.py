@@ -16,14 +16,18 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from gut_fast.arguments import printable
 from gut_fast.files import write_text
 from gut_fast.study.report import tables
+from gut_fast.study.report.frontier import draw_frontier, has_frontier
 from gut_fast.study.report.pictures import Picture, draw_accuracies, draw_agents, draw_curves, draw_differences
-from gut_fast.study.report.study import ACCURACIES, METRICS, Study, interval, mean
+from gut_fast.study.report.study import METRICS, Study, interval, mean
 from gut_fast.study.report.tables import Table, markdown_table
 from gut_fast.study.report.words import in_markdown, listed, without_folders
 
 __all__ = ["FILES", "Source", "lead", "means", "paired", "write_report"]
 
 TEMPLATE = "page.html"
+
+MAX_CURVES = 16
+"""The largest number of methods that are drawn over the steps; more hide each other."""
 
 FILES = ("report.html", "report.md", "runs.csv", "methods.csv", "differences.csv")
 """The files of a report beside its pictures."""
@@ -96,6 +100,8 @@ def _sections(study: Study, folder: Path) -> Iterator[Section]:
     more: list[Table] = []
     if study.comparisons:
         parts.append(draw_differences(study, folder / "differences.png"))
+    if has_frontier(study):
+        parts.insert(0, draw_frontier(study, folder / "frontier.png"))
     for moment in study.moments():
         parts += [table for table in tables.main_tables(study, moment) if table.rows]
         more += [table for table in tables.further_tables(study, moment) if table.rows]
@@ -103,8 +109,9 @@ def _sections(study: Study, folder: Path) -> Iterator[Section]:
     for point in study.points if len(study.points) > 1 else ():
         both = (tables.point_tables(study, point, moment) for moment in study.moments(point))
         yield Section(point, tuple(table for pair in both for table in pair if table.rows))
-    curves = (draw_curves(study, folder / "curves.png"), draw_agents(study, folder / "agents.png"))
-    yield Section("Over the steps", curves)
+    if len(study.methods) <= MAX_CURVES:
+        curves = (draw_curves(study, folder / "curves.png"), draw_agents(study, folder / "agents.png"))
+        yield Section("Over the steps", curves)
 
 
 def _reading(study: Study) -> list[str]:
@@ -112,7 +119,12 @@ def _reading(study: Study) -> list[str]:
     marked = [study.name(method) for method in study.methods if study.name(method) != method]
     return [
         f"Numbers are {study.accuracy} in %: of the averaged model, of the mean and of the worst agent. They are means "
-        "over seeds ± the sample standard deviation; the largest mean of a column is bold.",
+        "over seeds ± the sample standard deviation; the best mean of a column is bold.",
+        *(
+            ["The loss is the cross entropy of the averaged model on the test samples, in nats a byte: less is better."]
+            if "test_loss" in study.measures
+            else []
+        ),
         *(
             ["Before the first decay: at the last evaluation before the learning rate falls."]
             if len(study.moments()) > 1
@@ -211,13 +223,15 @@ def paired(study: Study) -> pd.DataFrame:
         "std": lambda numbers: numbers.std(),
         "low": lambda numbers: interval(numbers)[0],
         "high": lambda numbers: interval(numbers)[1],
-        "better": lambda numbers: (numbers > 0).sum(),
         "equal": lambda numbers: (numbers == 0).sum(),
         "pairs": lambda numbers: numbers.count(),
         "pairs_without_number": lambda numbers: numbers.isna().sum(),
     }
     places = ((point, moment) for point in study.points for moment in study.moments(point))
-    keys = [(*place, *pair, metric) for place in places for pair in study.comparisons for metric in ACCURACIES]
+    keys = [(*place, *pair, metric) for place in places for pair in study.comparisons for metric in study.measures]
     found = [study.differences((one, other), metric, point, moment) for point, moment, one, other, metric in keys]
     index = pd.MultiIndex.from_tuples(keys, names=["point", "moment", "method", "other", "metric"]) if keys else None
-    return pd.DataFrame({name: list(map(of, found)) for name, of in statistics.items()}, index=index)
+    better = [study.measures[key[-1]].is_better(numbers).sum() for key, numbers in zip(keys, found, strict=True)]
+    columns = {name: list(map(of, found)) for name, of in statistics.items()} | {"better": better}
+    order = ["mean", "std", "low", "high", "better", "equal", "pairs", "pairs_without_number"]
+    return pd.DataFrame(columns, index=index)[order]

@@ -1,0 +1,150 @@
+"""Accuracy against bytes, which is what decides where communication is dear: a line for each family of methods."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from gut_fast.study.plots import line_look, shown_label
+from gut_fast.study.report.pictures import Picture, small_figure
+from gut_fast.study.report.study import END, Study, mean
+from gut_fast.study.summary import MEGABYTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
+
+__all__ = ["bytes_sent", "draw_frontier", "families", "has_frontier"]
+
+PANELS_PER_ROW = 2
+PANEL = (5.5, 4.2)
+"""Inches of a panel."""
+
+MARKERS = {"none": "o", "bfloat16": "D", "int8": "s", "int4": "v"}
+"""The marker of each width of messages; ``none`` is that of the parameters."""
+
+WORST_SHOWN = 0.35
+"""The part of the panel's methods that may fall below its lower end, where the rest would be a line at the top."""
+
+
+def families(study: Study) -> dict[str, list[str]]:
+    """The methods by what their names begin with, up to the first comma: ``GUT, H = 16, int4`` belongs to ``GUT``."""
+    found: dict[str, list[str]] = {}
+    for method in study.methods:
+        found.setdefault(method.partition(",")[0].strip(), []).append(method)
+    return found
+
+
+def bytes_sent(study: Study, method: str, point: str) -> float:
+    """The bytes that an agent of the method has sent at the end of a run at a point, the mean over agents and seeds.
+
+    Where everyone hears everyone a ring all-reduce gives the same mean: two messages less two N-th, of N agents, are
+    counted then, and not N − 1.
+    """
+    per_step = study.numbers(method, "mean_bytes_sent_per_step", point, END)
+    total = mean(per_step * study.numbers(method, "step", point, END))
+    first = study.runs(method, point).index
+    topology = study.results.experiments[first[0]].topology if len(first) else ""
+    name, _, size = topology.partition(":")
+    return total * 2 / int(size) if name == "complete" and size.isdigit() and int(size) > 2 else total
+
+
+def has_frontier(study: Study) -> bool:
+    """True if some family has methods that send more and methods that send less, so that there is a line to draw."""
+    return any(
+        len({round(bytes_sent(study, method, point)) for method in methods if len(study.runs(method, point))}) > 1
+        for methods in families(study).values()
+        for point in study.points
+    )
+
+
+def draw_frontier(study: Study, path: Path) -> Picture:
+    """Writes the first measure of the averaged model at the end against the bytes that an agent has sent.
+
+    All panels share their scales.
+    """
+    rows = -(-len(study.points) // PANELS_PER_ROW)
+    columns = min(len(study.points), PANELS_PER_ROW)
+    metric, measure = next(iter(study.measures.items()))
+    with small_figure(path, (PANEL[0] * columns, PANEL[1] * rows + 0.8)) as figure:
+        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+        shown = [
+            _plot_point(axes, study, metric, point) for axes, point in zip(panels.flat, study.points, strict=False)
+        ]
+        for axes in panels.flat[len(study.points) :]:
+            axes.remove()
+        _set_limits(panels[0, 0], np.concatenate(shown), lower_is_better=measure.lower_is_better)
+        figure.supxlabel("MB sent by each agent in the whole run", fontsize=10)
+        figure.supylabel(measure.title(study.accuracy), fontsize=10)
+        handles = list(_legend(study))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+    return Picture(
+        path,
+        "What the averaged model reaches at the end, against the bytes that an agent has sent in the whole run: mean "
+        "over seeds, ± one standard deviation. Where everyone hears everyone, the bytes are those of a ring "
+        "all-reduce. A dashed line is a method that sends nothing, because it has all samples. All panels share their "
+        "scales; what is far worse is outside.",
+        f"A panel for each of {len(study.points)} points: {measure.title(study.accuracy)} against bytes on a "
+        f"logarithmic axis, a line for each of {len(families(study))} families; the tables have the numbers.",
+    )
+
+
+def _plot_point(axes: Axes, study: Study, metric: str, point: str) -> Any:
+    """Draws all families at a point; returns the means that were drawn."""
+    drawn = []
+    for index, methods in enumerate(families(study).values()):
+        color = line_look(index)[0]
+        for wire, rows in _by_wire(study, metric, methods, point):
+            drawn += list(rows["mean"])
+            if (rows["bytes"] == 0).any():
+                axes.axhline(rows["mean"].iloc[0], color=color, linestyle="--", linewidth=1.2)
+                continue
+            style: dict[str, Any] = {
+                "color": color,
+                "marker": MARKERS.get(wire, "o"),
+                "markersize": 5,
+                "linewidth": 1.4,
+            }
+            axes.errorbar(rows["bytes"] / MEGABYTE, rows["mean"], yerr=rows["std"], capsize=2, **style)
+    axes.set(title=shown_label(point), xscale="log")
+    return np.array(drawn)
+
+
+def _by_wire(study: Study, metric: str, methods: list[str], point: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The family's bytes, means and deviations at a point, for each width of messages, by ascending bytes."""
+    rows = []
+    for method in methods:
+        numbers = study.numbers(method, metric, point, END)
+        if numbers.count():
+            experiment = study.results.experiments[study.runs(method, point).index[0]]
+            spread = float(numbers.std()) if numbers.count() > 1 else 0.0
+            rows.append((str(experiment.wire_dtype).lower(), bytes_sent(study, method, point), mean(numbers), spread))
+    table = pd.DataFrame(rows, columns=["wire", "bytes", "mean", "std"])
+    for wire, group in table.sort_values("bytes").groupby("wire", sort=False):
+        yield str(wire), group
+
+
+def _set_limits(axes: Axes, values: Any, *, lower_is_better: bool) -> None:
+    """Ends of the shared axis that show most methods well, the best of them all; the worst may be outside."""
+    sign = -1.0 if lower_is_better else 1.0
+    best, worst = (sign * values).max(), np.quantile(sign * values, WORST_SHOWN)
+    worst = max(worst - 1.5 * (best - worst), (sign * values).min())
+    margin = 0.06 * (best - worst) or 0.5
+    axes.set_ylim(*sorted((sign * (worst - margin), sign * (best + margin))))
+
+
+def _legend(study: Study) -> Iterator[Line2D]:
+    """The colours of the families, and the markers of the widths if there are several."""
+    from matplotlib.lines import Line2D
+
+    for index, name in enumerate(families(study)):
+        yield Line2D([], [], color=line_look(index)[0], linewidth=1.8, label=shown_label(name))
+    wires = {str(study.results.experiments[run].wire_dtype).lower() for run in study.in_order}
+    for wire, marker in MARKERS.items():
+        if wire in wires and len(wires) > 1:
+            label = "float32" if wire == "none" else wire
+            yield Line2D([], [], color="#666666", marker=marker, linestyle="", label=label)
