@@ -40,6 +40,10 @@ LOOKS = {
     "gradient tracking": Look("#882255", "8", DOTTED),
     "momentum tracking": Look("#5E4FA2", (6, 1, 0), DOTTED),
     "K-GT": Look("#661100", (3, 1, 0), DOTTED),
+    "exact averages": Look("#999999", "x", SHORT),
+    "local AdamW": Look("#888833", "1", SHORT),
+    "DiLoCo": Look("#117733", "2", SHORT),
+    "all-reduce every step": Look("#444444", "_", SHORT),
 }
 """The look of each method by its name in tables. The first colours are Okabe and Ito's, for any colour vision."""
 

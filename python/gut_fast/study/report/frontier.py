@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from gut_fast.study.plots import line_look, shown_label
+from gut_fast.study.looks import Look, looks_of
+from gut_fast.study.plots import shown_label
 from gut_fast.study.report.pictures import Picture, small_figure
 from gut_fast.study.report.study import END, Study, mean
 from gut_fast.study.summary import MEGABYTE
@@ -24,8 +25,8 @@ PANELS_PER_ROW = 2
 PANEL = (5.5, 4.2)
 """Inches of a panel."""
 
-MARKERS = {"none": "o", "bfloat16": "D", "int8": "s", "int4": "v"}
-"""The marker of each width of messages; ``none`` is that of the parameters."""
+FILLS: dict[str, Any] = {"none": "full", "bfloat16": "left", "int8": "bottom", "int4": "none"}
+"""How markers are filled for each width of messages; ``none`` is the width of the parameters."""
 
 WORST_SHOWN = 0.35
 """The part of the panel's methods that may fall below its lower end, where the rest would be a line at the top."""
@@ -93,23 +94,27 @@ def draw_frontier(study: Study, path: Path) -> Picture:
     )
 
 
+def _looks(study: Study) -> dict[str, Look]:
+    """The looks of the families by their names."""
+    first = {name: study.runs(methods[0], study.points[0]).index for name, methods in families(study).items()}
+    experiments = study.results.experiments
+    return looks_of({name: experiments[runs[0]].rule if len(runs) else "" for name, runs in first.items()})
+
+
 def _plot_point(axes: Axes, study: Study, metric: str, point: str) -> Any:
     """Draws all families at a point; returns the means that were drawn."""
     drawn = []
-    for index, methods in enumerate(families(study).values()):
-        color = line_look(index)[0]
+    looks = _looks(study)
+    for name, methods in families(study).items():
+        look = looks[name]
         for wire, rows in _by_wire(study, metric, methods, point):
             drawn += list(rows["mean"])
             if (rows["bytes"] == 0).any():
-                axes.axhline(rows["mean"].iloc[0], color=color, linestyle="--", linewidth=1.2)
+                axes.axhline(rows["mean"].iloc[0], color=look.color, linestyle="--", linewidth=1.2)
                 continue
-            style: dict[str, Any] = {
-                "color": color,
-                "marker": MARKERS.get(wire, "o"),
-                "markersize": 5,
-                "linewidth": 1.4,
-            }
-            axes.errorbar(rows["bytes"] / MEGABYTE, rows["mean"], yerr=rows["std"], capsize=2, **style)
+            style: dict[str, Any] = {"color": look.color, "marker": look.marker, "fillstyle": FILLS.get(wire, "full")}
+            style |= {"linestyle": look.line, "linewidth": 1.4, "markersize": 6, "capsize": 2}
+            axes.errorbar(rows["bytes"] / MEGABYTE, rows["mean"], yerr=rows["std"], **style)
     axes.set(title=shown_label(point), xscale="log")
     return np.array(drawn)
 
@@ -138,13 +143,14 @@ def _set_limits(axes: Axes, values: Any, *, lower_is_better: bool) -> None:
 
 
 def _legend(study: Study) -> Iterator[Line2D]:
-    """The colours of the families, and the markers of the widths if there are several."""
+    """The looks of the families, and how the widths are filled if there are several."""
     from matplotlib.lines import Line2D
 
-    for index, name in enumerate(families(study)):
-        yield Line2D([], [], color=line_look(index)[0], linewidth=1.8, label=shown_label(name))
+    for name, look in _looks(study).items():
+        style: dict[str, Any] = {"color": look.color, "marker": look.marker, "linestyle": look.line}
+        yield Line2D([], [], linewidth=1.8, label=shown_label(name), **style)
     wires = {str(study.results.experiments[run].wire_dtype).lower() for run in study.in_order}
-    for wire, marker in MARKERS.items():
+    for wire, fill in FILLS.items():
         if wire in wires and len(wires) > 1:
-            label = "float32" if wire == "none" else wire
-            yield Line2D([], [], color="#666666", marker=marker, linestyle="", label=label)
+            label = "parameters' width" if wire == "none" else wire
+            yield Line2D([], [], color="#666666", marker="o", fillstyle=fill, linestyle="", label=label)
