@@ -14,7 +14,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 each_source = pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
 
 FLOORS = [
-    {"arguments", "coefficients", "files", "randomness", "_core", "_cuda"},
+    {"arguments", "coefficients", "files", "randomness", "requirements", "_core", "_cuda"},
     {"rule", "published", "topology", "data", "models"},
     {"rules"},
     {"reference", "analysis", "kernels"},

@@ -247,7 +247,7 @@ def test_mlflow_in_a_local_store(tmp_path, monkeypatch):
 )
 def test_a_tracker_whose_library_is_missing_says_so_when_it_is_made(module, make, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf'needs {module}, which is not here .*pip install "gut_fast\[{module}\]"'):
+    with pytest.raises(ImportError, match=rf'needs {module}, which is not here .*pip install "{module}'):
         make()
 
 

@@ -22,6 +22,7 @@ import gut_fast
 from gut_fast import analysis, cli, topology
 from gut_fast.cli import topology as topology_command
 from gut_fast.kernels.backends import AUTOMATIC, cpu
+from gut_fast.requirements import pip_install
 from gut_fast.rules import RULES
 from gut_fast.simulation import Simulator
 from gut_fast.study import Experiment, runner
@@ -140,7 +141,7 @@ def test_without_its_packages_the_command_says_what_to_install(gut_fast_command,
     code, out, err = gut_fast_command("info")
     assert code == 2
     assert out == ""
-    assert err == f'gut-fast: error: {package} is not installed; install with: pip install "gut_fast[cli]"\n'
+    assert err == f"gut-fast: error: {package} is not installed; install with: {pip_install(package)}\n"
 
 
 # Errors

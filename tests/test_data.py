@@ -60,7 +60,7 @@ def test_digits_are_a_function_of_the_seed_alone():
 
 def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r'pip install "gut_fast\[data\]"'):
+    with pytest.raises(ImportError, match=r'pip install "scikit-learn>=1.4"'):
         digits()
 
 

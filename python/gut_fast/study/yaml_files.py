@@ -9,6 +9,7 @@ from typing import Any
 
 from gut_fast.arguments import shortened, shown
 from gut_fast.files import FileError, FileTypeError, read_within, write_text
+from gut_fast.requirements import pip_install
 
 __all__ = ["about_file", "read_yaml", "write_yaml"]
 
@@ -40,7 +41,7 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError('sweeps need PyYAML; install it with: pip install "gut_fast[cli]"') from error
+        raise ImportError(f"sweeps need PyYAML; install it with: {pip_install('yaml')}") from error
 
     class Loader(yaml.SafeLoader):
         """Names that stand twice are errors: YAML's own loader keeps the last."""

@@ -50,7 +50,7 @@ try:
     from gut_fast import _core
 except ImportError as error:  # a source tree without its extension still has the torch backend
     _core = None  # type: ignore[assignment]
-    why_missing: str | None = f"the compiled extension gut_fast._core did not import ({error}); reinstall gut_fast"
+    why_missing: str | None = f"the compiled extension gut_fast._core did not import ({error}); build gut_fast anew"
 else:
     why_missing = None
 

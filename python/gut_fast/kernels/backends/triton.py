@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from gut_fast.kernels.step import HALVES, GossipStep, Rows, arithmetic, message_each, rows_of_all
+from gut_fast.requirements import pip_install
 
 __all__ = ["Launch", "combine", "gossip_step", "launch", "message", "unavailable", "why_missing"]
 
 DTYPES = (torch.float32, torch.float64, *HALVES)
 
 why_missing: str | None = (
-    None if importlib.util.find_spec("triton") else "Triton is not installed; pip install gut_fast[triton]"
+    None if importlib.util.find_spec("triton") else f"Triton is not installed; {pip_install('triton')}"
 )
 
 

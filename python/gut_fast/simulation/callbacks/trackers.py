@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gut_fast.requirements import pip_install
 from gut_fast.simulation.callbacks.events import Callback
 from gut_fast.simulation.files import check_folder, check_target, write_csv
 from gut_fast.simulation.timetable import Timetable
@@ -161,11 +162,10 @@ class MLflow(Tracker):
 
 
 def _required(module: str, callback: str) -> Any:
-    """The module. Raises ImportError, which names the extra, called like it, if it is not installed."""
+    """The module. Raises ImportError, which tells how to install it, if it cannot be imported."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"gut_fast.callbacks.{callback} needs {module}, which is not here ({error}); "
-            f'pip install "gut_fast[{module}]"'
+            f"gut_fast.callbacks.{callback} needs {module}, which is not here ({error}); {pip_install(module)}"
         ) from error
