@@ -37,7 +37,7 @@ def test_the_table_of_libraries_has_the_bounds_of_the_extras(extras):
     assert sorted(requirements.COMMAND_LINE.values()) == sorted(extras["cli"])
     asked = {requirement for extra in extras.values() for requirement in extra}
     assert set(requirements.OPTIONAL.values()) <= asked
-    users = [extras[name] for name in extras if name not in ("integrations", "dev", "release")]
+    users = [extras[name] for name in extras if name not in ("integrations", "dev")]
     assert {requirement for extra in users for requirement in extra} == set(requirements.OPTIONAL.values())
 
 
@@ -82,3 +82,10 @@ def test_the_source_archive_is_small_and_holds_what_a_build_needs(tmp_path):
         names = {name.partition("/")[2] for name in opened.getnames()}
     assert not {name for name in names if name.startswith(("results/", ".ci/")) or name.endswith((".png", ".so"))}
     assert names >= {*BUILDS, *tracked("python", "csrc", "examples")}
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/versions.md"])
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / page).read_text())
+    assert links
+    assert [link for link in links if not ((ROOT / page).parent / link).exists()] == []
