@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+import gut_fast as gf
 import ranks
 from torchvision_shim import mend_torchvision
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHORT = ("plain_loop.py", "lightning_module.py", "accelerate_loop.py", "hf_trainer.py", "torchrun.py")
+ON_THE_PAGE = ("plain_loop.py", "lightning_module.py", "accelerate_loop.py", "hf_trainer.py", "torchrun.py")
+SHORT = sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != "distributed.py")
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the libraries that they show
 
@@ -98,6 +100,46 @@ def test_the_trainer_of_hugging_face(folder):
     assert evaluations[-1] > 0.8
 
 
+def test_a_forward_pass_of_all_agents(folder):
+    names, printed = run_example("forward_pass.py")
+    assert "'1.weight': (8, 32, 64)" in printed
+    assert len(re.search("accuracy of each agent: (.*)", printed)[1].split()) == 8
+    assert right(names["agents"], names["data"]) > 0.9
+
+
+def test_the_simulator_with_data_of_ones_own(folder):
+    names, printed = run_example("own_data.py")
+    errors = [float(number) for number in re.findall(r"step \d+: error ([\d.]+)", printed)]
+    assert len(errors) == 3
+    assert errors[-1] < 0.15  # the noise alone makes 0.08
+    assert names["simulator"].history[-1]["mean_agent_error"] < 0.15
+
+
+@pytest.mark.slow
+def test_a_rule_of_ones_own(folder, monkeypatch):
+    monkeypatch.setattr("gut_fast.rule.RULES", dict(gf.rules.RULES))  # the rule goes with the test
+    names, printed = run_example("own_rule.py")
+    assert [float(number) > 90 for number in re.findall(r"accuracy.* ([\d.]+)%", printed)] == [True] * 3
+    assert names["damped_gut"].states == ("r",)
+
+
+@pytest.mark.slow
+def test_topologies_that_vary(folder):
+    _, printed = run_example("time_varying_topology.py")
+    rows = re.findall(r"^ +(\d+) +(\d+|random)  (.*): ([\d.]+)%, mu", printed, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("2", "1"), ("1", "4"), ("1", "4"), ("1", "random"), ("3", "2")]
+    assert min(float(row[3]) for row in rows) > 85
+
+
+def test_a_language_model_with_few_small_messages(folder):
+    _, printed = run_example("language_model.py", "--steps", "96")
+    bits = [float(number) for number in re.findall(r"([\d.]+) bits a byte", printed)]
+    assert bits == sorted(bits, reverse=True)
+    assert bits[-1] < 4  # eight for a model that knows nothing
+    sent, plain = re.search(r"(\d+) kB sent by an agent.* (\d+) kB\n$", printed).groups()
+    assert int(sent) < int(plain) / 50
+
+
 def run_rank(rank, size, folder, epochs):
     """Runs the example of torchrun as a rank."""
     with ranks.as_torchrun(rank, size), pytest.MonkeyPatch.context() as patch:
@@ -131,12 +173,30 @@ def test_the_notebook(folder):
     assert float(re.findall(r" 400 +([\d.]+)%", fresh[-2].text)[0]) > 90
 
 
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [
+        ("start_here", r"GUT +averaged ([\d.]+)%"),
+        pytest.param("which_method", r"GUT +[\d.]+ +([\d.]+)%", marks=pytest.mark.slow),
+    ],
+)
+def test_notebooks_without_outputs_run(folder, name, pattern):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    pytest.importorskip("ipykernel")
+    notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
+    assert not [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3").execute()
+    last = [cell for cell in notebook.cells if cell.cell_type == "code"][-1]
+    printed = "".join(output.text for output in last.outputs)
+    assert float(re.search(pattern, printed)[1]) > 90
+
+
 def test_the_page_shows_lines_of_the_examples():
     page = (EXAMPLES.parent / "docs/integrations.md").read_text()
     sections = re.split(r"^## ", page, flags=re.MULTILINE)[1:]
     shown = [(section, re.findall(r"```python\n(.*?)```", section, re.DOTALL)) for section in sections]
     shown = [(section, blocks) for section, blocks in shown if blocks]
-    assert len(shown) == len(SHORT)
+    assert len(shown) == len(ON_THE_PAGE)
     for section, blocks in shown:
         example = EXAMPLES.parent / "docs" / re.search(r"\]\((\S+\.py)\)", section)[1]
         assert all(block in example.read_text() for block in blocks), example.name
