@@ -1,6 +1,7 @@
 """The stability of what varies with time, of κ and of local steps: predictions against runs of `reference.step`."""
 
 import math
+import re
 import time
 from functools import cache
 
@@ -158,11 +159,37 @@ def test_which_form_the_rounds_of_a_topology_have():
 
 
 @pytest.mark.slow
-def test_advice_on_thousands_of_agents_takes_a_second():
+@pytest.mark.parametrize("kappa", [0.1, 1.0])
+def test_advice_on_thousands_of_agents_takes_less_than_a_second(kappa):
     for graph in (topology.one_peer_exponential(4096), topology.random_matching(4000, seed=0)):
         start = time.process_time()
-        assert analysis.advice("gut", {"mu": 0.9, "kappa": 0.1}, graph) is None
-        assert time.process_time() - start < 3
+        advice = analysis.advice("gut", {"mu": 0.9, "kappa": kappa}, graph)
+        assert (advice is None) == (kappa < 1)
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_advice_names_for_large_matchings_is_found_among_fewer_agents_and_stable_for_all(seed):
+    graph = topology.random_matching(2000, seed)
+    advice = analysis.advice("gut", {"mu": 0.9}, graph)
+    gamma, mu, kappa = map(float, re.search(r"gamma <= (\S+) or mu <= (\S+) or kappa <= (\S+)", advice).groups())
+    for settings, lazier in (
+        ({"mu": 0.9}, graph.lazy(gamma)),
+        ({"mu": mu}, graph),
+        ({"mu": 0.9, "kappa": kappa}, graph),
+    ):
+        assert analysis.stability("gut", settings, lazier).verdict != "unstable"
+    for settings, lazier in (({"mu": 0.9}, graph.lazy(gamma + 0.05)), ({"mu": mu + 0.05}, graph)):
+        assert analysis.stability("gut", settings, lazier).verdict == "unstable"
+
+
+def test_among_many_agents_without_structure_advice_says_that_it_does_not_search():
+    graph = topology.sequence([topology.random_regular(300, 3, seed) for seed in (0, 1)])
+    advice = analysis.advice("gut", {"mu": 0.99}, graph)
+    assert "use topology.lazy(gamma) or a smaller mu or a smaller kappa; how small is not searched for" in advice
+    assert "gut_fast.analysis.stability_limit" in advice
+    advice = analysis.advice("dsgdm", {"momentum": 0.9}, graph)
+    assert advice is None
 
 
 # What is chosen

@@ -43,7 +43,7 @@ from gut_fast.analysis.limits import (
 )
 from gut_fast.analysis.periods import Blocks, Iterated, mixing_of
 from gut_fast.analysis.steady import step_gain
-from gut_fast.analysis.transition import round_of, without_decay
+from gut_fast.analysis.transition import Round, round_of, without_decay
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import Topology
 
@@ -203,28 +203,27 @@ def advice(
     The clause goes behind the rule's name, as in the warning of the optimizers' constructors. Consensus modes that are
     only marginal pass: curvature damps them, as it does D² on an even ring. An average that keeps its momentum for ever
     (QG-GUTm at β + μ = 1) does not pass. Where rates are estimated, only what is unstable beyond doubt does not pass,
-    and only values that are stable beyond doubt are named.
+    and only values that are stable beyond doubt are named; none are searched for among more than 256 agents, but for
+    random matchings, where 192 agents stand for all.
 
     Raises:
         TypeError, ValueError: the rule or a hyper-parameter is bad.
     """
     rule, mixing = get_rule(rule), mixing_of(topology)
+    searched = mixing.thinned()
     each = round_of(rule, hyperparameters, 0.0, local_steps)
-    (found,) = stabilities_of([each], mixing)
+    (found,) = stabilities_of([each], searched if isinstance(mixing, Iterated) else mixing)
     settings = _settings(rule, hyperparameters)
     if found.average_rate >= 1 - 1e-12:
         cause = f"the average over agents moves with momentum {found.average_rate:.4g}, which must stay below 1"
-        remedies = _smaller_values(rule, hyperparameters, mixing.thinned(), local_steps)
-        return f"{settings}unstable: {cause}; {_choice(remedies)}"
+        return f"{settings}unstable: {cause}; use {_remedies(rule, hyperparameters, searched, local_steps)}"
     if found.verdict == "unstable":
         who = "the disagreement between agents"
         if found.worst_eigenvalue is not None:
             who = f"the mode at W's eigenvalue {found.worst_eigenvalue:.3g}"
-        gamma = averaging_rate_limit_of(each, mixing.thinned())
-        remedies = [] if math.isnan(gamma) else [f"topology.lazy(gamma) with gamma <= {round_down(gamma)}"]
-        remedies += _smaller_values(rule, hyperparameters, mixing.thinned(), local_steps)
         cause = f"{who} grows {found.consensus_rate:.4g}-fold a step"
-        return f"{settings}unstable on {topology.name}: {cause}; {_choice(remedies)}"
+        remedies = _remedies(rule, hyperparameters, searched, local_steps, lazier=each)
+        return f"{settings}unstable on {topology.name}: {cause}; use {remedies}"
     return None
 
 
@@ -234,13 +233,25 @@ def _settings(rule: UpdateRule, hyperparameters: Mapping[str, Any]) -> str:
     return f"{', '.join(numbers)} is " if numbers else ""
 
 
-def _smaller_values(
-    rule: UpdateRule, hyperparameters: Mapping[str, Any], mixing: Blocks | Iterated, local_steps: int
-) -> list[str]:
+def _remedies(
+    rule: UpdateRule,
+    hyperparameters: Mapping[str, Any],
+    mixing: Blocks | Iterated,
+    local_steps: int,
+    lazier: Round | None = None,
+) -> str:
+    """Names what to use instead: smaller values, or an averaging rate below that of the round `lazier`."""
     names = [name for name in ("mu", "kappa", "momentum") if name in rule.hyperparameters]
+    if isinstance(mixing, Iterated) and mixing.is_large:
+        values = " or ".join(
+            [*["topology.lazy(gamma)"] * (lazier is not None), *(f"a smaller {name}" for name in names)]
+        )
+        return (
+            f"{values or 'another topology'}; how small is not searched for among so many agents, which takes seconds: "
+            "see gut_fast.analysis.stability_limit and averaging_rate_limit"
+        )
+    gamma = math.nan if lazier is None else averaging_rate_limit_of(lazier, mixing)
     limits = [round_down(hyperparameter_limit(rule, hyperparameters, name, mixing, local_steps)) for name in names]
-    return [f"{name} <= {limit}" for name, limit in zip(names, limits, strict=True) if limit > 0]
-
-
-def _choice(remedies: list[str]) -> str:
-    return f"use {' or '.join(remedies)}" if remedies else "use another topology"
+    remedies = [] if math.isnan(gamma) else [f"topology.lazy(gamma) with gamma <= {round_down(gamma)}"]
+    remedies += [f"{name} <= {limit}" for name, limit in zip(names, limits, strict=True) if limit > 0]
+    return " or ".join(remedies) or "another topology"

@@ -30,7 +30,7 @@ __all__ = [
     "stability_limit",
 ]
 
-FINE, COARSE, ROUGH = (100, 24), (25, 12), (12, 8)
+FINE, COARSE, ROUGH = (100, 24), (25, 12), (12, 7)
 """Into how many parts a search divides a domain, and how often it halves the one in which the limit lies: for modes of
 a single W, over a period, and where a rate is estimated."""
 

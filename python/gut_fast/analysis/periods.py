@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import NamedTuple
 
@@ -20,6 +20,7 @@ import numpy as np
 from gut_fast.analysis.spectrum import lanczos, shared_transform
 from gut_fast.analysis.transition import Array, Round, radius
 from gut_fast.topology import Topology
+from gut_fast.topology.drawn import RandomMatching
 from gut_fast.topology.mixing import MixingMatrix
 
 __all__ = ["Blocks", "Consensus", "Iterated", "mixing_of"]
@@ -39,6 +40,12 @@ GRID = 257
 ROUNDS, FIRST, PARTS = 400, 60, 20
 """How many rounds are followed where the growth of a vector is estimated, after those that the start still shows in,
 and into how many parts they are divided for the error."""
+
+CENTRED = 5
+"""After how many rounds vectors are brought back to length one without a mean; `ROUNDS` and `FIRST` are multiples."""
+
+LIKE_ALL = 192
+"""The number of agents that stand for more than 256 in random matchings: pairs that hardly meet again grow alike."""
 
 NOTHING = 1e-13
 """The factor of a whole period below which disagreement is gone but for rounding."""
@@ -132,13 +139,23 @@ class Iterated:
         return self.topology.period or 1
 
     @property
+    def is_large(self) -> bool:
+        """True if there are so many agents that a search takes seconds."""
+        return self.topology.num_agents > 256
+
+    @property
     def at_once(self) -> int:
         """How many values a search tries in one go: many where a step takes as long for one value as for several."""
-        return 12 if self.topology.num_agents <= 256 else 1
+        return 1 if self.is_large else 12
 
     def thinned(self) -> Iterated:
-        """The same rounds: none of them can be left out."""
-        return self
+        """Fewer agents that stand for all in random matchings; other rounds are the same."""
+        (*others, mixing) = self.topology.cycle
+        if others or not (self.is_large and isinstance(mixing, RandomMatching)):
+            return self
+        found = mixing_of(Topology(self.topology.name, (replace(mixing, num_agents=LIKE_ALL),)))
+        assert isinstance(found, Iterated)
+        return found
 
     def consensus(self, rounds: Sequence[Round]) -> list[Consensus]:
         """The factor per step for each of several rounds, which take the same number of steps."""
@@ -152,7 +169,7 @@ class Iterated:
     @cached_property
     def _mixings(self) -> list[_Mixing]:
         """The matrices of the rounds of a period, or of as many as are followed: the more agents, the fewer tell."""
-        followed = min(max(ROUNDS * 256 // self.topology.num_agents, ROUNDS // 4), ROUNDS) + FIRST
+        followed = min(max(ROUNDS * 256 // self.topology.num_agents, ROUNDS // 4), ROUNDS) // CENTRED * CENTRED + FIRST
         return [_Mixing.at(self.topology, step) for step in range(self.topology.period or followed)]
 
     def _growth(self, rounds: Sequence[Round]) -> tuple[list[float], list[float]]:
@@ -163,12 +180,15 @@ class Iterated:
         """
         maps, period = _Maps(rounds), len(self._mixings)
         x, sizes = maps.start(self.topology.num_agents), []
-        for place in range(max(period, FIRST + ROUNDS // 2 if self.topology.period else period)):
-            x = maps.apply(x, self._mixings[place % period])
+        followed = max(period, FIRST + ROUNDS // 2) if self.topology.period else period
+        for place in range(0, followed, CENTRED):
+            for step in range(place, place + CENTRED):
+                x = maps.apply(x, self._mixings[step % period])
+            x -= x.mean(axis=1, keepdims=True)
             size = np.linalg.norm(x.reshape(len(x), -1), axis=1).clip(1e-200)
-            x = x / size[:, None, None]
-            sizes.append(np.log(size))
-        means = np.stack([part.mean(axis=0) for part in np.array_split(sizes[FIRST:], PARTS)])
+            x /= size[:, None, None]
+            sizes.append(np.log(size) / CENTRED)
+        means = np.stack([part.mean(axis=0) for part in np.array_split(sizes[FIRST // CENTRED :], PARTS)])
         errors = means.std(axis=0, ddof=1) / math.sqrt(PARTS)
         change = np.abs(means[: PARTS // 2].mean(axis=0) - means[PARTS // 2 :].mean(axis=0)) / 2
         return means.mean(axis=0).tolist(), np.maximum(errors, change).tolist()
@@ -190,9 +210,9 @@ class _Maps:
 
     def apply(self, x: Array, mixing: _Mixing) -> Array:
         """The vectors after the round in which the agents mix so."""
-        moved = x @ self._still + mixing.drift(x @ self._exchange)
-        found: Array = moved - moved.mean(axis=1, keepdims=True)
-        return found
+        moved: Array = x @ self._still
+        moved += mixing.drift(x @ self._exchange)
+        return moved
 
 
 class _Mixing(NamedTuple):
@@ -215,9 +235,12 @@ class _Mixing(NamedTuple):
 
     def drift(self, x: Array) -> Array:
         """The sums ``Σ_j W_ij (x_j − x_i)`` over the second axis."""
+        if len(self.start) == len(self.neighbor) == x.shape[1]:  # everyone hears one other
+            alone: Array = self.weight * (x.take(self.neighbor, axis=1) - x)
+            return alone
         drift = np.zeros_like(x)
         if len(self.start):
-            differences = self.weight * (x[:, self.neighbor] - x[:, self.rows])
+            differences = self.weight * (x.take(self.neighbor, axis=1) - x.take(self.rows, axis=1))
             drift[:, self.rows[self.start]] = np.add.reduceat(differences, self.start, axis=1)
         return drift
 
