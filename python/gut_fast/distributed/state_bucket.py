@@ -59,18 +59,14 @@ class StateBucket(Bucket):
     @torch.no_grad()
     def write(self, step: GossipStep) -> None:
         """Writes X of the agents here."""
-        length, agents = len(self.sizes) + self.columns, step.num_agents
-        rows = [step.row_start.new_empty(length, dtype=DTYPE) if row is None else row for row in self.sent]
-        heads, *numbers = zip(*(row.split([len(self.sizes), *self.sizes]) for row in rows), strict=True)
-        tensors = self.part(step).parameters
-        is_there = torch.tensor([tensor.numel() > 0 for tensor in tensors], device="cpu")
-        for head in heads:
-            head.copy_(is_there)
-        for tensor, own in zip(tensors, numbers, strict=True):
-            X = cut_off(tensor).reshape(agents, -1) if tensor.numel() else tensor.new_zeros(agents, 1)
-            for number, one in zip(own, X, strict=True):
-                number.copy_(one)
-        self.sent = list(rows)
+        tensors, agents, device = self.part(step).parameters, step.num_agents, step.row_start.device
+        is_there = torch.tensor([[tensor.numel() > 0 for tensor in tensors]], dtype=DTYPE, device=device)
+        numbers = [
+            cut_off(tensor).reshape(agents, -1) if tensor.numel() else is_there.new_zeros(agents, size)
+            for tensor, size in zip(tensors, self.sizes, strict=True)
+        ]
+        X = torch.cat([is_there.expand(agents, -1), *numbers], dim=1)
+        self.sent = [own if row is None else row.copy_(own) for row, own in zip(self.sent, X, strict=True)]
 
     def mix_(self, step: GossipStep, backend: str) -> None:
         """Mixes the state that is here with what has come: at once what the same agents have."""
