@@ -118,6 +118,27 @@ def test_bytes_of_second_moments_are_counted():
         assert sent == {(rank, other): rounds * each[0] for other in range(3) if other != rank}
 
 
+def with_a_late_group(n, agents, is_stacked, **options):
+    parameters = parameters_of(n, agents, is_stacked)
+    inner = torch.optim.AdamW(parameters[:2], lr=0.01)
+    optimizer = gf.Gossip(inner, topology=gf.topology.ring(n), mix_state=("exp_avg_sq",), **options)
+    train(parameters[:2], optimizer, n, agents, range(4))
+    optimizer.add_param_group({"params": parameters[2:]})
+    train(parameters, optimizer, n, agents, range(4, 9))
+    return values_of(parameters, optimizer)
+
+
+def late_group_on_ranks(rank, size):
+    return with_a_late_group(size, [rank], False, process_group=dist.group.WORLD)
+
+
+def test_a_group_that_is_added_later_is_mixed_too():
+    whole = with_a_late_group(3, [0, 1, 2], True)
+    assert len(whole) == 2 * len(SHAPES)
+    for rank, own in enumerate(ranks.run(3, late_group_on_ranks)):
+        assert same(own, [rows[rank] for rows in whole])
+
+
 def disagree(rank, size, names):
     with pytest.raises((MismatchError, PeerError, ValueError)) as caught:
         make(parameters_of(3, [rank], False), topology=gf.topology.ring(3), process_group=dist.group.WORLD,
