@@ -249,16 +249,12 @@ MYPY = ("-m", "mypy", "--strict", "--follow-imports=silent", "--ignore-missing-i
 
 
 def scripts():
-    """Yields the Python code of README and docs: the blocks of a page, but for excerpts of examples, and each call."""
-    examples = [path.read_text(encoding="utf-8") for path in (ROOT / "examples").glob("*.py")]
+    """Yields the Python code of README and docs: the blocks of a page, and each call within its sentences."""
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         text = page.read_text(encoding="utf-8")
         blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-        own = [
-            each for each in blocks if not any(part.strip() in code for code in examples for part in each.split("\n\n"))
-        ]
-        if own:
-            yield f"{page.name}, blocks", "\n".join([*([] if "import gut_fast" in own[0] else [PRELUDE]), *own])
+        if blocks and page.name != "integrations.md":  # which shows parts of the examples
+            yield f"{page.name}, blocks", "\n".join(["" if "import gut_fast" in blocks[0] else PRELUDE, *blocks])
         sentences = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for number, call in enumerate(re.findall(r"`(gf\.[\w.]+\([^`\n]*\))`", sentences)):
             if "..." not in call and not ABSTRACT & set(re.findall(r"\w+", call)):
