@@ -1,7 +1,7 @@
 """Draws the small pictures of the concepts, of choosing κ and of our results: ``python docs/pictures.py``.
 
-The first is a sketch, and the last is of finished runs. The others show what the library computes: agents whose losses
-are ½‖z − cᵢ‖², with minima cᵢ that differ.
+Agents and way are sketches, and results is of finished runs. The others show what the library computes: agents whose
+losses are ½‖z − cᵢ‖², with minima cᵢ that differ.
 """
 
 import math
@@ -152,6 +152,31 @@ def draw_kappa(figure: Figure) -> None:
     axes.legend(loc="upper right")
 
 
+WAY = (
+    ("optim/optimizer.py", "step", "coefficients and state brought up to date", "#EAF2FB"),
+    ("kernels/ops.py", "prepare", "all groups checked before one changes", "#EAF2FB"),
+    ("kernels/backends/cpu.py", "direct_step", "handed to C++", "#EAF2FB"),
+    ("csrc/bindings/tensor_step.h", "TensorStep", "every tensor read once, through DLPack", "#FDF0E6"),
+    ("csrc/cpu/kernel.cpp", "gossip_step", "tier, loop, plan; threads claim columns", "#FDF0E6"),
+    ("a block of columns, in the L1 cache", "", "messages S of all agents, then D and outputs", "#FBE3D3"),
+)
+"""The files that a step passes, with the function in each and what it does."""
+
+
+def draw_way(figure: Figure) -> None:
+    """The way of a step: a box for each file, Python in blue, C++ in orange."""
+    axes = figure.subplots()
+    for line, (file, function, does, color) in enumerate(WAY):
+        box: dict[str, Any] = {"boxstyle": "round,pad=0.45", "facecolor": color, "edgecolor": "#777777"}
+        name = f"{file}: {function}" if function else file
+        axes.text(0.5, -line, f"{name}\n{does}", ha="center", va="center", fontsize=9.5, linespacing=1.5, bbox=box)
+        if line:
+            arrow = {"arrowstyle": "-|>", "color": "#555555"}
+            axes.annotate("", (0.5, 0.36 - line), xytext=(0.5, 0.64 - line), arrowprops=arrow)
+    axes.set(xlim=(0, 1), ylim=(0.5 - len(WAY), 0.5))
+    axes.set_axis_off()
+
+
 ORDER = ("DSGD", "GUT", "D2", "QG-DSGDm", "QG-GUTm", "QG-DSGDm β+μ", "GUTm", "QGT")
 
 
@@ -177,6 +202,7 @@ PICTURES = {
     "rest": (draw_rest, 2.7),
     "tracking": (draw_tracking, 2.9),
     "kappa": (draw_kappa, 2.9),
+    "way": (draw_way, 5.2),
     "results": (draw_results, 3.6),
 }
 
