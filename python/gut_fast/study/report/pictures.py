@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Picture", "draw_accuracies", "draw_agents", "draw_curves", "draw_differences", "small_figure"]
 
-WIDTH = 12.0
-"""The width of a picture in inches."""
+WIDTH = 7.2
+"""The width of a picture in inches: its letters are readable on a phone."""
 
-LINE_HEIGHT, HEADING_HEIGHT, CURVES_HEIGHT, AGENTS_HEIGHT = 0.27, 1.2, 3.1, 2.4
+LINE_HEIGHT, HEADING_HEIGHT, CURVES_HEIGHT, AGENTS_HEIGHT = 0.27, 1.2, 5.8, 2.2
 """Inches of a method or comparison, of the rest of a row of dots, and of a row of curves or agents."""
 
-AGENTS_PER_ROW = 5
+AGENTS_PER_ROW = 3
 """The largest number of methods side by side."""
 
 MAX_BANDS = 5
@@ -40,7 +40,7 @@ MAX_BANDS = 5
 FADED = 0.35
 """The opacity of single seeds."""
 
-DPI, NUM_COLORS = 110, 256
+DPI, NUM_COLORS = 150, 256
 """A picture is sharp at the width of a page, with a sixth of the bytes of 150 dpi in full colour."""
 
 Line = tuple[str, Look, Callable[[str, str, str], pd.Series]]
@@ -64,7 +64,7 @@ def draw_accuracies(study: Study, path: Path) -> Picture:
     return Picture(
         path,
         f"{study.accuracy.capitalize()}: mean over seeds as a dot, ± one standard deviation as a bar, each seed as a "
-        "faint dot. Panels below each other have one scale.",
+        "faint dot. Panels below each other have one scale, which some bars leave.",
         f"Dots with bars of {study.accuracy} for {len(study.methods)} methods, a row of panels for each point; the "
         "tables have the same numbers.",
     )
@@ -81,7 +81,7 @@ def draw_differences(study: Study, path: Path) -> Picture:
     return Picture(
         path,
         "Paired differences: mean as a dot, 95 % confidence interval as a bar, each seed as a faint dot. Panels below "
-        "each other have one scale.",
+        "each other have one scale, which some bars leave.",
         f"Dots with bars of {len(lines)} paired differences, a row of panels for each point; the tables have the same "
         "numbers.",
     )
@@ -92,7 +92,7 @@ def draw_curves(study: Study, path: Path) -> Picture:
     has_bands, looks = len(study.methods) <= MAX_BANDS, _looks(study)
     panels = (
         ("test_accuracy", "Averaged model", study.accuracy, "step"),
-        ("test_accuracy", "Averaged model, by bytes", study.accuracy, "mean_bytes_sent"),
+        ("test_accuracy", "… by bytes", study.accuracy, "mean_bytes_sent"),
         ("mean_agent_accuracy", "Mean agent", study.accuracy, "step"),
         ("consensus_error", "Disagreement", "consensus error", "step"),
     )
@@ -102,7 +102,7 @@ def draw_curves(study: Study, path: Path) -> Picture:
         for point, strip in _strips(figure, study.points):
             groups = _histories(study, point)
             decays = plots.decays_of(study.results.experiments[next(iter(_runs_at(study, point)))])
-            axes = strip.subplots(1, len(panels))
+            axes = strip.subplots(2, len(panels) // 2).flat
             for panel, column, (metric, title, name, against) in zip(axes, columns, panels, strict=True):
                 options: dict[str, Any] = {"against": against, "bands": has_bands, "decays": decays, "looks": looks}
                 column.append(panel)
@@ -112,7 +112,7 @@ def draw_curves(study: Study, path: Path) -> Picture:
             legend |= dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
         for column in ([*columns[0], *columns[1]], columns[2], columns[3]):
             plots.share_scale(column)
-        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 5))
+        figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=min(len(legend), 3))
     return Picture(
         path,
         f"Mean over seeds as a line{'; the band reaches from the lowest to the highest seed' * has_bands}. Panels of "
@@ -126,6 +126,7 @@ def draw_agents(study: Study, path: Path) -> Picture:
     """Writes, for each point, a panel for each method with the agents' accuracies as bands."""
     groups = {point: {name: runs for name, runs in _histories(study, point).items() if runs} for point in study.points}
     looks = _looks(study)
+    shared: list[Axes] = []
     num_rows = {point: -(-len(methods) // AGENTS_PER_ROW) for point, methods in groups.items()}
     heights = [0.4 + AGENTS_HEIGHT * rows for rows in num_rows.values()]
     with small_figure(path, (WIDTH, 0.4 + sum(heights))) as figure:
@@ -139,8 +140,10 @@ def draw_agents(study: Study, path: Path) -> Picture:
             for axes in panels.flat[len(groups[point]) :]:
                 axes.set_axis_off()
             plots.set_percent_axis(panels[0, 0])
+            shared.append(panels[0, 0])
             strip.supxlabel("step", fontsize=10)
             strip.supylabel(study.accuracy, fontsize=10)
+        plots.share_scale(shared)
         lines, labels = panels[0, 0].get_legend_handles_labels()
         figure.legend(lines, labels, loc="outside lower center", ncols=len(labels))
     return Picture(
@@ -223,6 +226,7 @@ def _draw_dots(
         for metric in study.measures
     }
     height = HEADING_HEIGHT + LINE_HEIGHT * len(lines)
+    units = {name(measure) for measure in study.measures.values()}
     with small_figure(path, (WIDTH, height * len(rows))) as figure:
         for title, strip in _strips(figure, list(rows)):
             panels = strip.subplots(1, len(study.measures), sharey=True)
@@ -231,20 +235,24 @@ def _draw_dots(
                 bars = [np.nan_to_num(bar(one), nan=mean(one)) for _, one in numbers]
                 axes.set_xlim(limits[metric])
                 _plot_dots(axes, numbers, bars, zero=zero)
-                axes.set(title=measure.name.capitalize(), xlabel=name(measure))
+                axes.set(title=measure.name.capitalize(), xlabel="" if len(units) == 1 else name(measure))
             panels[0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
             panels[0].set_ylim(len(lines) - 0.4, -0.6)
+            strip.supxlabel("".join(units) if len(units) == 1 else "", fontsize=10)
 
 
 def _limits(
     numbers: Sequence[pd.Series], bar: Callable[[pd.Series], tuple[float, float]], *, zero: bool
 ) -> tuple[float, float]:
-    """The ends of an axis that shows all but what lies far away, as the accuracy of methods that diverged does."""
+    """The ends of an axis for all but what lies or reaches far away, as accuracies of methods that diverged do."""
     bars = [np.nan_to_num(bar(one), nan=mean(one)) for one in numbers]
     means = np.array([mean(one) for one in numbers if one.count()] or [0.0])
     middle, quartiles = np.median(means), np.quantile(means, [0.25, 0.75])
     reach = 4 * max(float(quartiles[1] - quartiles[0]), 1.0) + 4
-    near = [k for k, one in enumerate(numbers) if one.count() and abs(mean(one) - middle) <= reach]
+    is_near = [
+        abs(mean(one) - middle) <= reach and bar[1] - bar[0] <= reach for one, bar in zip(numbers, bars, strict=True)
+    ]
+    near = [k for k, one in enumerate(numbers) if one.count() and is_near[k]]
     ends = [float(end) for k in near for end in (*bars[k], *numbers[k].dropna())] + [0.0] * zero
     low, high = max(min(ends, default=0.0), middle - 2 * reach), min(max(ends, default=1.0), middle + 2 * reach)
     margin = 0.06 * (high - low) or 0.5
