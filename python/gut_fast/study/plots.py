@@ -194,13 +194,8 @@ def plot_curves(
         places = [row[against] if is_step else row[against] / MEGABYTE for row in runs[0]]
         values = np.array([[row[metric] for row in history] for history in runs], dtype=float)
         values *= 100 if is_accuracy else 1
-        look, mean, every = looks[label], values.mean(axis=0), max(len(places) // 4, 1)
-        means.append(mean)
-        options: dict[str, Any] = {"marker": look.marker, "markersize": 5, "markevery": (index % every, every)}
-        options |= {"color": look.color, "linestyle": look.line, "linewidth": 1.6, "label": shown_label(label)}
-        axes.plot(places, mean, **options)
-        if bands:
-            axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=look.color, alpha=0.1, linewidth=0)
+        means.append(values.mean(axis=0))
+        _plot_line(axes, places, values, looks[label], index, label=shown_label(label), band=bands)
     axes.set(title=title, xlabel="step" if is_step else "MB sent by each agent", ylabel=name)
     axes.margins(x=0)
     if is_accuracy:
@@ -212,6 +207,16 @@ def plot_curves(
         axes.axvline(step, color="#888888", linewidth=0.8, linestyle=":")
         place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         axes.annotate(label, (step, 0.02), xytext=(3, 0), fontsize=8, color="#666666", **place)
+
+
+def _plot_line(axes: Axes, places: list[float], values: Any, look: Look, index: int, *, label: str, band: bool) -> None:
+    """Draws the mean over the rows of `values` with a few markers, at other places for another index, and the band."""
+    every = max(len(places) // 4, 1)
+    options: dict[str, Any] = {"marker": look.marker, "markersize": 5, "markevery": (index % every, every)}
+    options |= {"color": look.color, "linestyle": look.line, "linewidth": 1.6, "label": label}
+    axes.plot(places, values.mean(axis=0), **options)
+    if band:
+        axes.fill_between(places, values.min(axis=0), values.max(axis=0), color=look.color, alpha=0.1, linewidth=0)
 
 
 def share_scale(panels: Iterable[Axes]) -> None:
