@@ -235,7 +235,7 @@ def _draw_dots(
                 bars = [np.nan_to_num(bar(one), nan=mean(one)) for _, one in numbers]
                 axes.set_xlim(limits[metric])
                 _plot_dots(axes, numbers, bars, zero=zero)
-                axes.set(title=measure.name.capitalize(), xlabel="" if len(units) == 1 else name(measure))
+                axes.set(title=measure.name, xlabel="" if len(units) == 1 else name(measure))
             panels[0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
             panels[0].set_ylim(len(lines) - 0.4, -0.6)
             strip.supxlabel("".join(units) if len(units) == 1 else "", fontsize=10)
