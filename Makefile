@@ -29,6 +29,7 @@ demo: $(or $(wildcard .venv/dev),.venv/demo)
 test: lint types check
 
 test-all: test check-slow docs
+	$(BIN)/python tests/sanitize address --seeds 1
 
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet

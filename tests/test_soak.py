@@ -47,7 +47,7 @@ def test_kills_lose_nothing():
 
 @pytest.mark.slow
 def test_steps_beside_each_other_do_not_race():
-    """ThreadSanitizer; AddressSanitizer, which takes minutes to compile, is left to ``make sanitize``."""
+    """ThreadSanitizer; of AddressSanitizer, which takes minutes to compile, ``make test-all`` runs a short form."""
     done = run("sanitize", "thread", "--steps", "100")
     assert done.stdout.splitlines()[-1:] == ["nothing was reported"], done.stdout + done.stderr
     assert done.returncode == 0
