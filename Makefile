@@ -96,6 +96,7 @@ format: .venv/dev
 	touch $@
 
 .venv/demo: $(SOURCES) | .venv/builders
+	@echo "The kernel is compiled now, for every instruction tier: a minute or two on two free cores, without a word."
 	GUT_FAST_CUDA=OFF $(INSTALL) ".[demo]"
 	touch $@
 

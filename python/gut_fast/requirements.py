@@ -9,7 +9,7 @@ from collections.abc import Iterable
 __all__ = ["COMMAND_LINE", "OPTIONAL", "distribution", "pip_install", "what_is_missing"]
 
 COMMAND_LINE = {
-    "typer": "typer>=0.12",
+    "typer": "typer>=0.20",
     "rich": "rich>=13",
     "matplotlib": "matplotlib>=3.8",
     "yaml": "pyyaml>=6",
