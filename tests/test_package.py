@@ -43,13 +43,22 @@ def test_the_table_of_libraries_has_the_bounds_of_the_extras(extras):
 
 def test_what_is_missing_is_one_line_that_can_be_run(monkeypatch):
     assert requirements.what_is_missing(["json"]) is None
-    assert requirements.what_is_missing(["no_such_a", "json", "no_such_b"]) == (
-        'no_such_a and no_such_b are not installed; install with: pip install "no_such_a" "no_such_b"'
+    assert requirements.what_is_missing(["no_such_a", "json", "no_such_b", "no_such_c"]) == (
+        "no_such_a, no_such_b and no_such_c are not installed; install with: "
+        'pip install "no_such_a" "no_such_b" "no_such_c"'
     )
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert requirements.what_is_missing(["sklearn"]) == (
         'scikit-learn is not installed; install with: pip install "scikit-learn>=1.4"'
     )
+
+
+def test_the_demo_without_the_libraries_it_prints_with_says_what_to_install():
+    program = "import sys; sys.modules['rich'] = None; import gut_fast.study.demo"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 1
+    last = 'gut_fast.study: rich is not installed; install with: pip install "rich>=13"\n'
+    assert done.stderr.endswith(f"ModuleNotFoundError: {last}")
 
 
 def test_nothing_advises_an_index_that_does_not_have_the_package():

@@ -48,5 +48,6 @@ def what_is_missing(modules: Iterable[str]) -> str | None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if not missing:
         return None
-    names = " and ".join(distribution(module) for module in missing)
-    return f"{names} {'is' if len(missing) == 1 else 'are'} not installed; install with: {pip_install(*missing)}"
+    *others, last = map(distribution, missing)
+    names = f"{', '.join(others)} and {last} are" if others else f"{last} is"
+    return f"{names} not installed; install with: {pip_install(*missing)}"
