@@ -531,9 +531,9 @@ def test_killed_ranks_start_again_from_the_checkpoint(launching_command, tmp_pat
     def kill():
         next(process for process in children() if process.name == "rank 1").kill()
 
-    launching_command(*LAUNCHED, "--steps", "100", "--out", "whole")
+    launching_command(*LAUNCHED, "--steps", "400", "--out", "whole")
     once_there(tmp_path / "run", "checkpoints/*/*/rank-1.pt", kill)
-    options = ("--steps", "100", "--launch", "2", "--on-peer-failure", "restart")
+    options = ("--steps", "400", "--launch", "2", "--on-peer-failure", "restart")
     code, _, err = launching_command(*LAUNCHED, "--out", "run", *options)
     assert code == 0
     assert "rank 1 was killed by SIGKILL" in err
