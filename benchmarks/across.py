@@ -47,7 +47,8 @@ CHECKED_STEPS = 4
 
 TOLERANCE, TOLERANCES = 1e-4, {torch.bfloat16: 2.0**-5, "int8": 0.05, "int4": 0.3}
 """The largest error of parameters in units of the largest one, and where messages are rounded. Agents begin with
-different parameters, so without mixing, or with the wrong agents, the error is about 1."""
+different parameters, so without mixing, or with the wrong agents, the error is about 1. Where float32 alone does more,
+four times that: in 32 steps of ResNet-20 a rounding of the starts comes to 2e-4."""
 
 LOCAL_STEPS = 16
 """The steps of a round where not every step sends something."""
@@ -512,6 +513,14 @@ class Agents:
             rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(self._module.parameters()))]))
         return torch.stack(rows).double()
 
+    def moved_by_rounding(self, contender):
+        """How far the truth moves, in units of its largest entry, if the starts do by a unit of float32's rounding."""
+        right, start = contender.truth(self), self.start
+        noise = 2 * torch.rand(start.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 1
+        self.start = start * (1 + 2.0**-24 * noise)
+        moved, self.start = contender.truth(self), start
+        return float((moved - right).abs().max() / right.abs().max())
+
 
 def compare(ranks, case, names, numbers):
     """Returns the largest error of each contender after the first steps, in units of the largest parameter.
@@ -530,7 +539,7 @@ def compare(ranks, case, names, numbers):
         found, right = found[0] if found[0].dim() == 2 else torch.stack(found), contender.truth(agents)
         errors[name] = float((found - right).abs().max() / right.abs().max())
         limit = TOLERANCES.get(contender.options.get("wire_dtype"), TOLERANCE)
-        if not errors[name] < limit:
+        if not errors[name] < limit and not errors[name] < (limit := 4 * agents.moved_by_rounding(contender)):
             raise WrongResultError(
                 f"{name}: its parameters are off by {errors[name]:.1e} of the largest one after {steps} steps, "
                 f"more than {limit:.1e}"
