@@ -157,6 +157,35 @@ def test_after_a_killed_worker_and_ctrl_c_the_sweep_goes_on_to_the_same_historie
     assert [stored_rows(tmp_path, task) for task in tasks[:2]] == [rows_of(task) for task in tasks[:2]]
 
 
+def test_a_process_takes_one_task_after_another_and_runs_do_not_depend_on_that(tmp_path, children):
+    tasks = tasks_of(seeds=2)
+    seen = set()
+    watcher = Watching(lambda task: seen.update(child.pid for child in children()))
+    assert run_all_in_processes(tasks, tmp_path, watcher, jobs=1) == []
+    assert len(seen) == 1
+    assert children() == []
+    assert [name for name, _ in watcher.ended] == [task.name for task in tasks]
+    assert [stored_rows(tmp_path, task) for task in tasks] == [rows_of(task) for task in tasks]
+
+
+def test_a_process_that_dies_between_two_tasks_is_replaced(tmp_path, children):
+    tasks = tasks_of(seeds=2)
+    killed = []
+
+    class Killing(Watching):
+        def finished(self, task, run):
+            super().finished(task, run)
+            if not killed:
+                (worker,) = children()
+                killed.append(worker)
+                os.kill(worker.pid, signal.SIGKILL)
+                worker.join()
+
+    watcher = Killing()
+    assert run_all_in_processes(tasks, tmp_path, watcher, jobs=1) == []
+    assert [name for name, _ in watcher.ended] == [task.name for task in tasks]
+
+
 def wait_until(condition):
     end = time.monotonic() + SECONDS
     while not condition():

@@ -60,7 +60,7 @@ class Child:
     def __init__(self, name: str, threads: int, function: Callable[..., object], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
-        self.connection, connection = context.Pipe(duplex=False)
+        self.connection, connection = context.Pipe()
         self.process = context.Process(
             target=_main, args=(connection, threads, function, arguments), name=name, daemon=True
         )

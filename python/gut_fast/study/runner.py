@@ -303,8 +303,9 @@ def run_in_processes(
 ) -> list[Failure]:
     """Runs `jobs` tasks at a time in processes of their own, with `threads` threads each.
 
-    A run that fails, or whose process dies, does not stop the others; it is a `Failure`. On KeyboardInterrupt every
-    process finishes its step and writes its checkpoint before the exception goes on.
+    A process takes one task after another, so it loads the data once, and ends with a run that fails. Such a run, or
+    one whose process dies, does not stop the others; it is a `Failure`. On KeyboardInterrupt every process finishes its
+    step and writes its checkpoint before the exception goes on.
     """
     failures: list[Failure] = []
     waiting, at_work = list(tasks), dict[Any, tuple[Child, Task]]()
@@ -313,7 +314,7 @@ def run_in_processes(
         child, task = at_work[connection]
         try:
             message = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):
             child.process.join()
             message = None if child.process.exitcode == INTERRUPTED else "its process was killed, or ran out of memory"
         if isinstance(message, tuple):
@@ -323,6 +324,12 @@ def run_in_processes(
         if isinstance(message, Run):
             append_run(folder, lines_of(task, message))
             watcher.finished(task, message)
+            with contextlib.suppress(OSError):  # it has been killed meanwhile: another process takes the task
+                connection.send(waiting[0] if waiting else None)
+                if waiting:
+                    at_work[connection] = (child, waiting.pop(0))
+                    return
+            child.process.join()
         elif message is not None:
             failures.append(Failure(task, message))
             watcher.failed(failures[-1])
@@ -335,6 +342,7 @@ def run_in_processes(
             for connection in wait(at_work):
                 take_message(connection)
     finally:
+        waiting.clear()
         for child, _ in at_work.values():
             child.interrupt()
         while at_work:
@@ -343,9 +351,19 @@ def run_in_processes(
     return failures
 
 
-def _run_in_child(connection: Connection, task: Task, folder: Path) -> None:
-    """Sends step and last row of the history now and then, and the finished run, or why it failed, at the end."""
-    try:
-        connection.send(_train(task, folder, lambda step, row: connection.send((step, row))))
-    except Exception as error:
-        connection.send(_reason(error))
+def _run_in_child(connection: Connection, task: Task | None, folder: Path) -> None:
+    """Runs this task and those that come, until None comes or one has failed.
+
+    It sends step and last row of the history now and then, and the finished run, or why it failed, at the end.
+    """
+    while task is not None:
+        try:
+            connection.send(_train(task, folder, partial(_send_row, connection)))
+        except Exception as error:
+            connection.send(_reason(error))
+            return
+        task = connection.recv()
+
+
+def _send_row(connection: Connection, step: int, row: dict[str, Any] | None) -> None:
+    connection.send((step, row))
