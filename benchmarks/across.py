@@ -436,10 +436,10 @@ WIRES = {"float32": {}, "bfloat16": {"wire_dtype": torch.bfloat16}} | {
 FEWER = {
     "computation": Contender,
     "DDP": DDP,
-    "DiLoCo, H = 16": DiLoCo,
+    "DiLoCo H = 16": DiLoCo,
     **{f"GUT {name}": variant(Gossip, options={**OVERLAP, **wire}) for name, wire in WIRES.items()},
     **{
-        f"GUT {name}, H = 16": variant(Gossip, options={**OVERLAP, **wire}, local_steps=LOCAL_STEPS)
+        f"GUT {name} H = 16": variant(Gossip, options={**OVERLAP, **wire}, local_steps=LOCAL_STEPS)
         for name, wire in WIRES.items()
     },
 }

@@ -281,6 +281,26 @@ def test_machine_tells_versions_tiers_and_what_is_missing():
     assert f"1 thread, instruction tier {cpu.tier()}" in machine.machine_line()
 
 
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [
+        ("AuthenticAMD", 25, 1, "A CPU (Zen 3)"),
+        ("AuthenticAMD", 25, 17, "A CPU (Zen 4)"),
+        ("AuthenticAMD", 26, 2, "A CPU (Zen 5)"),
+        ("GenuineIntel", 6, 143, "A CPU (Sapphire Rapids)"),
+        ("GenuineIntel", 6, 1, "A CPU"),
+        ("Other", 25, 17, "A CPU"),
+    ],
+)
+def test_the_generation_of_a_processor_is_told(tmp_path, vendor, family, model, name):
+    file = tmp_path / "cpuinfo"
+    first = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: {model}\nmodel name\t: A CPU\n"
+    file.write_text(first + "\n" + first.replace("A CPU", "Another"))
+    assert machine._processor(file) == name
+    file.write_text("Hardware\t: a board\n")
+    assert machine._processor(file)
+
+
 def test_machine_without_the_kernel(monkeypatch):
     monkeypatch.setattr(cpu, "why_missing", "it was not built")
     assert machine.backend_status()["cpu"] == "it was not built"

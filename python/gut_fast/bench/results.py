@@ -152,7 +152,7 @@ def add(results: Sequence[Result], folder: Path) -> Path:
     """Adds results to the JSON file of their machine in a folder, writes Markdown beside it, and returns the file.
 
     A new result takes the place of an old one of the same case. Both files are named after the processor, for example
-    ``amd-epyc.json``.
+    ``amd-epyc-zen-4.json``.
 
     Raises:
         OSError, ValueError: the file cannot be read or written, or is something else.

@@ -91,12 +91,46 @@ def machine_line() -> str:
     return f"{_processor()}, {system}, {threads} thread{'s' * (threads != 1)}, instruction tier {tier}"
 
 
-def _processor() -> str:
-    """The name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return platform.processor() or "unknown processor"
+GENERATIONS = {
+    "AuthenticAMD": {
+        23: (
+            (0x01, 0x07, "Zen"),
+            (0x08, 0x10, "Zen+"),
+            (0x11, 0x17, "Zen"),
+            (0x18, 0x1F, "Zen+"),
+            (0x30, 0xFF, "Zen 2"),
+        ),
+        25: ((0x00, 0x0F, "Zen 3"), (0x10, 0x1F, "Zen 4"), (0x20, 0x5F, "Zen 3"), (0x60, 0xAF, "Zen 4")),
+        26: ((0x00, 0x4F, "Zen 5"), (0x60, 0x7F, "Zen 5")),
+    },
+    "GenuineIntel": {
+        6: (
+            (0x4F, 0x4F, "Broadwell"),
+            (0x55, 0x55, "Skylake or Cascade Lake"),
+            (0x6A, 0x6C, "Ice Lake"),
+            (0x8F, 0x8F, "Sapphire Rapids"),
+            (0xAD, 0xAE, "Granite Rapids"),
+            (0xCF, 0xCF, "Emerald Rapids"),
+        )
+    },
+}
+"""The generation of a server's processor by vendor, family and models, which a rented machine's name leaves out.
+
+Source: the vendors' lists of families and models, as Linux has them in arch/x86/include/asm/intel-family.h and
+arch/x86/kernel/cpu/amd.c.
+"""
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The name of the processor, and its generation where that is known."""
+    if not cpuinfo.exists():
+        return platform.processor() or "unknown processor"
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    # The first processor is that of the first lines.
+    about = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    name = about.get("model name") or platform.processor() or "unknown processor"
+    family, model = about.get("cpu family", ""), about.get("model", "")
+    if not (family.isdigit() and model.isdigit()):
+        return name
+    ranges = GENERATIONS.get(about.get("vendor_id", ""), {}).get(int(family), ())
+    return next((f"{name} ({each})" for first, last, each in ranges if first <= int(model) <= last), name)
