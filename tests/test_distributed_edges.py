@@ -227,6 +227,27 @@ def test_a_group_that_ranks_do_not_agree_on_is_not_added():
         assert torch.allclose(added, torch.tensor(1.4))
 
 
+def add_refused(rank, size):
+    """Rank 1 tries to add what it must not; then all add a group."""
+    parameter, optimizer = make(rank, size)
+    start = time.monotonic()
+    error, message = (ValueError, "lr") if rank == 1 else (PeerError, "rank 1 does not come .* ValueError: .*lr")
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))], "lr": -1.0 if rank == 1 else 0.1})
+    waited = time.monotonic() - start
+    assert len(optimizer.param_groups) == len(optimizer.state) == 1
+    train(parameter, optimizer, 1)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.full((3,), 1.0 + rank))]})
+    train(parameter, optimizer, 1)
+    return waited, len(optimizer.param_groups)
+
+
+def test_a_rank_that_cannot_add_a_group_tells_the_others():
+    for waited, groups in ranks.run(3, add_refused):
+        assert waited < 10
+        assert groups == 2
+
+
 def dropped(rank, size):
     """Rank 0 lets go of its optimizer between backward and step."""
     parameter, optimizer = make(rank, size, overlap=True)

@@ -3,6 +3,7 @@
 import itertools
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.data import Dataset, RandomCropFlip, partition
+from gut_fast.distributed import PeerError
 from gut_fast.simulation import Simulator, stack
 
 NUM_AGENTS = 4
@@ -205,6 +207,24 @@ def forget_the_group(rank, size):
 def test_what_does_not_fit_the_ranks_is_refused():
     assert all(ranks.run(3, ask_for_the_impossible))
     assert all(ranks.run(2, forget_the_group))
+
+
+def fail_on_one_rank(rank, size):
+    """Rank 1 asks for the impossible; then none does."""
+    start = time.monotonic()
+    error, message = (ValueError, "batch_size") if rank == 1 else (PeerError, "rank 1 does not come .* batch_size")
+    with pytest.raises(error, match=message):
+        simulator(across=True, batch_size=0 if rank == 1 else 4)
+    waited = time.monotonic() - start
+    sim = simulator(across=True)
+    run(sim)
+    return waited, sim.step
+
+
+def test_a_rank_that_cannot_make_its_simulator_tells_the_others():
+    for waited, step in ranks.run(2, fail_on_one_rank):
+        assert waited < 10
+        assert step == 12
 
 
 def lose_a_rank(rank, size):

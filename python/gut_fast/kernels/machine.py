@@ -91,7 +91,7 @@ def machine_line() -> str:
     return f"{_processor()}, {system}, {threads} thread{'s' * (threads != 1)}, instruction tier {tier}"
 
 
-GENERATIONS = {
+GENERATIONS: dict[str, dict[int, tuple[tuple[int, int, str], ...]]] = {
     "AuthenticAMD": {
         23: (
             (0x01, 0x07, "Zen"),

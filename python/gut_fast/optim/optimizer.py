@@ -226,9 +226,24 @@ class GossipOptimizer(KeepsState):
         return self._local_before + 1 < self._local_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, with state zero. Raises as the constructor does, before anything has changed."""
+        """Adds a group, with state zero. Raises as the constructor does, before anything has changed.
+
+        All ranks call it; one that cannot add the group tells the others, which raise PeerError.
+        """
         if self._exchange is not None:
             self._exchange.check_idle()
+        with telling_the_others(lambda: self._exchange and self._is_made and self._exchange.group):
+            self._take_group(param_group)
+        try:
+            self._meet()
+        except BaseException:
+            self._prepared.pop()
+            for parameter in self.param_groups.pop()["params"]:
+                self.state.pop(parameter, None)
+            raise
+
+    def _take_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group that the other ranks have not yet met about."""
         params, tensors = checks.listed(param_group, self.rule, self._name)
         check_implementation(param_group, self._name)
         group = {**self.defaults, "drift_lr": 0.0, "round_lr": 0.0, **param_group}
@@ -253,13 +268,6 @@ class GossipOptimizer(KeepsState):
         self._stacks = None
         if self.capturable and tensors and tensors[0].is_cuda:
             self._traced_steps = self._traced_steps.to(tensors[0].device)
-        try:
-            self._meet()
-        except BaseException:
-            self._prepared.pop()
-            for parameter in self.param_groups.pop()["params"]:
-                self.state.pop(parameter, None)
-            raise
 
     def _prepare(self, parameters: Sequence[Tensor]) -> Prepared:
         """Makes what the kernels read of a group, the state zero and the coefficients not computed yet."""

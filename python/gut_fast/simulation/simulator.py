@@ -17,7 +17,7 @@ from gut_fast.agents import StackedModule, stack
 from gut_fast.agents.precision import check_autocast
 from gut_fast.arguments import as_integer, as_number
 from gut_fast.data import Augmentation, Dataset
-from gut_fast.distributed import Group
+from gut_fast.distributed import Group, telling_the_others
 from gut_fast.optim.gossip import clip_grad_norm_per_agent_
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.callbacks import AfterCheckpoint, Callback, Progress, ShowProgress, around, checked
@@ -128,32 +128,33 @@ class Simulator:
         num_workers: int = 0,
         process_group: dist.ProcessGroup | Group | None = None,
     ) -> None:
-        num_agents = topology.num_agents
-        num_models = module.num_agents if isinstance(module, StackedModule) else num_agents
-        parts = given_parts(data, parts)
-        num_parts = len(data if parts is None else parts)
-        if num_models != num_agents or num_parts != num_agents:
-            raise ValueError(
-                f"{topology} has {num_agents} agents, the model {num_models} and the data {num_parts} parts; "
-                "they must be equal"
+        with telling_the_others(lambda: process_group):
+            num_agents = topology.num_agents
+            num_models = module.num_agents if isinstance(module, StackedModule) else num_agents
+            parts = given_parts(data, parts)
+            num_parts = len(data if parts is None else parts)
+            if num_models != num_agents or num_parts != num_agents:
+                raise ValueError(
+                    f"{topology} has {num_agents} agents, the model {num_models} and the data {num_parts} parts; "
+                    "they must be equal"
+                )
+            if max_grad_norm is not None and not as_number(max_grad_norm, "max_grad_norm") > 0:
+                raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
+            agents = agents_here(num_agents, process_group)
+            stacked = module.part(agents) if isinstance(module, StackedModule) else stack(module, len(agents))
+            check_autocast(autocast, stacked.values.dtype)
+            self.stacked, self.topology, self.data = stacked, topology, data
+            workers = as_integer(num_workers, "num_workers", minimum=0)
+            self._samples_of = partial(joined, like=stacked.values[:0], channels_last=channels_last, workers=workers)
+            training, test = training_and_test(data, test_data)
+            samples, own_parts = self._samples_of(training, "data")
+            self._test = None if test is None else self._samples_of(test, "test_data")[0]
+            self.batches = Batches(samples, own_parts if parts is None else parts, batch_size, seed, augment, agents)
+            self._objective = make_objective(
+                loss, model_loss, metrics, autocast, samples, has_classes=isinstance(data, Dataset)
             )
-        if max_grad_norm is not None and not as_number(max_grad_norm, "max_grad_norm") > 0:
-            raise ValueError(f"max_grad_norm must be above 0, got {max_grad_norm}")
-        agents = agents_here(num_agents, process_group)
-        stacked = module.part(agents) if isinstance(module, StackedModule) else stack(module, len(agents))
-        check_autocast(autocast, stacked.values.dtype)
-        self.stacked, self.topology, self.data = stacked, topology, data
-        workers = as_integer(num_workers, "num_workers", minimum=0)
-        self._samples_of = partial(joined, like=stacked.values[:0], channels_last=channels_last, workers=workers)
-        training, test = training_and_test(data, test_data)
-        samples, own_parts = self._samples_of(training, "data")
-        self._test = None if test is None else self._samples_of(test, "test_data")[0]
-        self.batches = Batches(samples, own_parts if parts is None else parts, batch_size, seed, augment, agents)
-        self._objective = make_objective(
-            loss, model_loss, metrics, autocast, samples, has_classes=isinstance(data, Dataset)
-        )
-        check_labels(stacked, self._objective, samples, "data")
-        check_labels(stacked, self._objective, self._test, "test_data")
+            check_labels(stacked, self._objective, samples, "data")
+            check_labels(stacked, self._objective, self._test, "test_data")
         self.optimizer = make_optimizer(optimizer, stacked, topology)
         self._everyone = Everyone(agents, num_agents, stacked.device, self.optimizer)
         check_ranks(self._everyone.group, process_group)
