@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import ctypes
 import json
 import math
 import os
@@ -894,3 +895,23 @@ def test_bad_arguments_of_run_change_nothing(options, error, message):
 def test_bad_arguments_of_the_simulator(options, error, message):
     with pytest.raises(error, match=message):
         simulator(**{"model": plain_model, **options})
+
+
+FAULTS = """
+import resource, torch, gut_fast as gf
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(16 << 20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults(), gf.simulation.keep_freed_memory(), faults() and faults())
+"""
+
+
+def test_memory_that_is_freed_is_kept_for_the_next_step():
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    before, helps, after = done.stdout.split()
+    assert (helps == "True") == hasattr(ctypes.CDLL(None), "mallopt")
+    assert helps == "False" or int(after) < int(before) / 10

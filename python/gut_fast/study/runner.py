@@ -26,7 +26,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from gut_fast.files import read_within, remove_leftovers, write_text
-from gut_fast.simulation import Simulator
+from gut_fast.simulation import Simulator, keep_freed_memory
 from gut_fast.study.processes import INTERRUPTED, Child, ToldError
 from gut_fast.study.results import LINES, append_run, finished_runs, lines_of, remove_half_written, write_table
 from gut_fast.study.run import Run, make_simulator, train
@@ -243,6 +243,7 @@ def _train(
     for file in (checkpoint, seconds) if is_first else ():
         remove_leftovers(file)
     before = _seconds_in(seconds) if checkpoint.exists() and seconds.exists() else 0.0
+    keep_freed_memory()
     start = time.perf_counter()
     simulator = _simulator_at(checkpoint, task, process_group)
 
