@@ -1,6 +1,7 @@
 """States that were changed are loaded whole or refused whole, and the ones that crashed once stay refused."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ INNER = {
     "inner state of parameter 1: 'step' must be a finite number >= 0, got -1": lambda inner: inner["state"][1][
         "step"
     ].fill_(-1),
+    "finite learning rate 'lr' >= 0, got nan": lambda inner: inner["param_groups"][0].update(lr=math.nan),
     "are no options of AdamW: KeyError 'eps'": lambda inner: inner["param_groups"][0].pop("eps"),
     "are no options of AdamW: ValueError Invalid beta": lambda inner: inner["param_groups"][0].update(betas=(2.0, 0.9)),
 }

@@ -138,6 +138,13 @@ def shrunk(tensor):
     return copy
 
 
+def shrunk_view(tensor):
+    """A view at the end of a storage that has shrunk, but has more bytes than the view still."""
+    copy = torch.cat([tensor.flatten(), tensor.flatten()])[tensor.numel() :].view(tensor.shape)
+    copy.untyped_storage().resize_(copy.nbytes + 4)
+    return copy
+
+
 def made_in_inference_mode(tensor):
     with torch.inference_mode():
         return tensor.clone()
@@ -147,6 +154,7 @@ REFUSED = {
     "freed": (freed, "has no memory"),
     "a freed view": (freed_view, "has no memory"),
     "shrunk": (shrunk, "has no memory"),
+    "a shrunk view": (shrunk_view, "has no memory"),
     "negated": (torch._neg_view, "lazily negated"),
     "zero": (lambda tensor: torch._efficientzerotensor(tensor.shape), "lazily negated or zero"),
     "inference": (made_in_inference_mode, "inference mode"),
@@ -211,9 +219,25 @@ def test_memory_that_goes_between_steps_is_missed(field, size, backend):
     assert torch.equal(step.parameters[0], before)
 
 
+@each_backend
+def test_memory_of_a_tensor_in_another_ones_place_is_missed(backend):
+    """What a step has seen says nothing about the tensor that Python and malloc put there next."""
+    for columns in (6, 64, 1000):
+        step = a_step("gut")._replace(parameters=[torch.zeros(N, columns)], state=[torch.zeros(N * columns)])
+        for _ in range(50):
+            in_one(step._replace(gradients=[torch.zeros(N, columns)]), backend)
+            shrinking = torch.zeros(N, columns)
+            for size in (3 * N * columns, 2 * N * columns, 3 * N * columns):
+                shrinking.untyped_storage().resize_(size)
+                with pytest.raises(ValueError, match="has no memory"):
+                    in_one(step._replace(gradients=[shrinking]), backend)
+            del shrinking
+
+
 BAD_ROWS = {
     "freed": (freed, "has no memory"),
     "shrunk": (shrunk, "has no memory"),
+    "a shrunk view": (shrunk_view, "has no memory"),
     "negated": (torch._neg_view, "lazily negated"),
     "fake": (FAKE.from_tensor, "FakeTensor"),
 }

@@ -104,7 +104,7 @@ class TensorReader {
         parameter_(torch.attr("nn").attr("Parameter")),
         is_neg_(tensor_.attr("is_neg")),
         storage_(tensor_.attr("untyped_storage")),
-        num_bytes_(torch.attr("UntypedStorage").attr("nbytes")),
+        offset_(tensor_.attr("storage_offset")),
         is_inference_(tensor_.attr("is_inference")),
         in_inference_mode_(torch.attr("is_inference_mode_enabled")) {
     const char* name = "__dlpack_c_exchange_api__";
@@ -130,10 +130,11 @@ class TensorReader {
     require(is_tensor(object));
     PlainTensor tensor = borrow_ != nullptr ? borrowed(object) : described(object);
     require(call(is_neg_, object).is(py::handle(Py_False)));
-    if (tensor.numel() > 0 && !is_known(object, tensor)) {
-      require(tensor.data != nullptr &&
-              PyLong_AsLongLong(call(num_bytes_, call(storage_, object)).ptr()) >= tensor.num_bytes());
-      known(object) = {object.ptr(), tensor.data, tensor.num_bytes()};
+    if (tensor.numel() > 0) {
+      const auto before = PyLong_AsLongLong(call(offset_, object).ptr()) * (tensor.dtype.bits / 8);
+      const auto there = PyObject_Size(call(storage_, object).ptr());
+      if (there < 0) throw py::error_already_set();
+      require(tensor.data != nullptr && there >= before + tensor.num_bytes());
     }
     return tensor;
   }
@@ -194,30 +195,13 @@ class TensorReader {
     return tensor;
   }
 
-  // What was found to have its memory has it while its address is the same: a storage that is resized moves.
-  struct Known {
-    const void *object, *data;
-    std::int64_t num_bytes;
-  };
-  static constexpr std::size_t kNumKnown = 4096;
-
-  static Known& known(py::handle object) {
-    static thread_local std::vector<Known> all(kNumKnown);
-    return all[reinterpret_cast<std::uintptr_t>(object.ptr()) / 16 % kNumKnown];
-  }
-
-  static bool is_known(py::handle object, const PlainTensor& tensor) {
-    const Known& before = known(object);
-    return before.object == object.ptr() && before.data == tensor.data && before.num_bytes == tensor.num_bytes();
-  }
-
   static py::object call(const py::object& method, py::handle object) {
     auto result = py::reinterpret_steal<py::object>(PyObject_CallOneArg(method.ptr(), object.ptr()));
     if (!result) throw py::error_already_set();
     return result;
   }
 
-  py::object tensor_, parameter_, is_neg_, storage_, num_bytes_, is_inference_, in_inference_mode_;
+  py::object tensor_, parameter_, is_neg_, storage_, offset_, is_inference_, in_inference_mode_;
   int (*borrow_)(void*, dlpack::Tensor*) = nullptr;
   std::vector<std::pair<py::object, dlpack::DataType>> dtypes_;
 };

@@ -322,7 +322,7 @@ def _expected(step):
         results = combined_in_float64(plain, [None] * step.num_agents)
     except Exception:
         return None
-    return results if all(each.isfinite().all() and each.abs().amax(()) < 1e30 for each in results) else None
+    return results if all((each.abs() < 1e30).all() for each in results) else None
 
 
 def _compare(step, expected):

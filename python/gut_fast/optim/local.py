@@ -127,9 +127,11 @@ def _expected(optimizer: Optimizer, own: Mapping[str, Any], saved: dict[str, Any
         ValueError: it can be tried with the optimizer's own options, but not with the saved ones.
     """
     try:
-        float(saved["lr"])
+        lr = float(saved["lr"])
     except Exception as error:
         raise ValueError(f"{where} must have a learning rate 'lr' of one number: {error}") from error
+    if not 0.0 <= lr < math.inf:
+        raise ValueError(f"{where} must have a finite learning rate 'lr' >= 0, got {lr}")
     try:
         _tried(optimizer, own)
     except Exception:  # as in `why_not_local`

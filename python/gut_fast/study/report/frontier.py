@@ -25,6 +25,9 @@ PANELS_PER_ROW = 2
 PANEL = (5.5, 4.2)
 """Inches of a panel."""
 
+LEGEND = 1.4
+"""Inches of the legend's height below one panel."""
+
 FILLS: dict[str, Any] = {"none": "full", "bfloat16": "left", "int8": "bottom", "int4": "none"}
 """How markers are filled for each width of messages; ``none`` is the width of the parameters."""
 
@@ -71,7 +74,7 @@ def draw_frontier(study: Study, path: Path) -> Picture:
     rows = -(-len(study.points) // PANELS_PER_ROW)
     columns = min(len(study.points), PANELS_PER_ROW)
     metric, measure = next(iter(study.measures.items()))
-    with small_figure(path, (PANEL[0] * columns, PANEL[1] * rows + 0.8)) as figure:
+    with small_figure(path, (PANEL[0] * columns, PANEL[1] * rows + LEGEND / columns)) as figure:
         panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
         shown = [
             _plot_point(axes, study, metric, point) for axes, point in zip(panels.flat, study.points, strict=False)
@@ -79,10 +82,13 @@ def draw_frontier(study: Study, path: Path) -> Picture:
         for axes in panels.flat[len(study.points) :]:
             axes.remove()
         _set_limits(panels[0, 0], np.concatenate(shown), lower_is_better=measure.lower_is_better)
-        figure.supxlabel("MB sent by each agent in the whole run", fontsize=10)
+        for place, axes in enumerate(panels.flat[: len(study.points)]):
+            if place + columns >= len(study.points):
+                axes.set_xlabel("MB sent by each agent in the whole run")
+                axes.tick_params(labelbottom=True)
         figure.supylabel(measure.title(study.accuracy), fontsize=10)
         handles = list(_legend(study))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5))
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns))
     return Picture(
         path,
         "What the averaged model reaches at the end, against the bytes that an agent has sent in the whole run: mean "
