@@ -697,13 +697,16 @@ def test_whoever_reads_the_output_may_leave():
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("closed", ["stdout", "stderr"])
-def test_a_closed_stream_is_no_reason_to_stop(tmp_path, closed):
-    command = f"{sys.executable} -m gut_fast {' '.join(QUICK)} {1 if closed == 'stdout' else 2}>&-"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
-    assert done.returncode == 0
+def test_a_closed_stderr_is_no_reason_to_stop_and_a_closed_stdout_is_one_not_to_begin(tmp_path):
+    def run(closed):
+        command = f"{sys.executable} -m gut_fast {' '.join(QUICK)} {closed}"
+        return subprocess.run(["sh", "-c", command], capture_output=True, text=True)
+
+    assert run("1>&-").returncode == 1
+    assert not (tmp_path / "outputs").exists()
+    done = run("2>&-")
+    assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "outputs" / "train" / "curves.png").exists()
-    assert getattr(done, closed) == ""
 
 
 # Topologies

@@ -1,6 +1,7 @@
 """What the command prints where nobody can read it, and what it makes of text that a terminal would obey."""
 
 import io
+import shlex
 import subprocess
 import sys
 
@@ -26,6 +27,16 @@ def test_an_output_that_was_closed_is_one_line_and_exit_code_1():
     assert started.returncode == 1
     assert message.startswith("gut-fast: error: cannot write: ")
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(("closed", "code"), [(">&-", 1), ("2>&-", 0), (">&- 2>&-", 1)])
+def test_an_output_that_was_closed_before_the_start_is_said_at_once(closed, code):
+    command = f"{shlex.join(COMMAND)} {closed}"
+    ended = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert ended.returncode == code
+    assert ended.stderr.count("\n") == (closed == ">&-")
+    assert (closed == ">&-") == ("the output was closed before the start" in ended.stderr)
+    assert (ended.stdout != "") == (code == 0)
 
 
 HOSTILE = "a\x1b[2J\x07\x9b5m\u202eb\x7f"

@@ -32,9 +32,11 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE,
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs ``gut-fast`` with these arguments, by default those of the process, and returns the exit code."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # it was closed before the program began
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    were_closed = [name for name in ("stdout", "stderr") if getattr(sys, name) is None]
+    for name in were_closed:
+        setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+    if "stdout" in were_closed:
+        return _cannot_write("the output was closed before the start; give it to a file, or to /dev/null")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # where the output is not UTF-8, λ₂ becomes ?₂
