@@ -17,6 +17,7 @@ import gut_fast as gf
 from gut_fast.study import plots
 from gut_fast.study.graph_pictures import plot_graph
 from gut_fast.study.looks import LOOKS
+from gut_fast.study.report.frontier import bytes_sent
 from gut_fast.study.report.study import END, gather
 from gut_fast.study.results import read_results
 
@@ -177,6 +178,7 @@ def draw_way(figure: Figure) -> None:
     axes.set_axis_off()
 
 
+FRONTIER = ("exact averages", "DSGD", "GUT", "GASLoC", "QGT")
 ORDER = ("DSGD", "GUT", "D2", "QG-DSGDm", "QG-GUTm", "QG-DSGDm β+μ", "GUTm", "QGT")
 
 
@@ -195,7 +197,28 @@ def draw_results(figure: Figure) -> None:
         axes.set_ylim(len(study.methods) - 0.4, -0.6)
 
 
+def draw_frontier(figure: Figure) -> None:
+    """Accuracy against bytes on the ring where data differ most, of some methods."""
+    axes = figure.subplots()
+    folder = Path(__file__).parents[1] / "results/frontier"
+    study = gather([read_results(folder / name) for name in ("ring", "ring-int4")])
+    point = study.points[0]
+    for name in FRONTIER:
+        look = LOOKS[name]
+        for end, fill in ((", int4", "none"), ("", "full")):
+            methods = [f"{name}, H = {H}{end}" for H in (16, 4, 1) if f"{name}, H = {H}{end}" in study.methods]
+            sent = [bytes_sent(study, method, point) / 1e6 for method in methods]
+            found = [study.numbers(method, "test_accuracy", point, END) for method in methods]
+            style: dict[str, Any] = {"color": look.color, "marker": look.marker, "fillstyle": fill, "capsize": 2}
+            means, spreads = ([getattr(each, what)() for each in found] for what in ("mean", "std"))
+            label = name if fill == "full" else None
+            axes.errorbar(sent, means, yerr=spreads, linestyle=look.line, linewidth=1.3, label=label, **style)
+    axes.set(xscale="log", xlabel="MB sent by each agent, H = 16, 4, 1; hollow: in 4 bits", ylabel="test accuracy in %")
+    axes.legend(loc="lower right", fontsize=9)
+
+
 PICTURES = {
+    "frontier": (draw_frontier, 3.9),
     "agents": (draw_agents, 3.8),
     "mixing": (draw_mixing, 2.8),
     "drift": (draw_drift, 2.6),

@@ -267,7 +267,7 @@ def test_coded_messages_serve_an_inner_optimizer_and_its_state(wire):
         parameter = torch.nn.Parameter(seeded(4, 300, seed=1, dtype=torch.float32))
         ring = gf.topology.ring(4)
         inner = torch.optim.AdamW([parameter], lr=0.01)
-        return parameter, gf.Gossip(inner, "gut", topology=ring, wire_dtype=wire)
+        return parameter, gf.Gossip(inner, "gut", mu=0.5, topology=ring, wire_dtype=wire)
 
     def train(parameter, optimizer):
         for _ in range(6):

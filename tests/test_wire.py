@@ -42,7 +42,7 @@ def assert_stacked_numbers(size, cases, steps):
                 assert torch.equal(own.reshape(expected.shape), expected), (rule, graph, both, across, rank)
 
 
-@pytest.mark.filterwarnings("ignore:.* unstable on")
+@pytest.mark.filterwarnings("ignore:.* unstable on", "ignore:.* grows from round to round")
 @pytest.mark.parametrize(
     ("size", "graph", "n"),
     [(2, "ring", 4), (4, "ring", 4), (2, "random", 8), (3, "one_peer_exponential", 6), (4, "random_matching", 4)],

@@ -18,6 +18,7 @@ that differ in curvature are outside this analysis. `predict` gathers all result
 """
 
 from gut_fast.analysis.choice import advice, auto_kappa, auto_mu, with_auto
+from gut_fast.analysis.coding import coding_advice, coding_error, coding_limit
 from gut_fast.analysis.limits import Stability, averaging_rate_limit, learning_rate_limit, stability, stability_limit
 from gut_fast.analysis.prediction import Prediction, predict
 from gut_fast.analysis.rounding import RECENTRING, Rounding, conserved, keeps_mean, rounding
@@ -35,6 +36,9 @@ __all__ = [
     "auto_mu",
     "averaging_rate_limit",
     "bias_factor",
+    "coding_advice",
+    "coding_error",
+    "coding_limit",
     "conserved",
     "keeps_mean",
     "learning_rate_limit",

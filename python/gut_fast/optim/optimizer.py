@@ -284,6 +284,10 @@ class GossipOptimizer(KeepsState):
             return  # one rank says it for all
         settings = {name: value for name, value in self._settings(group).items() if not name.startswith("drift_")}
         advice = analysis.advice(self.rule, settings, self.topology, local_steps=self.local_steps)
+        code = None if self._wire is None else self._wire.code(torch.float32)
+        if advice is None and code is not None and code.kind == "difference":
+            about = self.rule, settings, self.topology, code.bits
+            advice = analysis.coding_advice(*about, at_random=code.seed is not None, local_steps=self.local_steps)
         if advice is not None:
             warnings.warn(f"{self._name}: {advice}", UserWarning, stacklevel=checks.frames_to_the_caller())
 

@@ -21,12 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["bytes_sent", "draw_frontier", "families", "has_frontier"]
 
-PANELS_PER_ROW = 2
-PANEL = (5.5, 4.2)
-"""Inches of a panel."""
+PANEL = (5.5, 3.8)
+"""Inches of a panel: below each other, so that a phone shows them at full width."""
 
-LEGEND = 1.4
-"""Inches of the legend's height below one panel."""
+LEGEND, LEGENDS_PER_ROW = 1.2, 3
+"""Inches of the legend's height, and its columns."""
 
 FILLS: dict[str, Any] = {"none": "full", "bfloat16": "left", "int8": "bottom", "int4": "none"}
 """How markers are filled for each width of messages; ``none`` is the width of the parameters."""
@@ -71,24 +70,15 @@ def draw_frontier(study: Study, path: Path) -> Picture:
 
     All panels share their scales.
     """
-    rows = -(-len(study.points) // PANELS_PER_ROW)
-    columns = min(len(study.points), PANELS_PER_ROW)
     metric, measure = next(iter(study.measures.items()))
-    with small_figure(path, (PANEL[0] * columns, PANEL[1] * rows + LEGEND / columns)) as figure:
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-        shown = [
-            _plot_point(axes, study, metric, point) for axes, point in zip(panels.flat, study.points, strict=False)
-        ]
-        for axes in panels.flat[len(study.points) :]:
-            axes.remove()
-        _set_limits(panels[0, 0], np.concatenate(shown), lower_is_better=measure.lower_is_better)
-        for place, axes in enumerate(panels.flat[: len(study.points)]):
-            if place + columns >= len(study.points):
-                axes.set_xlabel("MB sent by each agent in the whole run")
-                axes.tick_params(labelbottom=True)
+    rows = len(study.points)
+    with small_figure(path, (PANEL[0], PANEL[1] * rows + LEGEND)) as figure:
+        panels = figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+        shown = [_plot_point(axes, study, metric, point) for axes, point in zip(panels, study.points, strict=True)]
+        _set_limits(panels[0], np.concatenate(shown), lower_is_better=measure.lower_is_better)
+        panels[-1].set_xlabel("MB sent by each agent in the whole run")
         figure.supylabel(measure.title(study.accuracy), fontsize=10)
-        handles = list(_legend(study))
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 3 * columns))
+        figure.legend(handles=list(_legend(study)), loc="outside lower center", ncols=LEGENDS_PER_ROW)
     return Picture(
         path,
         "What the averaged model reaches at the end, against the bytes that an agent has sent in the whole run: mean "
