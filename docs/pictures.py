@@ -178,7 +178,7 @@ def draw_way(figure: Figure) -> None:
     axes.set_axis_off()
 
 
-FRONTIER = ("exact averages", "DSGD", "GUT", "GASLoC", "QGT")
+FRONTIER = ("exact averages β", "exact averages", "QGT", "GASLoC", "GUT", "DSGD")
 ORDER = ("DSGD", "GUT", "D2", "QG-DSGDm", "QG-GUTm", "QG-DSGDm β+μ", "GUTm", "QGT")
 
 
@@ -201,7 +201,7 @@ def draw_frontier(figure: Figure) -> None:
     """Accuracy against bytes on the ring where data differ most, of some methods."""
     axes = figure.subplots()
     folder = Path(__file__).parents[1] / "results/frontier"
-    study = gather([read_results(folder / name) for name in ("ring", "ring-int4")])
+    study = gather([read_results(folder / name) for name in ("ring", "ring-int4", "exact-momentum")])
     point = study.points[0]
     for name in FRONTIER:
         look = LOOKS[name]

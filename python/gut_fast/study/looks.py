@@ -41,6 +41,7 @@ LOOKS = {
     "momentum tracking": Look("#5E4FA2", (6, 1, 0), DOTTED),
     "K-GT": Look("#661100", (3, 1, 0), DOTTED),
     "exact averages": Look("#999999", "x", SHORT),
+    "exact averages β": Look("#666666", "+", SHORT),
     "local AdamW": Look("#888833", "1", SHORT),
     "DiLoCo": Look("#117733", "2", SHORT),
     "all-reduce every step": Look("#444444", "_", SHORT),
