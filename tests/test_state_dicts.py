@@ -99,6 +99,14 @@ def test_inner_state_that_cannot_be_stepped_is_refused(message):
     assert state_dicts.same(optimizer.inner.state_dict(), before)
 
 
+def test_an_option_that_only_a_second_step_reads_is_tried_too():
+    params, optimizer = state_dicts.trained(state_dicts.TARGETS["SGD, momentum"])
+    state = copy.deepcopy(optimizer.state_dict())
+    state["inner"]["param_groups"][0].update(dampening=10**400, nesterov=False)
+    with refused(params, optimizer, ValueError, "are no options of SGD: OverflowError"):
+        optimizer.load_state_dict(state)
+
+
 class LosesItsFile(torch.optim.SGD):
     """An optimizer that fails while it loads a state, after it has begun."""
 

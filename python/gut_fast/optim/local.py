@@ -145,7 +145,10 @@ def _expected(optimizer: Optimizer, own: Mapping[str, Any], saved: dict[str, Any
 
 
 def _tried(optimizer: Optimizer, options: Mapping[str, Any]) -> tuple[Tensor, dict[str, Any]]:
-    """Takes a step of two agents with these options; returns a parameter of theirs, (2, 3, 4), and its state."""
+    """Takes two steps of two agents with these options; returns a parameter of theirs, (2, 3, 4), and its state.
+
+    Two, for some options are not read in the first one, such as SGD's dampening.
+    """
     parameter = torch.ones(2, 3, 4, device=optimizer.param_groups[0]["params"][0].device, requires_grad=True)
     parameter.grad = torch.ones_like(parameter)
     options = {key: value for key, value in options.items() if key not in ("params", "param_names")}
@@ -158,7 +161,8 @@ def _tried(optimizer: Optimizer, options: Mapping[str, Any]) -> tuple[Tensor, di
     else:
         twin = _twin(optimizer, options, [parameter])
     with torch.random.fork_rng(devices=[]):
-        _plain_step(twin)
+        for _ in range(2):
+            _plain_step(twin)
     return parameter, dict(twin.state[parameter])
 
 
