@@ -331,6 +331,7 @@ def run_in_processes(
                     at_work[connection] = (child, waiting.pop(0))
                     return
             child.process.join()
+            connection.close()
         elif message is not None:
             failures.append(Failure(task, message))
             watcher.failed(failures[-1])
