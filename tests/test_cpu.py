@@ -192,21 +192,30 @@ def test_bits_do_not_depend_on_the_plan(plan, threads, graph):
         assert all(same_bits(result, results[0]) for result in results)
 
 
+def columns(plan):
+    return int(plan.split(",")[0].removeprefix("block="))
+
+
 def test_the_first_steps_try_plans_and_one_stays(threads, plan):
     threads(2)
     step = a_step("gut", topology.ring(16), (6000,))
     expected, plans = copied(step), []
-    for _ in range(40):
+    for _ in range(70):
         ops.gossip_step_(*step, backend="cpu")
         plans.append(cpu.last_plan())
         plan(PLANS[-1])
         ops.gossip_step_(*expected, backend="cpu")
         plan(None)
     assert same_bits(outputs(step), outputs(expected))
-    assert len(set(plans[:6])) == 6
-    assert plans[:30] == plans[:6] * 5
-    assert set(plans[30:]) <= {*plans[:6]}
-    assert len(set(plans[30:])) == 1
+    blocks, variants, rest = plans[:30], plans[30:60], plans[60:]
+    assert [columns(each) for each in blocks[:6]] == [256, 128, 512, 1024, 2048, 4096]
+    assert len({columns(each) for each in variants}) == 1
+    assert len(set(variants[:6])) == 6
+    assert blocks == blocks[:6] * 5
+    assert variants == variants[:6] * 5
+    assert variants[0] in blocks
+    assert rest == [rest[0]] * 10
+    assert rest[0] in variants
     threads(1)
     ops.gossip_step_(*step, backend="cpu")
     assert cpu.last_plan().endswith("threads=1")

@@ -43,52 +43,66 @@ const Caches& caches() {
 // What decides how long a step takes, apart from the plan.
 using Kind = std::array<std::int64_t, 8>;
 
-// The plans for steps of one kind, tried in turn until each has had its steps.
+// The plans for steps of one kind, tried in turn until each has had its steps: blocks up to the longest that leave a
+// cache room for messages, and then variants of the best of them.
 class Trial {
  public:
-  Trial(const Kind& kind, const Plan& likely) : kind(kind) {
+  Trial(const Kind& kind, const Plan& likely, std::int64_t longest) : kind(kind), best_(likely) {
     const auto [block, ahead, fetch, threads] = likely;
-    plans_ = {{likely,
-               {block, ahead, Fetch::write, threads},
-               {block, ahead / 4, Fetch::write, threads},
-               {block, 2 * ahead, Fetch::outer, threads},
-               {block / 2, ahead, fetch, threads},
-               {block, ahead, fetch, 1}}};
-    shortest_.fill(std::numeric_limits<double>::infinity());
+    const auto with = [&, ahead = ahead, fetch = fetch, threads = threads](std::int64_t columns) {
+      return Plan{std::max(block, std::min(columns, longest)), ahead, fetch, threads};
+    };
+    start({likely, {block / 2, ahead, fetch, threads}, with(2 * block), with(4 * block), with(8 * block),
+           with(16 * block)});
   }
 
-  const Plan& plan() const { return plans_[is_over() ? fastest_ : num_steps_ % plans_.size()]; }
+  const Plan& plan() const { return is_over() ? best_ : plans_[num_steps_ % kTriedPlans]; }
 
   void took(double seconds) {
     if (is_over()) return;
-    auto& shortest = shortest_[num_steps_++ % plans_.size()];
+    auto& shortest = shortest_[num_steps_++ % kTriedPlans];
     shortest = std::min(shortest, seconds);
-    if (!is_over()) return;
+    if (num_steps_ % (kTriedPlans * kTries) != 0) return;
     const auto best = std::min_element(shortest_.begin(), shortest_.end());
-    if (*best < kClearly * shortest_[0]) fastest_ = best - shortest_.begin();
+    if (*best < kClearly * shortest_[0]) best_ = plans_[best - shortest_.begin()];
+    if (is_over()) return;
+    const auto [block, ahead, fetch, threads] = best_;
+    start({best_,
+           {block, 0, Fetch::none, threads},
+           {block, ahead, Fetch::write, threads},
+           {block, ahead / 4, Fetch::write, threads},
+           {block, 2 * ahead, Fetch::outer, threads},
+           {block, ahead, fetch, 1}});
   }
 
   const Kind kind;
 
  private:
-  static constexpr double kClearly = 0.97;  // of the likely plan's time; the rest may be chance
+  using Plans = std::array<Plan, kTriedPlans>;
+  static constexpr double kClearly = 0.97;  // of the first plan's time; the rest may be chance
 
   bool is_over() const { return num_steps_ == kTriedSteps; }
 
-  std::array<Plan, kTriedPlans> plans_;
+  void start(const Plans& plans) {
+    plans_ = plans;
+    shortest_.fill(std::numeric_limits<double>::infinity());
+  }
+
+  Plan best_;
+  Plans plans_;
   std::array<double, kTriedPlans> shortest_;
-  std::size_t num_steps_ = 0, fastest_ = 0;
+  int num_steps_ = 0;
 };
 
 thread_local std::list<Trial> trials;  // the last one used first
 thread_local Trial* tried = nullptr;   // by the last step
 
-Plan tried_plan(const Kind& kind, const Plan& likely) {
+Plan tried_plan(const Kind& kind, const Plan& likely, std::int64_t longest) {
   constexpr std::size_t kKept = 64;
   auto found = std::find_if(trials.begin(), trials.end(), [&](const Trial& each) { return each.kind == kind; });
   if (found == trials.end()) {
     if (trials.size() == kKept) trials.pop_back();
-    trials.emplace_front(kind, likely);
+    trials.emplace_front(kind, likely, longest);
   } else {
     trials.splice(trials.begin(), trials, found);
   }
@@ -126,7 +140,7 @@ Plan choose_plan(const StepArgs& args, const Schedule& schedule, int num_threads
   if (const auto columns = num_columns(args); n * columns >= kAlone && forced.load() == nullptr) {
     plan = tried_plan({n, args.mixing.row_start[n], args.num_states, args.num_messages, static_cast<int>(args.dtype),
                        static_cast<int>(args.state_dtype), columns, num_threads},
-                      plan);
+                      plan, caches().second / bytes_of_column);
   }
   return decided(plan, num_threads, step);
 }
@@ -137,10 +151,10 @@ void plan_took(double seconds) {
 
 Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, int num_threads, std::int64_t itemsize,
                        std::int64_t step) {
-  const auto rows = num_rows * args.num_messages + (args.num_states + 2) * args.mixing.num_agents;
-  const auto fitting = caches().first / (rows * itemsize);
-  return decided({std::clamp(fitting, step, std::int64_t{1024}), 0, Fetch::none, useful_threads(args, num_threads)},
-                 num_threads, step);
+  constexpr std::int64_t kShort = 1 << 10, kLong = 16 << 10;  // bytes of a row in a block
+  const auto fitting = caches().second / 2 / (num_rows * args.num_messages * itemsize);
+  const auto block = std::clamp(fitting, kShort / itemsize, kLong / itemsize);
+  return decided({block, 0, Fetch::none, useful_threads(args, num_threads)}, num_threads, step);
 }
 
 void force_plan(const std::optional<Plan>& plan) {

@@ -19,12 +19,13 @@ struct Plan {
   std::int32_t threads;  // at most
 };
 
-// How many steps of each kind and size try plans.
-constexpr int kTriedPlans = 6, kTriedSteps = 5 * kTriedPlans;
+// How many steps of each kind and size try plans: two rounds of so many plans, each tried so often.
+constexpr int kTriedPlans = 6, kTries = 5, kTriedSteps = 2 * kTriedPlans * kTries;
 
 // The plan for the processor at hand, in whole steps of so many columns; or the forced one. The first steps of each
-// kind and size that a thread takes try what is likely to be fast, given the caches, and the fastest is kept: which
-// kind of fetches a processor likes, and what it costs to wake a thread, is not to be read off it.
+// kind and size that a thread takes try what may be fast, first blocks of several lengths and then other fetches and
+// one thread, and the fastest is kept: what a processor pays for each visit to a row, which fetches it likes, and what
+// it costs to wake a thread, is not to be read off it.
 Plan choose_plan(const StepArgs& args, const Schedule& schedule, int num_threads, std::int64_t itemsize,
                  std::int64_t step);
 

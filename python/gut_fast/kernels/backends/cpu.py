@@ -63,7 +63,7 @@ def force_plan(plan: str | None) -> None:
     than `torch.get_num_threads()`. Bits do not depend on it.
 
     Without it the plan follows from the sizes of the caches, and the first steps of each kind and size,
-    `TRIED_STEPS`, try variants of it, of which the fastest stays.
+    `TRIED_STEPS`, try longer and shorter blocks and then variants of the best; the fastest stays.
 
     Raises:
         ValueError: the plan is not of this form, or a number is out of range.
