@@ -52,7 +52,11 @@ class Trial {
     const auto with = [&, ahead = ahead, fetch = fetch, threads = threads](std::int64_t columns) {
       return Plan{std::max(block, std::min(columns, longest)), ahead, fetch, threads};
     };
-    start({likely, {block / 2, ahead, fetch, threads}, with(2 * block), with(4 * block), with(8 * block),
+    start({likely,
+           {block / 2, ahead, fetch, threads},
+           with(2 * block),
+           with(4 * block),
+           with(8 * block),
            with(16 * block)});
   }
 

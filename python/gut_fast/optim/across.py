@@ -17,6 +17,7 @@ from gut_fast.distributed import SCALED, Exchange, Group, Together, Wire, state_
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
+from gut_fast.optim.progress import Progress
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
@@ -37,10 +38,7 @@ class AcrossRanks(Optimizer):
     _together: Together | None = None  # codes or rounds messages where all agents are here
     _hooks: tuple[RemovableHandle, ...] = ()
     _is_made: bool = False  # once the constructor has added its groups
-    _eager_steps: int
-    _rounds: int  # those of eager steps that have mixed
-    _local_before: int  # local steps since then
-    local_steps: int
+    _progress: Progress
     rule: UpdateRule
 
     @property
@@ -50,20 +48,6 @@ class AcrossRanks(Optimizer):
     @property
     @abstractmethod
     def _num_here(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def num_steps(self) -> int:
-        """The number of steps taken."""
-
-    @property
-    @abstractmethod
-    def num_rounds(self) -> int:
-        """The number of steps that have mixed."""
-
-    @property
-    @abstractmethod
-    def _is_local(self) -> bool: ...
 
     @abstractmethod
     def _group_steps(self, grad_scale: Tensor | None) -> list[GossipStep | None]: ...
@@ -84,9 +68,8 @@ class AcrossRanks(Optimizer):
             steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
             meeting = self._exchange.meet(self.param_groups, [*steps, *self._state_steps()])
             if meeting.step is not None:  # a newcomer comes to the end of a round
-                self._rounds, self._local_before = meeting.step, self.local_steps - 1
-                self._eager_steps = (meeting.step + 1) * self.local_steps - 1
-            if meeting.difference and not self.num_steps and not self._exchange.group.rank:
+                self._progress.go_to_end_of(meeting.step)
+            if meeting.difference and not self._progress.steps and not self._exchange.group.rank:
                 said = f"{self._name}: {meeting.difference}"
                 warnings.warn(said, UserWarning, stacklevel=checks.frames_to_the_caller())
             self._listen(self._exchange)
@@ -102,7 +85,7 @@ class AcrossRanks(Optimizer):
         if is_local:
             exchange.run_local(steps)
             return
-        exchange.run([*steps, *self._state_steps()], self.num_rounds, None if scale is None else SCALED)
+        exchange.run([*steps, *self._state_steps()], self._progress.rounds, None if scale is None else SCALED)
         if self.topology is not exchange.topology:
             self.topology = exchange.topology
             for group in self.param_groups:
@@ -123,9 +106,9 @@ class AcrossRanks(Optimizer):
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         """Lets the buckets leave that were waiting for this gradient only."""
-        if self._exchange is not None and self._exchange.overlap is not None and not self._is_local:
+        if self._exchange is not None and self._exchange.overlap is not None and not self._progress.is_local:
             for bucket in self._exchange.overlap.completed_by(parameter):
-                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self.num_rounds)
+                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self._progress.rounds)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -38,13 +38,11 @@ class KeepsState(AcrossRanks):
 
     rule: UpdateRule
     backend: str
-    _local_steps: int
     state_dtype: torch.dtype | None
     capturable: bool
     _prepared: list[Prepared]  # one per group
     _views: Views
     _number: int
-    _traced_steps: Tensor
     _stacks: list[StackedModule] | None = None  # whose parameters these are; None is not looked up yet
 
     @abstractmethod
@@ -121,7 +119,7 @@ class KeepsState(AcrossRanks):
             prepared.recentre(self._num_here, self.topology.num_agents, add_up)
 
     def _recentre_if_due(self) -> None:
-        if self._eager_steps and self._eager_steps % analysis.RECENTRING == 0 and self._exchange is None:
+        if (steps := self._progress.eager_steps) and steps % analysis.RECENTRING == 0 and self._exchange is None:
             self.recentre()
 
     def _take_parameters(self) -> None:
@@ -162,8 +160,7 @@ class KeepsState(AcrossRanks):
         self._follow_state()
         part = self._exchange or self._together
         wire = {"wire": state} if part is not None and (state := part.state()) else {}
-        counts = {"step": self.num_steps, "round": self.num_rounds, "local_before": self._local_before}
-        return {**super().state_dict(), "rule": self.rule.name, **counts, **wire}
+        return {**super().state_dict(), "rule": self.rule.name, **self._progress.state(), **wire}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,9 +205,7 @@ class KeepsState(AcrossRanks):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 for name in self.rule.states:
                     self.state[parameter][name].copy_(loaded["state"][index][name])
-        self._eager_steps = loaded.get("step", 0)
-        self._rounds, self._local_before = loaded.get("round", self._eager_steps), loaded.get("local_before", 0)
-        self._traced_steps.zero_()
+        self._progress.load_state(loaded)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = self.__dict__["state"]
@@ -221,8 +216,7 @@ class KeepsState(AcrossRanks):
     def __getstate__(self) -> dict[str, Any]:
         if self._exchange is not None:
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
-        counts = "_eager_steps", "_rounds", "_local_before", "_local_steps", "_traced_steps"
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", "_together", *counts
+        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", "_together", "_progress"
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
 
     @torch.no_grad()
@@ -234,7 +228,7 @@ class KeepsState(AcrossRanks):
                 group.setdefault(name, self.defaults.get(name, value))
         # A shallow copy shares these with its original.
         self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
-        self._traced_steps, self._together = self._traced_steps.clone(), self._together and self._together.copied()
+        self._progress, self._together = self._progress.copied(), self._together and self._together.copied()
         self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
         self._views = Views()
         self._adopt_state()
