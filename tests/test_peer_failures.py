@@ -15,6 +15,7 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.distributed import Group, MismatchError, PeerError, notes, rejoin
+from gut_fast.distributed import group as connections
 from gut_fast.verify.lockstep import seeded
 
 SIZE = 5
@@ -121,6 +122,43 @@ def test_the_others_go_on(seed, wire):
         assert (mean - goals[left].mean(0)).abs().max() < 0.02
         within_reach = sorted(nx.node_connected_component(pairs, rank))
         assert (mine - goals[within_reach].mean(0)).abs().max() < 0.6  # of goals that lie about 2 apart
+
+
+def die_while_connecting(rank, size, moment, is_seen):
+    """Rank 1 dies, and rank 3 when the others connect anew. Returns who is left, and the seconds since the start."""
+    if not is_seen:  # as on machines of their own
+        connections.has_ended = lambda mark: False
+    parameter, optimizer = optimizer_of(Group(ranks.store, rank, range(size), timeout=4.0), size)
+    connect = connections._Gloo.__init__
+
+    def connect_and_die(self, *arguments):
+        if moment == "while":
+            Timer(0.003, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        if moment != "before":
+            connect(self, *arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 3:
+        connections._Gloo.__init__ = connect_and_die
+    start = time.monotonic()
+    for step in range(60):
+        if step == 20 and rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.003)
+        parameter.grad = parameter.detach() - rank
+        optimizer.step()
+    return optimizer.group.members, time.monotonic() - start
+
+
+@pytest.mark.parametrize(
+    ("moment", "is_seen"),
+    [("before", True), ("while", True), ("after", True), pytest.param("while", False, marks=pytest.mark.slow)],
+)
+def test_no_live_rank_is_left_out_when_another_dies_while_they_connect(moment, is_seen):
+    with ranks.Crew(7, die_while_connecting, moment, is_seen) as crew:
+        outcomes = crew.outcomes([0, 2, 4, 5, 6])
+    assert [outcome if isinstance(outcome, Exception) else outcome[0] for outcome in outcomes] == [(0, 2, 4, 5, 6)] * 5
+    assert max(seconds for _, seconds in outcomes) < (4 if is_seen else 20)  # gloo itself calls a dead rank for 30 s
 
 
 def slow_to_see(rank, size):

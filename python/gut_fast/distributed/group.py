@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,13 +25,13 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed import distributed_c10d as c10d
 
 from gut_fast.distributed.gloo_threads import settle
-from gut_fast.distributed.notes import Notes, has_ended, own_mark
+from gut_fast.distributed.notes import Notes, aside, has_ended, own_connection, own_mark
 
 __all__ = ["DEFAULT_TIMEOUT", "Group", "MismatchError", "PeerError", "Transfer", "Welcome"]
 
 DEFAULT_TIMEOUT = 60.0
 """The limit of any wait, in seconds, unless the user gives one."""
-FIRST_EPOCH, PRESENT = "epoch 0", "present"
+FIRST_EPOCH, PRESENT, CONNECTED = "epoch 0", "present", "connected"
 """Where the ranks of a new group leave their first notes."""
 DECLINED = "/declined"
 """Where, on an occasion, a rank that does not come says why: see `Group.decline`."""
@@ -136,9 +137,7 @@ class Group:
         self._notes = Notes(store, f"epoch {epoch}" if epoch else FIRST_EPOCH, timeout)
         self.marks = marks or {}
         self.marks = dict(zip(self.members, self.gather(PRESENT, own_mark()), strict=True))
-        self._channel: _Gloo | _Given = (
-            _Given(process_group) if process_group is not None else _Gloo(self._notes.store, rank, self.size, timeout)
-        )
+        self._channel: _Gloo | _Given = self._connected() if process_group is None else _Given(process_group)
 
     @staticmethod
     def of(process_group: dist.ProcessGroup | Group, timeout: float = DEFAULT_TIMEOUT) -> Group:
@@ -235,12 +234,33 @@ class Group:
         def missing() -> list[int]:
             return [number for number, key in zip(self.members, keys, strict=True) if not self._notes.check(key)]
 
-        def is_vain() -> bool:
-            return self._notes.check(what + DECLINED) or any(map(self.has_ended, missing()))
-
-        if not self._notes.wait(keys, is_vain) and (absent := missing()):
+        if not self._notes.wait(keys, lambda: self._is_vain(what, missing())) and (absent := missing()):
             raise self._absence(what, absent)
         return [self._notes.get(key) for key in keys]
+
+    def _is_vain(self, what: str, absent: Sequence[int]) -> bool:
+        """Returns whether one of these ranks is known not to come to an occasion."""
+        return self._notes.check(what + DECLINED) or any(map(self.has_ended, absent))
+
+    def _connected(self) -> _Gloo:
+        """Returns connections among all ranks, once all of them have theirs.
+
+        Gloo goes on for 30 seconds to call a rank that has died, however short the limit is; so it is left behind as
+        soon as the death is known, and whoever gives up tells the others, which may have their connections already.
+
+        Raises:
+            PeerError: a rank has ended or given up, or the limit passed.
+        """
+        try:
+            store, limit = own_connection(self._notes.store), self.timeout
+            make = partial(_Gloo, store, self.rank, self.size, limit)
+            channel = aside(make, limit, lambda: self._is_vain(CONNECTED, self.members))
+        except (TimeoutError, PeerError) as failure:
+            error = failure if isinstance(failure, PeerError) else self._absence(CONNECTED, self.members)
+            self._notes.set(CONNECTED + DECLINED, json.dumps([self.members[self.rank], str(error)]))
+            raise error from None
+        self.gather(CONNECTED, "")
+        return channel
 
     def _absence(self, what: str, absent: Sequence[int]) -> PeerError:
         """Makes the error about ranks that have not come to an occasion."""

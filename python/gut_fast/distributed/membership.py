@@ -116,7 +116,7 @@ def regroup(group: Group, failure: PeerError, step: int) -> tuple[Group, int]:
             try:
                 return successor(group, place, members, epoch), decision.step
             except PeerError as error:  # somebody died in the meantime; if not who, the next round will show
-                gone = {error.rank} & set(members)
+                gone = {error.rank} if error.is_gone else set()
     except dist.DistError as error:
         raise RuntimeError(STORE_IS_GONE) from error
     raise failure

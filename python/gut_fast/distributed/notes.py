@@ -14,12 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
-__all__ = ["Notes", "has_ended", "own_mark"]
+__all__ = ["Notes", "aside", "has_ended", "own_connection", "own_mark"]
+
+Answer = TypeVar("Answer")
 
 BRIEFLY = 5.0
 """The limit, in seconds, for notes that nobody depends on."""
@@ -74,25 +76,58 @@ class Notes:
         self._ask(lambda: self.store.delete_key(key))
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        """Asks the store in a thread of its own, which is left behind if there is no answer within the limit."""
-        answers: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-
-        def ask() -> None:
-            try:
-                answers.put((question(), None))
-            except BaseException as error:
-                answers.put((None, error))
-
-        threading.Thread(target=ask, daemon=True).start()
         try:
-            answer, error = answers.get(timeout=self._limit)
-        except queue.Empty:
+            return aside(question, self._limit)
+        except TimeoutError:
             raise dist.DistNetworkError(
                 f"the store that the ranks share has not answered within {self._limit:g} s"
             ) from None
+
+
+def aside(question: Callable[[], Answer], limit: float, is_vain: Callable[[], bool] | None = None) -> Answer:
+    """Returns the answer to a question asked in a thread of its own.
+
+    Args:
+        question: may never come back; its thread is left behind then.
+        limit: of the wait, in seconds.
+        is_vain: looked at now and then, and ends the wait if it is true.
+
+    Raises:
+        TimeoutError: there was no answer; or what the question raises.
+    """
+    answers: queue.SimpleQueue[tuple[Answer, None] | tuple[None, BaseException]] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            answers.put((question(), None))
+        except BaseException as error:
+            answers.put((None, error))
+
+    threading.Thread(target=ask, daemon=True).start()
+    deadline, pause = time.monotonic() + limit, limit if is_vain is None else POLL
+    while True:
+        try:
+            answer, error = answers.get(timeout=pause)
+        except queue.Empty:
+            if time.monotonic() > deadline or (is_vain is not None and is_vain()):
+                raise TimeoutError from None
+            pause = min(1.5 * pause, LONGEST_POLL)
+            continue
         if error is not None:
             raise error
-        return answer
+        return cast("Answer", answer)
+
+
+def own_connection(store: Store) -> Store:
+    """Returns a connection to a store for who may wait long, during which one connection answers nobody else.
+
+    Older versions of PyTorch, and stores of a user's own, have but one.
+    """
+    try:
+        own: Store = store.clone()  # type: ignore[attr-defined]
+    except (AttributeError, RuntimeError, NotImplementedError):
+        return store
+    return own
 
 
 def own_mark() -> str:
