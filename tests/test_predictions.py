@@ -3,6 +3,7 @@
 import itertools
 import math
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import gut_fast as gf
 from gut_fast import analysis, topology
 from gut_fast.analysis.limits import stabilities_of
 from gut_fast.analysis.periods import mixing_of
-from gut_fast.analysis.transition import round_of
+from gut_fast.analysis.transition import round_of, transitions
 from gut_fast.reference import step
 from gut_fast.rules import RULES, Coefficients, UpdateRule, get_rule
 from products import covering
@@ -450,3 +451,29 @@ def test_bad_input_is_named(function):
 
 def test_every_rule_is_covered_here():
     assert {name for name, _ in SETTINGS if isinstance(name, str)} == RULES.keys()
+
+
+@pytest.mark.parametrize("local_steps", [2, 3, 6, 13])
+@pytest.mark.parametrize("name", ["gut", "gutm", "qgt", "k_gt", "edm"])
+def test_a_round_is_its_steps_one_after_the_other(name, local_steps):
+    rule, curvature, eigenvalue = get_rule(name), 0.3, 0.6
+    (local,), (push,) = transitions(rule.coefficients(0.1, is_local=True), [1.0], curvature)
+    (mixing,), (last_push,) = transitions(rule.coefficients(0.1, drift_lr=0.1 * local_steps), [eigenvalue], curvature)
+    expected = mixing @ np.linalg.matrix_power(local, local_steps - 1)
+    pushes = [mixing @ np.linalg.matrix_power(local, left) @ push for left in reversed(range(local_steps - 1))]
+    found, inputs = round_of(name, {"lr": 0.1}, curvature, local_steps).at(np.array([[eigenvalue]]))
+    assert np.allclose(found, expected, rtol=1e-12, atol=1e-14)
+    assert np.allclose(inputs, np.stack([*pushes, last_push], axis=1), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_round_may_have_a_million_steps(name):
+    """As who averages once, at the end, may say: the analysis of the constructor goes on as many."""
+    parameter = torch.nn.Parameter(torch.zeros(16, 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some rules are unstable at such rounds
+        optimizer = gf.GossipOptimizer([parameter], name, topology=GRAPHS["ring"], local_steps=10**6)
+    parameter.grad = torch.ones(16, 3)
+    optimizer.step()
+    assert optimizer.num_rounds == 0
+    assert parameter.abs().min() > 0

@@ -179,7 +179,7 @@ def _average_rate(each: Round) -> float:
     The eigenvalue 1 of a free translation of all agents is left out.
     """
     translation = np.eye(len(each.still))[0]
-    basis = reachable([each.still], [translation, *each.still_inputs.T])
+    basis = reachable([each.still], [translation, *each.pushed(each.still_inputs)])
     reduced = basis @ each.still @ basis.T
     if np.allclose(each.still[:, 0], translation, rtol=0, atol=TOLERANCE):
         reduced = reduced[1:, 1:]

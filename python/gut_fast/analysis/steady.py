@@ -208,7 +208,7 @@ def noise_amplification_of(
 
 def _noise(each: Round, mixing: Blocks | Iterated) -> Noise:
     """The variances that `noise` gives, except that the average is that of a single agent."""
-    basis = reachable([each.still], list(each.still_inputs.T))
+    basis = reachable([each.still], each.pushed(each.still_inputs))
     reduced = _covariance((basis @ each.still @ basis.T)[None], (basis @ each.still_inputs)[None])[0]
     average = float(basis[:, 0] @ reduced @ basis[:, 0]) if mixing.keeps_mean else math.nan
     if isinstance(mixing, Iterated) or not mixing.is_normal:

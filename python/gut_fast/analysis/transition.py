@@ -54,6 +54,14 @@ class Round:
         """The number of steps in the round."""
         return int(self.still_inputs.shape[1])
 
+    def pushed(self, inputs: Array) -> list[Array]:
+        """Vectors that span what gradients do to (z, state), of `still_inputs` or `exchange_inputs`.
+
+        Those of the last steps do: a local step's map of s numbers is a root of its characteristic polynomial (Cayley
+        and Hamilton), so its powers beyond s − 1 add nothing to the span.
+        """
+        return list(inputs.T[-len(self.still) - 1 :])
+
     def lazy(self, gamma: float) -> Round:
         """The round with ``I + γ (W − I)`` in place of W."""
         return replace(self, exchange=gamma * self.exchange, exchange_inputs=gamma * self.exchange_inputs)
@@ -73,8 +81,8 @@ class Round:
 
     def reached(self) -> Round:
         """The round among the combinations of (z, state) that z and the gradients reach from zero state."""
-        starts = [np.eye(len(self.still))[0], *self.still_inputs.T, *self.exchange_inputs.T]
-        basis = reachable([self.still, self.exchange], starts)
+        pushed = *self.pushed(self.still_inputs), *self.pushed(self.exchange_inputs)
+        basis = reachable([self.still, self.exchange], [np.eye(len(self.still))[0], *pushed])
         if len(basis) == len(self.still):
             return self
         still, exchange = (basis @ each @ basis.T for each in (self.still, self.exchange))
@@ -110,8 +118,10 @@ def round_of(
     step, _, step_inputs, _ = _parts(rule.coefficients(**settings, is_local=True), curvature)
     moved, inputs = np.eye(len(step)), np.empty((len(step), 0))
     with np.errstate(all="ignore"):  # a rate far beyond its limit overflows
-        for _ in range(local_steps - 1):
-            moved, inputs = step @ moved, np.column_stack([step @ inputs, step_inputs])
+        for digit in f"{local_steps - 1:b}":  # of the exponent: all steps so far once more, and one more
+            moved, inputs = moved @ moved, np.column_stack([moved @ inputs, inputs])
+            if digit == "1":
+                moved, inputs = step @ moved, np.column_stack([step @ inputs, step_inputs])
         return Round(
             mixing.still @ moved,
             mixing.exchange @ moved,
