@@ -1,10 +1,12 @@
-"""Writes patterns.inc: which coefficients of each rule are zero or one whatever its hyper-parameters are.
+"""Writes patterns.inc: which coefficients of each rule are zero or one whatever its hyper-parameters are, in a step
+that mixes and in a local one.
 
 Run by CMake: ``python patterns.py path/to/rules.py path/to/patterns.inc``. The kernel compiles one instance for each,
 so a new row in rules.py gets its own without another word.
 """
 
 import importlib
+import itertools
 import pathlib
 import sys
 import types
@@ -18,18 +20,19 @@ def load_rules(path):
     return importlib.import_module("gut_fast.rules").RULES.values()
 
 
-def samples(rule, weight_decay):
+def samples(rule, weight_decay, is_local):
     """The rule's coefficients at values of the hyper-parameters that share no accidental zero or one."""
     for lr, fraction, maximize in ((0.137, 0.618, False), (0.029, 0.271, True)):
         hyperparameters = {
             name: maximize if isinstance(default, bool) else fraction for name, default in rule.hyperparameters.items()
         }
-        yield rule.coefficients(lr, weight_decay=weight_decay, maximize=maximize, **hyperparameters).flat()
+        settings = {"weight_decay": weight_decay, "maximize": maximize, "is_local": is_local, **hyperparameters}
+        yield rule.coefficients(lr, **settings).flat()
 
 
-def pattern(rule, weight_decay):
+def pattern(rule, weight_decay, is_local):
     """States, messages, and a bit for each coefficient that is always zero, and always one."""
-    entries = list(zip(*samples(rule, weight_decay), strict=True))
+    entries = list(zip(*samples(rule, weight_decay, is_local), strict=True))
 
     def bits(value):
         return sum(1 << i for i, values in enumerate(entries) if set(values) == {value})
@@ -43,8 +46,8 @@ def patterns(rules):
     """
     found = {}
     for rule in rules:
-        for weight_decay in (0.0, 0.011):
-            states, messages, zeros, ones = pattern(rule, weight_decay)
+        for weight_decay, is_local in itertools.product((0.0, 0.011), (False, True)):
+            states, messages, zeros, ones = pattern(rule, weight_decay, is_local)
             common, names = found.get((states, messages, zeros), (ones, {}))
             found[states, messages, zeros] = common & ones, names | {rule.name: None}
     return [(*key, ones, ", ".join(names)) for key, (ones, names) in found.items()]
