@@ -99,6 +99,8 @@ def _looks(study: Study) -> dict[str, Look]:
 
 def _plot_point(axes: Axes, study: Study, metric: str, point: str) -> Any:
     """Draws all families at a point; returns the means that were drawn."""
+    from matplotlib.ticker import LogFormatter
+
     drawn = []
     looks = _looks(study)
     for name, methods in families(study).items():
@@ -112,6 +114,8 @@ def _plot_point(axes: Axes, study: Study, metric: str, point: str) -> Any:
             style |= {"linestyle": look.line, "linewidth": 1.4, "markersize": 6, "capsize": 2}
             axes.errorbar(rows["bytes"] / MEGABYTE, rows["mean"], yerr=rows["std"], **style)
     axes.set(title=shown_label(point), xscale="log")
+    axes.xaxis.set_major_formatter(LogFormatter())
+    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))  # 20 instead of 2 × 10¹
     return np.array(drawn)
 
 
