@@ -17,7 +17,7 @@ from gut_fast.distributed import SCALED, Exchange, Group, Together, Wire, state_
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
-from gut_fast.optim.progress import Progress
+from gut_fast.optim.counts import Counts
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
@@ -38,7 +38,7 @@ class AcrossRanks(Optimizer):
     _together: Together | None = None  # codes or rounds messages where all agents are here
     _hooks: tuple[RemovableHandle, ...] = ()
     _is_made: bool = False  # once the constructor has added its groups
-    _progress: Progress
+    _counts: Counts
     rule: UpdateRule
 
     @property
@@ -68,8 +68,8 @@ class AcrossRanks(Optimizer):
             steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
             meeting = self._exchange.meet(self.param_groups, [*steps, *self._state_steps()])
             if meeting.step is not None:  # a newcomer comes to the end of a round
-                self._progress.go_to_end_of(meeting.step)
-            if meeting.difference and not self._progress.steps and not self._exchange.group.rank:
+                self._counts.go_to_end_of(meeting.step)
+            if meeting.difference and not self._counts.steps and not self._exchange.group.rank:
                 said = f"{self._name}: {meeting.difference}"
                 warnings.warn(said, UserWarning, stacklevel=checks.frames_to_the_caller())
             self._listen(self._exchange)
@@ -85,7 +85,7 @@ class AcrossRanks(Optimizer):
         if is_local:
             exchange.run_local(steps)
             return
-        exchange.run([*steps, *self._state_steps()], self._progress.rounds, None if scale is None else SCALED)
+        exchange.run([*steps, *self._state_steps()], self._counts.rounds, None if scale is None else SCALED)
         if self.topology is not exchange.topology:
             self.topology = exchange.topology
             for group in self.param_groups:
@@ -106,9 +106,9 @@ class AcrossRanks(Optimizer):
 
     def _gradient_is_there(self, parameter: Tensor) -> None:
         """Lets the buckets leave that were waiting for this gradient only."""
-        if self._exchange is not None and self._exchange.overlap is not None and not self._progress.is_local:
+        if self._exchange is not None and self._exchange.overlap is not None and not self._counts.is_local:
             for bucket in self._exchange.overlap.completed_by(parameter):
-                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self._progress.rounds)
+                self._exchange.gradients_are_there(bucket, self._snapshot(bucket.group), self._counts.rounds)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

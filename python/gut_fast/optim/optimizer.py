@@ -36,9 +36,9 @@ from gut_fast.kernels import ops, validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
 from gut_fast.optim.compiled import register
+from gut_fast.optim.counts import Counts
 from gut_fast.optim.options import Options, Parameters, check_implementation, check_names
 from gut_fast.optim.prepared import Prepared, Views
-from gut_fast.optim.progress import Progress
 from gut_fast.optim.state import DRIFT_MEMORY, KeepsState
 from gut_fast.rules import UpdateRule, get_rule
 from gut_fast.topology import CSR, Topology, nobody
@@ -163,7 +163,7 @@ class GossipOptimizer(KeepsState):
                         "rounded cannot be captured in a CUDA graph"
                     )
             self.state_dtype, self.capturable = state_dtype, capturable
-            self._progress = Progress(1)
+            self._counts = Counts(1)
             self.local_steps = local_steps
             self._prepared: list[Prepared] = []  # one per group
             self._views = Views()
@@ -195,7 +195,7 @@ class GossipOptimizer(KeepsState):
     @property
     def num_steps(self) -> int:
         """The number of steps taken."""
-        return self._progress.steps
+        return self._counts.steps
 
     @property
     def num_rounds(self) -> int:
@@ -203,12 +203,12 @@ class GossipOptimizer(KeepsState):
 
         Without local steps it is `num_steps`.
         """
-        return self._progress.rounds
+        return self._counts.rounds
 
     @property
     def local_steps(self) -> int:
         """H, the number of steps in a round, of which the last one mixes; a new value holds from the next step on."""
-        return self._progress.local_steps
+        return self._counts.local_steps
 
     @local_steps.setter
     def local_steps(self, local_steps: int) -> None:
@@ -217,7 +217,7 @@ class GossipOptimizer(KeepsState):
                 f"{self._name}: capturable=True with local_steps={local_steps}: a CUDA graph repeats one step, and "
                 "local steps are others than those that mix"
             )
-        self._progress.local_steps = local_steps
+        self._counts.local_steps = local_steps
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, with state zero. Raises as the constructor does, before anything has changed.
@@ -261,7 +261,7 @@ class GossipOptimizer(KeepsState):
         self._begin_wire_anew()
         self._stacks = None
         if self.capturable and tensors and tensors[0].is_cuda:
-            self._progress.to(tensors[0].device)
+            self._counts.to(tensors[0].device)
 
     def _prepare(self, parameters: Sequence[Tensor]) -> Prepared:
         """Makes what the kernels read of a group, the state zero and the coefficients not computed yet."""
@@ -311,7 +311,7 @@ class GossipOptimizer(KeepsState):
 
     def _update_coefficients(self, index: int) -> None:
         group, default_lr = self.param_groups[index], self.defaults["lr"]
-        before = None if self._progress.is_local else self._progress.local_before
+        before = None if self._counts.is_local else self._counts.local_before
         self._prepared[index].update(group, default_lr, self._name, stays=self.capturable, local_before=before)
 
     def _up_to_date(self) -> list[Tensor]:
@@ -326,11 +326,11 @@ class GossipOptimizer(KeepsState):
     def _close_step(self) -> None:
         """Takes down that a step was taken, and at which rates."""
         for group, prepared in zip(self.param_groups, self._prepared, strict=True):
-            if self._progress.is_local:
+            if self._counts.is_local:
                 group["round_lr"] += prepared.settings["lr"]
             else:
                 group["drift_lr"], group["round_lr"] = prepared.drift_lr, 0.0
-        self._progress.advance()
+        self._counts.advance()
 
     def step(  # type: ignore[override]
         self, closure: Callable[[], float] | None = None, *, grad_scale: Tensor | None = None
@@ -377,12 +377,12 @@ class GossipOptimizer(KeepsState):
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
         if self._exchange is not None:
-            self._step_across(self._exchange, grad_scale, self._progress.is_local)
+            self._step_across(self._exchange, grad_scale, self._counts.is_local)
         else:
             for run in self._prepared_steps(self._group_steps(grad_scale)):
                 run()
         if is_captured:
-            self._progress.advance_captured()
+            self._counts.advance_captured()
         else:
             self._close_step()
         return loss
@@ -390,7 +390,7 @@ class GossipOptimizer(KeepsState):
     def _prepared_steps(self, steps: list[GossipStep | None]) -> list[Callable[[], None]]:
         """Checks the steps of all groups, and returns what takes them."""
         given = [step for step in steps if step is not None]
-        if self._progress.is_local:
+        if self._counts.is_local:
             return [ops.prepare(step, self.backend) for step in given]
         states = [functools.partial(mix_together, step, self.backend) for step in self._state_steps() if step]
         if self._together is None:
@@ -446,7 +446,7 @@ class GossipOptimizer(KeepsState):
 
     def _mixing(self, prepared: Prepared, device: torch.device) -> CSR:
         """Returns the off-diagonal weights of the next step."""
-        if self._progress.is_local:
+        if self._counts.is_local:
             return nobody(self._num_here, device)
         if self._exchange is not None:
             return self._exchange.mixing(self.num_rounds, device)

@@ -119,7 +119,7 @@ class KeepsState(AcrossRanks):
             prepared.recentre(self._num_here, self.topology.num_agents, add_up)
 
     def _recentre_if_due(self) -> None:
-        if (steps := self._progress.eager_steps) and steps % analysis.RECENTRING == 0 and self._exchange is None:
+        if (steps := self._counts.eager_steps) and steps % analysis.RECENTRING == 0 and self._exchange is None:
             self.recentre()
 
     def _take_parameters(self) -> None:
@@ -160,7 +160,7 @@ class KeepsState(AcrossRanks):
         self._follow_state()
         part = self._exchange or self._together
         wire = {"wire": state} if part is not None and (state := part.state()) else {}
-        return {**super().state_dict(), "rule": self.rule.name, **self._progress.state(), **wire}
+        return {**super().state_dict(), "rule": self.rule.name, **self._counts.state(), **wire}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -205,7 +205,7 @@ class KeepsState(AcrossRanks):
             for index, parameter in zip(saved_group["params"], group["params"], strict=True):
                 for name in self.rule.states:
                     self.state[parameter][name].copy_(loaded["state"][index][name])
-        self._progress.load_state(loaded)
+        self._counts.load_state(loaded)
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         state = self.__dict__["state"]
@@ -216,7 +216,7 @@ class KeepsState(AcrossRanks):
     def __getstate__(self) -> dict[str, Any]:
         if self._exchange is not None:
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", "_together", "_progress"
+        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", "_together", "_counts"
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
 
     @torch.no_grad()
@@ -228,7 +228,7 @@ class KeepsState(AcrossRanks):
                 group.setdefault(name, self.defaults.get(name, value))
         # A shallow copy shares these with its original.
         self.state = defaultdict(dict, {parameter: dict(own) for parameter, own in self.__dict__["state"].items()})
-        self._progress, self._together = self._progress.copied(), self._together and self._together.copied()
+        self._counts, self._together = self._counts.copied(), self._together and self._together.copied()
         self._prepared = [self._prepare(group["params"]) for group in self.param_groups]
         self._views = Views()
         self._adopt_state()

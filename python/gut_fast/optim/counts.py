@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-__all__ = ["Progress"]
+__all__ = ["Counts"]
 
 
-class Progress:
+class Counts:
     """Counts steps and rounds: a round is `local_steps` steps, of which the last one mixes.
 
     Attributes:
@@ -72,6 +72,6 @@ class Progress:
         steps = (rounds + 1) * self.local_steps - 1
         self.load_state({"step": steps, "round": rounds, "local_before": self.local_steps - 1})
 
-    def copied(self) -> Progress:
+    def copied(self) -> Counts:
         """Returns a copy that shares nothing which changes."""
         return copy.deepcopy(self)
