@@ -477,3 +477,9 @@ def test_a_round_may_have_a_million_steps(name):
     optimizer.step()
     assert optimizer.num_rounds == 0
     assert parameter.abs().min() > 0
+
+
+def test_predictions_of_long_rounds_see_that_rates_beyond_the_limit_overflow():
+    found = analysis.predict("gut", {"lr": 0.1, "mu": 0.5}, GRAPHS["ring"], local_steps=10_000)
+    assert found.learning_rate_limit == pytest.approx(2.0, abs=1e-6)
+    assert found.mu_limit == pytest.approx(1.0, abs=1e-3)

@@ -178,19 +178,24 @@ def _parts(coefficients: Coefficients, curvature: float) -> Iterator[Array]:
 
 
 def radius(matrices: Array) -> Array:
-    """The spectral radius of each matrix; zero for an empty one."""
-    rates: Array = np.abs(np.linalg.eigvals(matrices)).max(axis=-1, initial=0.0)
+    """The spectral radius of each matrix; zero for an empty one, infinite for one that has overflowed."""
+    is_finite: Array = np.asarray(np.isfinite(matrices).all(axis=(-2, -1)))
+    finite = np.where(is_finite[..., None, None], matrices, 0.0)
+    rates: Array = np.where(is_finite, np.abs(np.linalg.eigvals(finite)).max(axis=-1, initial=0.0), np.inf)
     return rates
 
 
 def reachable(transitions: Sequence[Array], starts: Sequence[Array]) -> Array:
     """Orthonormal rows that span what `transitions` in any order make of the vectors `starts`, starts[0] first."""
     basis = np.empty((0, len(starts[0])))
-    pending = [(start, float(np.linalg.norm(start))) for start in starts]  # with what their rounding is measured by
-    while pending and len(basis) < basis.shape[1]:  # numbers that overflow leave rests for ever
-        vector, size = pending.pop(0)
-        rest = vector - basis.T @ (basis @ vector)
-        if np.linalg.norm(rest) > TOLERANCE * size:
-            basis = np.vstack([basis, rest / np.linalg.norm(rest)])
-            pending.extend((transition @ basis[-1], float(np.linalg.norm(transition))) for transition in transitions)
+    with np.errstate(all="ignore"):  # numbers that overflow
+        pending = [(start, float(np.linalg.norm(start))) for start in starts]  # with what their rounding is measured by
+        while pending and len(basis) < basis.shape[1]:  # numbers that overflow leave rests for ever
+            vector, size = pending.pop(0)
+            rest = vector - basis.T @ (basis @ vector)
+            if np.linalg.norm(rest) > TOLERANCE * size:
+                basis = np.vstack([basis, rest / np.linalg.norm(rest)])
+                pending.extend(
+                    (transition @ basis[-1], float(np.linalg.norm(transition))) for transition in transitions
+                )
     return basis
