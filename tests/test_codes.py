@@ -181,10 +181,40 @@ def test_both_ends_have_the_same_copy_and_it_is_within_half_a_step(code, rule):
 def test_rows_of_codes_have_the_lengths_that_the_layout_says():
     step = a_step(columns=SIZES)
     blocks = 1 + 1 + 1 + 2 + 3
-    assert Code(8).layout(step).num_bytes == 4 * blocks + sum(SIZES)
-    assert Code(4).layout(step).num_bytes == 4 * blocks + 3 + 1 + 128 + 129 + 350
+    words = 2 + 1 + 64 + 65 + 175  # of 32 bits: each tensor begins with one
+    assert Code(8).layout(step).num_bytes == 4 * (blocks + words)
+    assert Code(4).layout(step).num_bytes == 4 * (blocks + 1 + 1 + 32 + 33 + 88)
     assert Code(16).layout(step).num_bytes == 2 * sum(SIZES)
-    assert Code(8, "modulo").layout(step).num_bytes == 8 * blocks + sum(SIZES)
+    assert Code(8, "modulo").layout(step).num_bytes == 4 * (2 * blocks + words)
+
+
+@pytest.mark.parametrize(("bits", "words"), [(8, 3), (4, 2)])
+def test_a_word_holds_the_codes_of_numbers_a_stride_apart(bits, words):
+    largest, count = 2 ** (bits - 1) - 1, 10
+    layout = codes.Layout(bits, "difference", (count,), 1)
+    coded, copy = torch.empty(layout.num_bytes, dtype=torch.uint8), torch.zeros(count)
+    numbers = [largest, -1, 0, -largest, 2, 3, -3, 1, 5, -5]
+    codes.encode_difference(layout, torch.tensor(numbers, dtype=torch.float32), copy, coded, None)
+    assert copy.tolist() == numbers
+    assert coded[:4].view(torch.float32).item() == 1
+    found = coded[4:].view(torch.int32).tolist()
+    assert len(found) == words
+    for place, number in enumerate(numbers):
+        assert found[place % words] >> bits * (place // words) & (2**bits - 1) == number % 2**bits
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_wrong_wraps_do_not_cancel_in_the_check_sum(bits):
+    layout = codes.Layout(bits, "modulo", (BLOCK,), 1)
+    every = torch.eye(BLOCK)
+    single = torch.cat([codes._check_sums(layout, row[None]) for row in every]).long()
+    assert bool((single % 2 == 1).all())
+    pairs = single[:, None] + torch.stack([single, -single])[:, None]
+    assert int((pairs.int() == 0).sum()) == BLOCK  # p − p alone
+    generator = torch.Generator().manual_seed(bits)
+    for _ in range(2000):
+        wrong = torch.randint(-1, 2, (1, BLOCK), generator=generator) * (torch.rand(BLOCK, generator=generator) < 0.05)
+        assert (int(codes._check_sums(layout, wrong.float())) == 0) == (not wrong.any())
 
 
 @each_difference

@@ -185,7 +185,7 @@ def test_a_run_goes_on_bit_for_bit_from_its_state(graph, wire):
 def test_without_copies_a_run_begins_with_whole_messages():
     parameters, optimizer = a_problem(wire_dtype="int8")
     solve(parameters, optimizer, 3)
-    known, whole = 300 + 7 + 3 * 4, 4 * 307
+    known, whole = 300 + 8 + 3 * 4, 4 * 307
     assert optimizer.message_bytes().tolist() == [known] * N
     saved = optimizer.state_dict()
     del saved["wire"]

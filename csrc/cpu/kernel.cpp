@@ -246,7 +246,7 @@ CodeLayout::CodeLayout(int bits, bool is_modulo, const std::vector<std::int64_t>
     first_byte.push_back(bytes);
     length += each;
     blocks += (each + kCodeBlock - 1) / kCodeBlock;
-    bytes += (each * bits + 7) / 8;
+    bytes += bits == 16 ? 2 * each : (each * bits + 31) / 32 * 4;
   }
 }
 

@@ -154,11 +154,15 @@ void plan_took(double seconds) {
 }
 
 Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, int num_threads, std::int64_t itemsize,
-                       std::int64_t step) {
+                       std::int64_t step, std::int64_t unit) {
   constexpr std::int64_t kShort = 1 << 10, kLong = 16 << 10;  // bytes of a row in a block
-  const auto fitting = caches().second / 2 / (num_rows * args.num_messages * itemsize);
+  // Where one agent is coded, its message and its copy come from memory in turns, and both keep coming if these are
+  // short. Memory begins at 32 times the second cache: what systems say of the last one is often wrong.
+  const auto bytes = num_columns(args) * itemsize * (args.num_states + 2 + args.num_messages);
+  const bool takes_turns = unit > 1 && args.mixing.num_agents == 1 && bytes > 32 * caches().second;
+  const auto fitting = takes_turns ? std::int64_t{0} : caches().second / 2 / (num_rows * args.num_messages * itemsize);
   const auto block = std::clamp(fitting, kShort / itemsize, kLong / itemsize);
-  return decided({block, 0, Fetch::none, useful_threads(args, num_threads)}, num_threads, step);
+  return decided({block, 0, Fetch::none, useful_threads(args, num_threads)}, num_threads, std::max(step, unit));
 }
 
 void force_plan(const std::optional<Plan>& plan) {

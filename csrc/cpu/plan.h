@@ -35,9 +35,10 @@ int useful_threads(const StepArgs& args, int num_threads);
 // Tells how long the step took that this thread planned last.
 void plan_took(double seconds);
 
-// The same for the halves of a step, of which `num_rows` rows of each message lie side by side in a block.
+// The same for the halves of a step, of which `num_rows` rows of each message lie side by side in a block;
+// blocks are a multiple of `unit` columns, which is more than 1 if messages are coded.
 Plan choose_split_plan(const StepArgs& args, std::int64_t num_rows, int num_threads, std::int64_t itemsize,
-                       std::int64_t step);
+                       std::int64_t step, std::int64_t unit);
 
 // Makes all later steps use this plan, or the best one again.
 void force_plan(const std::optional<Plan>& plan);

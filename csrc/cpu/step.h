@@ -74,7 +74,7 @@ class Step {
         rule_(tier, args),
         step_(kVectors * tier.lanes[is_double]),
         plan_(schedule ? choose_plan(args, *schedule, num_threads, sizeof(T), step_)
-                       : choose_split_plan(args, rows->count, num_threads, sizeof(T), std::max(step_, unit))),
+                       : choose_split_plan(args, rows->count, num_threads, sizeof(T), step_, unit)),
         loop_(rule_.instance->loop[storage_index(args.dtype, args.state_dtype, Storages{})]),
         weight_(args.mixing.num_edges * sizeof(T)),
         coefficients_((args.gradient_scale ? n() : 1) * rule_.coefficients.size() * sizeof(T)),

@@ -13,6 +13,9 @@ modulo       step = B/2^bits;  k = round(S/step);  X = k step.  The code is k mo
              B/2. A row: the widths B of all blocks, their check sums of k div 2^bits, then all codes (Moniqua: Lu and
              De Sa, ICML 2020; widths that follow the distances, and the check, are ours).
 
+Codes of 8 and 4 bits fill words of 32. With m = 32/bits, a block of n numbers has s = ⌈n/m⌉ words, and word w holds the
+codes of numbers w, w + s, w + 2s …, the first in its lowest bits: so no bytes change places, only words are shifted.
+
 A number that is not finite makes its block NaN at everybody who hears it.
 """
 
@@ -120,9 +123,9 @@ class Layout(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
-        """The bytes of a row of codes; in 4 bits each tensor begins on a byte."""
-        codes = self.num_messages * sum((d * self.bits + 7) // 8 for d in self.columns)
-        return self.head_bytes + codes
+        """The bytes of a row of codes; in 8 and 4 bits each tensor begins with a word."""
+        codes = sum(2 * d if self.bits == 16 else 4 * -(-d * self.bits // 32) for d in self.columns)
+        return self.head_bytes + self.num_messages * codes
 
     @property
     def head_bytes(self) -> int:
@@ -225,7 +228,7 @@ def encode_modulo(
     if coded is not None:
         k = k.masked_fill_(widths.isnan()[:, None], 0.0)
         wraps = (k * 2.0**-layout.bits).floor()
-        _write(layout, coded, [widths, _check_sums(wraps)], k - wraps * 2.0**layout.bits)
+        _write(layout, coded, [widths, _check_sums(layout, wraps)], k - wraps * 2.0**layout.bits)
 
 
 def decode_modulo(layout: Layout, coded: Tensor, copy: Tensor, own: Tensor, widths: Tensor) -> Tensor:
@@ -252,7 +255,8 @@ def decode_modulo(layout: Layout, coded: Tensor, copy: Tensor, own: Tensor, widt
     wraps = _rounded(layout, (t - code) * 2.0**-layout.bits)
     copy.copy_(_row(layout, (code + wraps * 2.0**layout.bits) * step))
     distance = block_distances(layout, own, copy)
-    distance = judged(torch.where(_check_sums(wraps) == check.view(torch.int32), distance, torch.inf), widths, theirs)
+    is_right = _check_sums(layout, wraps) == check.view(torch.int32)
+    distance = judged(torch.where(is_right, distance, torch.inf), widths, theirs)
     drop_(layout, copy, own, distance)
     return distance
 
@@ -341,15 +345,51 @@ def _step_and_factor(layout: Layout, widths: Tensor) -> tuple[Tensor, Tensor]:
     return (widths * 2.0**-layout.bits)[:, None], (levels / widths)[:, None]
 
 
-def _check_sums(wraps: Tensor) -> Tensor:
-    """Returns Σ_p wraps_p h_p mod 2^32 of each block, int32: h_p are odd, and so odd that wrong wraps do not cancel."""
-    return (wraps.nan_to_num(0.0).long() * _multipliers(wraps.device)).sum(1).int()
+def _check_sums(layout: Layout, wraps: Tensor) -> Tensor:
+    """Returns Σ_jw 5^(15−t) h_(w mod 16) wraps_jw mod 2^32 of each block, int32, with t = m (w div 16) + j.
+
+    wraps_jw belongs to the j-th code of word w. All factors are odd, and so odd that wrong wraps do not cancel.
+    """
+    return (_in_words(layout, wraps.nan_to_num(0.0)).long() * _factors(layout.bits, wraps.device)).sum((1, 2)).int()
 
 
 @lru_cache(maxsize=16)
-def _multipliers(device: torch.device) -> Tensor:
-    x = torch.arange(BLOCK)
-    return ((_hash(x, 1, 0) << 18 | _hash(x, 2, 0) << 4) | 1).to(device)
+def _factors(bits: int, device: torch.device) -> Tensor:
+    """Returns the factors of the check sum, int64 [m, words]."""
+    word, x = torch.arange(BLOCK * bits // 32), torch.arange(16)
+    h = (_hash(x, 1, 0) << 18 | _hash(x, 2, 0) << 4) | 1
+    t = 32 // bits * (word // 16) + torch.arange(32 // bits)[:, None]
+    powers = torch.tensor([5 ** (15 - k) % 2**32 for k in range(16)])
+    return (powers[t] * h[word % 16] & MASK32).to(device)
+
+
+@lru_cache(maxsize=16)
+def _tails(layout: Layout) -> dict[int, list[int]]:
+    """Returns the blocks that are not whole, by their number s of words."""
+    tails: dict[int, list[int]] = {}
+    block = 0
+    for columns in layout.columns * layout.num_messages:
+        block += _num_blocks(columns)
+        if columns % BLOCK:
+            tails.setdefault(-(-(columns % BLOCK) * layout.bits // 32), []).append(block - 1)
+    return tails
+
+
+def _in_words(layout: Layout, blocks: Tensor) -> Tensor:
+    """Returns blocks [num_blocks, 256] as [num_blocks, m, words]: the numbers whose codes are the j-th of word w."""
+    parts = blocks.reshape(layout.num_blocks, 32 // layout.bits, -1).clone()
+    for stride, tail in _tails(layout).items():
+        parts[tail] = 0
+        parts[tail, :, :stride] = blocks[tail, : parts.shape[1] * stride].view(len(tail), -1, stride)
+    return parts
+
+
+def _out_of_words(layout: Layout, parts: Tensor) -> Tensor:
+    """Returns the blocks whose numbers these are, and zeros behind the end of each tensor whatever is there."""
+    blocks = parts.reshape(layout.num_blocks, -1).clone()
+    for stride, tail in _tails(layout).items():
+        blocks[tail, : parts.shape[1] * stride] = parts[tail, :, :stride].reshape(len(tail), -1)
+    return _blocks(layout, _row(layout, blocks))
 
 
 def _num_blocks(columns: int) -> int:
@@ -385,17 +425,16 @@ def _row(layout: Layout, blocks: Tensor) -> Tensor:
 
 def _write(layout: Layout, coded: Tensor, heads: Sequence[Tensor], code: Tensor) -> None:
     """Fills a row of codes: four bytes a block of each of `heads`, then `code`, of which `bits` bits count."""
-    code = code.to(torch.int32)
-    if layout.bits == 4:
-        code = (code[:, ::2] & 15) | (code[:, 1::2] << 4)
-    codes = _row(layout, (code & 255).to(torch.uint8))
-    coded.copy_(torch.cat([*(head.reshape(-1).contiguous().view(torch.uint8) for head in heads), codes]))
+    code = _in_words(layout, code).long() & (2**layout.bits - 1)
+    places = torch.arange(0, 32, layout.bits, device=code.device)
+    words = _row(layout, (code << places[:, None]).sum(1).int())
+    coded.copy_(torch.cat([head.reshape(-1).contiguous().view(torch.uint8) for head in (*heads, words)]))
 
 
 def _read(layout: Layout, coded: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Returns the heads, float32 [1 or 2, num_blocks], and the codes of all blocks, from 0 on."""
-    heads = coded[: layout.head_bytes].clone().view(torch.float32).view(-1, layout.num_blocks)
-    code = _blocks(layout, coded[layout.head_bytes :], BLOCK * layout.bits // 8)
-    if layout.bits == 4:
-        code = torch.stack([code & 15, code >> 4], 2).view(layout.num_blocks, BLOCK)
-    return heads, code.to(dtype)
+    heads, words = coded.clone().split([layout.head_bytes, len(coded) - layout.head_bytes])
+    places = torch.arange(0, 32, layout.bits, dtype=torch.int32, device=coded.device)
+    words = _blocks(layout, words.view(torch.int32), BLOCK * layout.bits // 32)
+    code = (words[:, None] >> places[:, None]) & (2**layout.bits - 1)
+    return heads.view(torch.float32).view(-1, layout.num_blocks), _out_of_words(layout, code.to(dtype))
