@@ -88,12 +88,16 @@ def test_a_scheduler_on_the_inner_optimizer_is_an_error_not_a_surprise():
 
 def test_an_inner_step_that_fails_leaves_the_parameters():
     class Failing(torch.optim.SGD):
+        luck = True
+
         def step(self, closure=None):
             super().step(closure)
-            raise RuntimeError("out of luck")
+            if not self.luck:
+                raise RuntimeError("out of luck")
 
     params = parameters()
     optimizer = gf.Gossip(Failing(params, lr=0.1), topology=RING)
+    optimizer.inner.luck = False
     set_gradients(params, 0)
     with refused(params, optimizer, RuntimeError, "out of luck"):
         optimizer.step()
@@ -161,6 +165,23 @@ class Trust(torch.optim.SGD):
                 p.sub_(group["lr"] * p.grad / p.grad.norm())
 
 
+class Rows(Trust):
+    """As `Trust`, but for matrices alone, as Muon."""
+
+    def step(self, closure=None):
+        assert all(p.dim() == 2 for group in self.param_groups for p in group["params"])
+        super().step()
+
+
+class Cubes(torch.optim.SGD):
+    """An optimizer of one's own that refuses the tensors of every trial step."""
+
+    def step(self, closure=None):
+        if any(p.dim() != 4 for group in self.param_groups for p in group["params"]):
+            raise RuntimeError("four dimensions only")
+        return super().step(closure)
+
+
 class Decayed(torch.optim.SGD):
     """An optimizer of one's own that treats every number by itself, with state and an attribute of its own."""
 
@@ -173,10 +194,17 @@ class Decayed(torch.optim.SGD):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("mixing", [Logged, Trust])
+@pytest.mark.parametrize("mixing", [Logged, Trust, Rows])
 def test_optimizers_that_look_at_whole_tensors_are_refused_whatever_their_class(mixing):
     with pytest.raises(TypeError, match=rf"{mixing.__name__} cannot make the local move: it looks at all agents' numb"):
         gf.Gossip(mixing(parameters(), lr=0.1), topology=RING)
+
+
+def test_an_optimizer_that_cannot_be_tried_is_told():
+    params = parameters(shapes=((2, 3, 5),))
+    with pytest.warns(UserWarning, match=r"Cubes cannot take a trial step \(RuntimeError four dimensions only\)"):
+        optimizer = gf.Gossip(Cubes(params, lr=0.1), topology=RING)
+    train(params, optimizer, range(1))
 
 
 def test_trying_an_optimizer_leaves_it_alone():

@@ -14,7 +14,7 @@ from gut_fast.arguments import shown
 from gut_fast.distributed import DEFAULT_TIMEOUT, Group, telling_the_others
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
-from gut_fast.optim.local import MIXES, check_inner_state, why_not_local
+from gut_fast.optim.local import check_inner_state, why_not_local
 from gut_fast.optim.mixed_state import checked_names, mixed_state
 from gut_fast.optim.optimizer import GossipOptimizer
 from gut_fast.rules import UpdateRule
@@ -47,8 +47,8 @@ class Gossip(GossipOptimizer):
     Args:
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
             by itself, as SGD, Adam and most others do. Those that look at a whole tensor (Adafactor, Muon, LAMB) would
-            mix agents outside the topology and are refused, torch's by their class, others by a trial step of two
-            agents; with one agent on each rank they serve.
+            mix agents outside the topology and are refused, torch's by their class, others by trial steps of two
+            agents, with a warning if it takes none; with one agent on each rank they serve.
         rule: as for `GossipOptimizer`.
         topology: who mixes with whom, for N agents.
         drift_memory: as for `GossipOptimizer`.
@@ -101,9 +101,8 @@ class Gossip(GossipOptimizer):
             if not isinstance(optimizer, Optimizer):
                 raise TypeError(f"Gossip: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
             mixes = isinstance(optimizer, GossipOptimizer)
-            reason = "it mixes the agents itself" if mixes else why_not_local(optimizer)
             is_of_one = process_group is not None and agents_per_rank in (None, 1)
-            if reason and not (is_of_one and reason == MIXES):
+            if reason := "it mixes the agents itself" if mixes else why_not_local(optimizer, is_of_one):
                 raise TypeError(f"Gossip: {type(optimizer).__name__} cannot make the local move: {reason}")
             for option, reason in NOT_AROUND.items():
                 if hyperparameters.pop(option, None):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -19,10 +20,10 @@ from gut_fast.arguments import shown
 from gut_fast.kernels.validation import described, unreadable
 from gut_fast.optim.loading import check_form
 
-__all__ = ["MIXES", "check_inner_state", "state_after_a_step", "why_not_local"]
+__all__ = ["check_inner_state", "state_after_a_step", "why_not_local"]
 
 SHAPES = (((3, 4), 12), ((5,), 5), ((), 1))
-"""Shapes of the parameters of one agent in a trial step, and their sizes."""
+"""Shapes of a parameter of one agent in trial steps, and their sizes."""
 
 MIXES = "it looks at all agents' numbers together"
 
@@ -35,40 +36,55 @@ NOT_LOCAL = {
 """Torch's optimizers that cannot act on each agent by itself, and why; nor can their subclasses."""
 
 
-def why_not_local(optimizer: Optimizer) -> str | None:
-    """Returns why the optimizer cannot act on each agent by itself, or None."""
+def why_not_local(optimizer: Optimizer, is_of_one: bool) -> str | None:
+    """Returns why the optimizer cannot act on each agent by itself, or None; warns if no trial step can tell.
+
+    Where its parameters are of one agent it may look at whole tensors. A parameter of each shape is tried by itself, as
+    an optimizer may refuse some of them.
+    """
     for parent in type(optimizer).__mro__:
         if parent.__module__.startswith("torch.optim") and parent.__name__ in NOT_LOCAL:
-            return NOT_LOCAL[parent.__name__]
-    if _is_of_torch(optimizer):
+            reason = NOT_LOCAL[parent.__name__]
+            return None if is_of_one and reason == MIXES else reason
+    if is_of_one or _is_of_torch(optimizer):
         return None
-    try:
-        moves = [_second_agents_move(optimizer, of_first) for of_first in (1.0, 1000.0)]
-    except Exception:  # an optimizer that cannot be tried is the user's responsibility
-        return None
-    return None if all(map(torch.equal, *moves)) else MIXES
+    refusals = []
+    for shape, size in SHAPES:
+        start = torch.linspace(1.0, 2.0, 2 * size).view(2, *shape)
+        try:
+            moves = [_second_agents_move(optimizer, start, of_first) for of_first in (1.0, 1000.0)]
+        except Exception as error:
+            refusals.append(f"{type(error).__name__} {error}".strip())
+            continue
+        if not torch.equal(*moves):
+            return MIXES
+    if len(refusals) == len(SHAPES):
+        warnings.warn(
+            f"{type(optimizer).__name__} cannot take a trial step ({refusals[0]}), so nobody knows whether it acts on "
+            "each agent by itself; if it looks at whole tensors, let every process hold one agent",
+            stacklevel=2,
+        )
+    return None
 
 
 def _is_of_torch(optimizer: Optimizer) -> bool:
     return type(optimizer).__module__.startswith("torch.optim")
 
 
-def _second_agents_move(optimizer: Optimizer, of_first: float) -> list[Tensor]:
+def _second_agents_move(optimizer: Optimizer, start: Tensor, of_first: float) -> Tensor:
     """Returns two agents' second model after three steps of an optimizer's copy, given the first's size of gradients.
 
-    The copy has parameters and state of its own.
+    The copy has a parameter, two rows that begin as `start`, and state of its own.
     """
-    device = optimizer.param_groups[0]["params"][0].device
-    parameters = [torch.linspace(1.0, 2.0, 2 * size, device=device).view(2, *shape) for shape, size in SHAPES]
-    twin = _twin(optimizer, optimizer.param_groups[0], parameters)
+    parameter = start.to(optimizer.param_groups[0]["params"][0].device, copy=True)
+    twin = _twin(optimizer, optimizer.param_groups[0], [parameter])
     with torch.random.fork_rng(devices=[]):
         for _ in range(3):
-            for parameter in parameters:
-                parameter.grad = torch.ones_like(parameter)
-                parameter.grad[0] *= of_first
+            parameter.grad = torch.ones_like(parameter)
+            parameter.grad[0] *= of_first
             torch.manual_seed(0)
             _plain_step(twin)
-    return [parameter[1] for parameter in parameters]
+    return parameter[1]
 
 
 def _twin(optimizer: Optimizer, options: Mapping[str, Any], parameters: list[Tensor]) -> Optimizer:
