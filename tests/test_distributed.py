@@ -147,6 +147,10 @@ def train_model(rank, size, how, overlap, steps=12):
         in_backward = False
         if how == "clipped" or (how == "clipped later" and step > 2):
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        if how == "clamped":
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.data.clamp_(-1e-3, 1e-3)
         if how == "scaled":
             scaler.step(optimizer)
             scaler.update()
@@ -157,10 +161,15 @@ def train_model(rank, size, how, overlap, steps=12):
     return [p.detach().clone() for p in model.parameters()], said, left
 
 
-TURNED_OFF = {"clipped": "gradients change", "twice": "gradients change", "scaled": "scales the gradients"}
+TURNED_OFF = {
+    "clipped": "gradients change",
+    "clamped": "gradients change",
+    "twice": "gradients change",
+    "scaled": "scales the gradients",
+}
 
 
-@pytest.mark.parametrize("how", ["plain", "accumulated", "clipped", "twice", "scaled"])
+@pytest.mark.parametrize("how", ["plain", "accumulated", "clipped", "clamped", "twice", "scaled"])
 def test_overlap_changes_no_number(how):
     without = ranks.run(3, train_model, how, False)
     overlapped = ranks.run(3, train_model, how, True)

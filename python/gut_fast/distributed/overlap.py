@@ -33,9 +33,10 @@ Versions = list[tuple["Tensor | None", int]]
 
 
 class _Sent(NamedTuple):
-    """The inputs from which a bucket's messages were computed."""
+    """The inputs from which a bucket's messages were computed; sums of gradients in the step that is watched."""
 
     gradients: Versions
+    sums: list[str]
     model: Versions
     coefficients: Tensor
 
@@ -96,7 +97,8 @@ class Overlap:
 
     def note(self, bucket: Bucket, step: GossipStep) -> None:
         """Takes down what the messages of the next bucket are computed from."""
-        self._sent.append(_Sent(self._gradients_of(bucket), self._model_of(bucket, step), step.coefficients))
+        gradients, model = self._gradients_of(bucket), self._model_of(bucket, step)
+        self._sent.append(_Sent(gradients, self._sums_of(bucket), model, step.coefficients))
 
     def close_step(self, steps: Sequence[GossipStep | None], reason: str | None = None) -> str | None:
         """Checks, before a step is finished, that what its messages were computed from is still right.
@@ -113,7 +115,7 @@ class Overlap:
             for bucket, sent in zip(self._buckets, self._sent, strict=False):
                 step = steps[bucket.group]
                 assert step is not None
-                if not _are_same(sent.gradients, self._gradients_of(bucket)):
+                if not _are_same(sent.gradients, self._gradients_of(bucket)) or sent.sums != self._sums_of(bucket):
                     reason = reason or CHANGED
                 elif sent.coefficients is not step.coefficients:
                     reason = reason or HYPERPARAMETERS
@@ -129,6 +131,11 @@ class Overlap:
 
     def _gradients_of(self, bucket: Bucket) -> Versions:
         return _versions([parameter.grad for parameter in self._of_bucket[bucket.number]])
+
+    def _sums_of(self, bucket: Bucket) -> list[str]:
+        """Returns numbers that change with the gradients, also through `data`, which has no version; none but once."""
+        gradients = () if self.has_watched else (parameter.grad for parameter in self._of_bucket[bucket.number])
+        return [str(float(gradient.sum())) for gradient in gradients if gradient is not None]
 
     def _model_of(self, bucket: Bucket, step: GossipStep) -> Versions:
         return _versions([*self._of_bucket[bucket.number], *step.state])
