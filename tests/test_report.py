@@ -1,5 +1,6 @@
 """A stored sweep as tables, pictures and a page."""
 
+import itertools
 import math
 import re
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 from scipy import stats
 
@@ -416,6 +418,30 @@ def test_pictures_are_painted_in_few_colors_and_repeat(tmp_path, monkeypatch):
             assert len(image.getcolors()) > 8
     again = pictures.draw_differences(study, tmp_path / "again.png")
     assert again.path.read_bytes() == (tmp_path / "differences.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("label", "rows"), [("GUT", 1), ("GUT, H = 16, int4, mixed", 1), ("GUT with second moments mixed, int4", 2)]
+)
+def test_titles_of_panels_do_not_touch_however_long_the_labels(label, rows, tmp_path, monkeypatch):
+    panels, boxes = [], []
+
+    @contextmanager
+    def looked_at(path, size):
+        with small_figure(path, size) as figure:
+            yield figure
+            figure.draw_without_rendering()
+            panels.extend(figure.subfigs[0].axes)
+            texts = [text for axes in panels for text in axes.findobj(Text)]
+            boxes.extend(text.get_window_extent() for text in texts if " ".join(text.get_text().split()) in titles)
+
+    titles, small_figure = {"averaged model", "mean agent", "worst agent"}, pictures.small_figure
+    monkeypatch.setattr(pictures, "small_figure", looked_at)
+    runs = [finished(method, 0, 0.1, label=name) for method, name in (("DSGD", "DSGD"), ("GUT", label))]
+    pictures.draw_differences(study_of(runs), tmp_path / "differences.png")
+    assert len({round(axes.get_position().y0, 3) for axes in panels}) == rows
+    assert len(boxes) == 3
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_the_page_holds_everything_and_needs_nothing(written):

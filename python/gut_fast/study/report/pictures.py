@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,6 +31,9 @@ WIDTH = 7.2
 
 LINE_HEIGHT, HEADING_HEIGHT, CURVES_HEIGHT, AGENTS_HEIGHT = 0.27, 1.2, 5.8, 2.2
 """Inches of a method or comparison, of the rest of a row of dots, and of a row of curves or agents."""
+
+LETTER_WIDTH, TITLE_LETTER_WIDTH, PANEL_WIDTH = 0.083, 0.1, 1.25
+"""Inches of a letter of a label or of a title, and of the narrowest panel of dots with what stands between two."""
 
 AGENTS_PER_ROW = 3
 """The largest number of methods side by side."""
@@ -219,25 +223,34 @@ def _draw_dots(
     *,
     zero: bool,
 ) -> None:
-    """Writes a row of panels for each moment and point, one panel for each accuracy; `zero` draws a line at 0."""
+    """Writes panels for each moment and point, one for each accuracy, as many in a row as fit beside the labels.
+
+    `zero` draws a line at 0.
+    """
     rows = {", ".join(filter(None, row)): row for row in _rows(study)}
     limits = {
         metric: _limits([of(metric, *row) for row in rows.values() for _, _, of in lines], bar, zero=zero)
         for metric in study.measures
     }
-    height = HEADING_HEIGHT + LINE_HEIGHT * len(lines)
     units = {name(measure) for measure in study.measures.values()}
+    room = WIDTH - LETTER_WIDTH * max((len(shown_label(label)) for label, _, _ in lines), default=0)
+    columns = min(max(int(room / PANEL_WIDTH), 1), len(study.measures))
+    deep, letters = -(-len(study.measures) // columns), int(room / columns / TITLE_LETTER_WIDTH)
+    height = (HEADING_HEIGHT + LINE_HEIGHT * len(lines)) * deep
     with small_figure(path, (WIDTH, height * len(rows))) as figure:
         for title, strip in _strips(figure, list(rows)):
-            panels = strip.subplots(1, len(study.measures), sharey=True)
-            for axes, (metric, measure) in zip(panels, study.measures.items(), strict=True):
+            panels = strip.subplots(deep, columns, sharey=True, squeeze=False)
+            for axes in panels.flat[len(study.measures) :]:
+                axes.remove()
+            for axes, (metric, measure) in zip(panels.flat, study.measures.items(), strict=False):
                 numbers = [(look, of(metric, *rows[title])) for _, look, of in lines]
                 bars = [np.nan_to_num(bar(one), nan=mean(one)) for _, one in numbers]
                 axes.set_xlim(limits[metric])
                 _plot_dots(axes, numbers, bars, zero=zero)
-                axes.set(title=measure.name, xlabel="" if len(units) == 1 else name(measure))
-            panels[0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
-            panels[0].set_ylim(len(lines) - 0.4, -0.6)
+                unit = "" if len(units) == 1 else name(measure)
+                axes.set(title=fill(measure.name, letters), xlabel=fill(unit, letters))
+            panels[0, 0].set_yticks(range(len(lines)), [shown_label(label) for label, _, _ in lines])
+            panels[0, 0].set_ylim(len(lines) - 0.4, -0.6)
             strip.supxlabel("".join(units) if len(units) == 1 else "", fontsize=10)
 
 
