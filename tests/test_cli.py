@@ -212,6 +212,10 @@ def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_comman
         (["train", "--partition", "iid", "--alpha", "1"], "there is no --alpha for rule 'gut' and partition 'iid'"),
         (["train", "--alpha", "0"], "--alpha 0.0 must be positive"),
         (["train", "--steps", "0"], "--steps must be at least 1"),
+        (
+            ["train", "--steps", "20", "--local-steps", "30"],
+            "--local-steps 30 is more than --steps 20: the run would end",
+        ),
         (["train", "--launch", "3"], "--launch 3: 16 agents cannot be shared out evenly over 3 processes"),
         (["train", "--launch", "0"], "Invalid value for '--launch'"),
         (["train", "--batch-size", "0"], "--batch-size must be at least 1"),

@@ -182,6 +182,11 @@ def test_names_are_short_and_portable_whatever_the_label(tmp_path, label):
         ({"grid": {"alpha": [0.1, 0.1]}}, "two runs are the same, gut.alpha-0.1.seed-0.* the grid names twice"),
         ({"grid": {"colour": ["red"]}}, r"method 'GUT' at \{'colour': 'red'\}: there is no 'colour' for rule 'gut'"),
         ({"grid": {"rule": ["gut", "d2"]}}, "method 'GUT' sets rule, and so does the grid"),
+        ({"settings": {"steps": 20, "local_steps": 21}}, "'GUT': local_steps=21 is more than steps=20: .* at most 20"),
+        (
+            {"settings": {"steps": 20}, "grid": {"local_steps": [20, 21]}},
+            "'GUT' at {'local_steps': 21}: local_steps=21 is more than steps=20: .* nothing would be sent",
+        ),
         ({"controls": "no"}, "controls must be true or false, got 'no'"),
         ({"seeds": 0}, "seeds must be how many, at least 1, or a list of integers, got 0"),
         ({"seeds": []}, "seeds must be how many"),

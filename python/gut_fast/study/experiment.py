@@ -199,7 +199,7 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
         own: settings that come after, and must all be of use.
 
     Raises:
-        TypeError, ValueError: an unknown setting or a bad value.
+        TypeError, ValueError: an unknown setting or a bad value, or fewer steps than the first round has.
     """
     given = {**common, **own}
     rule = get_rule(given.get("rule", Experiment.rule))
@@ -218,7 +218,13 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
         raise ValueError(f"schedule {entries['schedule']!r} has no use for {', '.join(sorted(useless))}")
     entries["hyperparameters"] = _gathered(given, rule.hyperparameters, "hyperparameters")
     entries["partition_options"] = _gathered(given, options, "partition_options")
-    return Experiment(**entries)
+    experiment = Experiment(**entries)
+    if experiment.local_steps > experiment.steps:
+        raise ValueError(
+            f"local_steps={experiment.local_steps} is more than steps={experiment.steps}: the run would end before the "
+            f"first step that mixes, and nothing would be sent; take at most {experiment.steps}"
+        )
+    return experiment
 
 
 def options_of(partition: Any) -> list[str]:
