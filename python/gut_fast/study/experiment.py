@@ -192,7 +192,7 @@ ENTRIES = {entry.name: entry for entry in dataclasses.fields(Experiment)}
 
 
 def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experiment:
-    """The experiment of these settings.
+    """The experiment of these settings; what they leave out is as in `Experiment`, alpha too.
 
     Args:
         common: settings of many experiments; options that this partition or rule does not have are left out.
@@ -217,7 +217,7 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
     if entries.get("schedule", MILESTONES) != MILESTONES and (useless := own.keys() & {"milestones", "decay"}):
         raise ValueError(f"schedule {entries['schedule']!r} has no use for {', '.join(sorted(useless))}")
     entries["hyperparameters"] = _gathered(given, rule.hyperparameters, "hyperparameters")
-    entries["partition_options"] = _gathered(given, options, "partition_options")
+    entries["partition_options"] = _gathered({**Experiment().partition_options, **given}, options, "partition_options")
     experiment = Experiment(**entries)
     if experiment.local_steps > experiment.steps:
         raise ValueError(
