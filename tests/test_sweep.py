@@ -151,6 +151,7 @@ def test_names_are_short_and_portable_whatever_the_label(tmp_path, label):
         ({"methods": {"GUT": {"mu": 0.9}}}, "method 'GUT' must have settings with a rule"),
         ({"methods": {"mine": {"rule": "my_rule"}}}, "method 'mine': unknown rule 'my_rule'; known are dsgd"),
         ({"methods": {"GUT": {"rule": ["gut"]}}}, "method 'GUT': a rule is a name or an UpdateRule, got list"),
+        ({"methods": {"": {"rule": "gut"}}}, "a method has no name; write one before its colon"),
         ({"methods": {1: {"rule": "gut"}, "1": {"rule": "d2"}}}, "two methods are called '1'"),
         (
             {"methods": {"DSGD": {"rule": "dsgd", "mu": 0.5}}},
@@ -248,6 +249,16 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
     assert [(task.experiment.lr, task.experiment.decay) for task in tasks[::4]] == [(0.001, 0.1), (0.01, 0.1)]
 
 
+@pytest.mark.parametrize("name", ["no", "Yes", "1", "1.10", "0x10", "null", "~", "2026-11-30", "1e-3", "=", "'no'"])
+def test_names_are_text_as_it_is_written(tmp_path, name):
+    """YAML's own loader makes False of no, and 1.1 of 1.10."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"methods:\n  {name}: {{rule: gut, nesterov: no}}\n")
+    assert read_yaml(file) == {"methods": {name.strip("'"): {"rule": "gut", "nesterov": False}}}
+    write_yaml(read_yaml(file), tmp_path / "copy.yaml")
+    assert read_yaml(tmp_path / "copy.yaml") == read_yaml(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -255,6 +266,8 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
         (b"methods: {GUT: {rule: gut}, GUT: {rule: d2}}\n", r"sweep\.yaml is not YAML: 'GUT' stands twice.* line 1"),
         (b"seeds: 1\nmethods: {GUT: {rule: gut}}\nseeds: 2\n", r"'seeds' stands twice\s+in .*line 3"),
         (b"methods: {GUT: {<<: {rule: gut}, lr: 1, lr: 2}}\n", r"sweep\.yaml is not YAML: 'lr' stands twice.* line 1"),
+        (b"methods: {1: {rule: gut}, '1': {rule: d2}}\n", r"sweep\.yaml is not YAML: '1' stands twice"),
+        (b"methods: {'': {rule: gut}}\n", r"sweep\.yaml: a method has no name"),
         (b"methods: [GUT\n", r"sweep\.yaml is not YAML"),
         (b"\xff\xfe", r"sweep\.yaml is not YAML"),
         (b"", r"sweep\.yaml must hold names and values, got None"),
