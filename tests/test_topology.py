@@ -763,6 +763,7 @@ def test_sizes_are_positive_integers(make):
         (lambda: tp.torus(0, 3), ValueError, "torus: rows must be at least 1, got 0"),
         (lambda: tp.circulant(8, (0,)), ValueError, "circulant: offset must be at least 1, got 0"),
         (lambda: tp.circulant(8, (1, 8)), ValueError, "circulant: offset 8 must be below n = 8"),
+        (lambda: tp.circulant(8, 2), TypeError, r"circulant: offsets must be integers in .*, such as \(1, 2\), got 2"),
         (lambda: tp.circulant(8, (1.0,)), TypeError, "circulant: offset must be an integer, got 1.0"),
         (lambda: tp.circulant(6, (2, 4)), ValueError, r"circulant\(6, \(2, 4\)\) is not connected"),
         (lambda: tp.circulant(3, ()), ValueError, r"falls into 3 components, of sizes 1 with agent 0, 1 with agent 1"),

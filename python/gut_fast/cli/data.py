@@ -50,7 +50,7 @@ def data_command(
         prepare_data([name], folder, download)
         given = {"alpha": alpha, "classes_per_agent": classes_per_agent}
         experiment = make_experiment(
-            {"alpha": DEFAULT.partition_options["alpha"]},
+            {},
             {"data": name, "topology": topology, "partition": partition, "seed": seed}
             | {option: value for option, value in given.items() if value is not None},
         )

@@ -15,7 +15,7 @@ import typer
 from gut_fast import data, models, rules
 from gut_fast.analysis.choice import AUTO
 from gut_fast.arguments import all_known, printable
-from gut_fast.cli.options import JSON_HELP, DataFolder, Download
+from gut_fast.cli.options import JSON_HELP, DataFolder, Download, given_options
 from gut_fast.cli.sweep import FILE, console_of_runs, execute, missing_runs
 from gut_fast.cli.sweep_progress import Display
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json, writing
@@ -39,7 +39,6 @@ from gut_fast.study.yaml_files import write_yaml
 __all__ = ["train"]
 
 DEFAULT = Experiment()
-DEFAULT_SETTINGS = {"alpha": DEFAULT.partition_options["alpha"]}
 NUM_EVALUATIONS = 20
 ON_PEER_FAILURE = ("raise", "restart")
 MAX_RESTARTS = 3
@@ -171,7 +170,7 @@ def train(
                 raise FileExistsError(
                     f"{out} holds an experiment already; continue it with --resume, or name another --out"
                 )
-            content = _content(_experiment(_given(context)), _seeds(seeds))
+            content = _content(_experiment(given_options(context)), _seeds(seeds))
             tasks = make_sweep(content).tasks()
         missing = missing_runs(tasks, out, folder, download)
         check_launch(missing, out, launch)
@@ -276,17 +275,16 @@ def _what_is_trained(experiment: Experiment, launch: int | None) -> str:
     return f"{experiment.rule} on {simulator.topology.name}, backend {backend}"
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The values of the options that stand on the command line, by the names of `train`'s arguments."""
-    return {
-        name: value
-        for name, value in context.params.items()
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-
-
 def _check_nothing_else_given(context: typer.Context) -> None:
-    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch", "on_peer_failure", "as_json"}
+    given = given_options(context).keys() - {
+        "out",
+        "resume",
+        "threads",
+        "folder",
+        "launch",
+        "on_peer_failure",
+        "as_json",
+    }
     if given:
         options = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in given)
         raise ValueError(f"--resume goes on with the settings in the folder; leave out {', '.join(options)}")
@@ -303,7 +301,7 @@ def _experiment(given: dict[str, Any]) -> Experiment:
         own["milestones"] = [_number(part) for part in given["milestones"].split(",") if part.strip()]
     own["inner_options"] = _named_values("--inner-set", given.get("inner_options", ()))
     rule = own.get("rule", DEFAULT.rule)
-    common = preset_settings(given["preset"], rule) if "preset" in given else DEFAULT_SETTINGS
+    common = preset_settings(given["preset"], rule) if "preset" in given else {}
     if "eval_every" not in own and ("steps" in own or "preset" not in given):
         own["eval_every"] = max(own.get("steps", DEFAULT.steps) // NUM_EVALUATIONS, 1)
     return make_experiment(common, own)

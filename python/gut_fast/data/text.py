@@ -77,9 +77,12 @@ def text_folders(
     """
     root = Path(path)
     with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+        folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    names = sorted(name for name in folders if not name.startswith("."))
     if not names:
-        raise FileError(f"{root} has no folders; expected a folder of text for each agent in it")
+        raise FileError(
+            f"{root} has no folders; expected a folder of text for each agent in it; symbolic links are left out"
+        )
     files = {name: _files_below(root / name) for name in names}
     return _dataset(root.name, str(root), files, length, test_fraction, seed, max_bytes)
 

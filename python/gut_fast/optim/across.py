@@ -133,6 +133,11 @@ class AcrossRanks(Optimizer):
         return None if self._wire is None else self._wire.dtype
 
     @property
+    def wire_seed(self) -> int | None:
+        """The seed of rounding at random in messages of 8 and 4 bits; None rounds to the nearest."""
+        return None if self._wire is None else self._wire.seed
+
+    @property
     def _wire(self) -> Wire | None:
         """How messages travel between ranks, or would; None if all agents are here and mix what they are."""
         part = self._exchange or self._together

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,15 +14,17 @@ from torch.optim import Optimizer
 
 from gut_fast import randomness
 from gut_fast.agents import StackedModule
+from gut_fast.optim import Gossip
 from gut_fast.optim.checks import frames_to_the_caller
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.files import digest, mixing_digest
 from gut_fast.simulation.metrics import metric_entries
 from gut_fast.simulation.objective import Loss, Metric, ModelLoss, Objective, Supervised, accuracy, applied
 from gut_fast.simulation.samples import FileSamples, Samples, TensorSamples
+from gut_fast.simulation.schedules import options_of
 from gut_fast.topology import Topology
 
-__all__ = ["check_labels", "configuration_of", "make_objective", "make_optimizer"]
+__all__ = ["check_labels", "configuration_of", "make_objective", "make_optimizer", "settings_of"]
 
 
 def make_objective(
@@ -179,10 +182,39 @@ def make_optimizer(make: Any, stacked: StackedModule, topology: Topology) -> Opt
     return optimizer
 
 
+def settings_of(optimizer: Optimizer) -> dict[str, Any]:
+    """The settings of an optimizer, and of the one in it, that change a run's numbers, by name and as they are now.
+
+    Names that other versions did not write are in `gut_fast.simulation.files.LATER`.
+    """
+    rule, state_dtype, wire_dtype = (getattr(optimizer, name, None) for name in ("rule", "state_dtype", "wire_dtype"))
+    dtypes = [parameter.dtype for group in optimizer.param_groups for parameter in group["params"]]
+    inner = optimizer.inner if isinstance(optimizer, Gossip) else None
+    return {
+        "optimizer": type(optimizer).__name__,
+        "rule": None if rule is None else rule.name,
+        "dtype of messages": None if wire_dtype is None else str(wire_dtype),
+        "dtype of the state": None if state_dtype in (None, *dtypes[:1]) else str(state_dtype),
+        **{name: getattr(optimizer, name, None) for name in ("local_steps", "wire_seed", "mix_state")},
+        **_of_groups(optimizer, "group"),
+        "inner optimizer": None if inner is None else type(inner).__name__,
+        **({} if inner is None else _of_groups(inner, "inner group", without="lr")),
+    }
+
+
+def _of_groups(optimizer: Optimizer, what: str, without: str = "") -> dict[str, Any]:
+    """The options of each group, copied, for schedules may change them in place."""
+    return {
+        f"{name} of {what} {index}": copy.deepcopy(value)
+        for index, group in enumerate(options_of(optimizer))
+        for name, value in group.items()
+        if name != without
+    }
+
+
 def configuration_of(
     topology: Topology,
-    optimizer: Optimizer,
-    initial_options: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
     stacked: StackedModule,
     batches: Batches,
     **more: Any,
@@ -191,27 +223,17 @@ def configuration_of(
 
     Args:
         topology: the simulator's topology.
-        optimizer: its optimizer.
+        settings: `settings_of` its optimizer at step 0.
         stacked: its models.
         batches: its batches.
-        initial_options: the options of the optimizer's groups at step 0.
         **more: other values, by names in which an underscore stands for a blank; None stands for what an older
             checkpoint has no entry of.
     """
-    rule, state_dtype, wire_dtype = (getattr(optimizer, name, None) for name in ("rule", "state_dtype", "wire_dtype"))
     return {
         "number of agents": topology.num_agents,
         "topology": topology.name,
         "digest of the mixing weights": mixing_digest(topology),
-        "optimizer": type(optimizer).__name__,
-        "rule": None if rule is None else rule.name,
-        "dtype of messages": None if wire_dtype is None else str(wire_dtype),
-        "dtype of the state": None if state_dtype in (None, stacked.values.dtype) else str(state_dtype),
-        **{
-            f"{name} of group {index}": value
-            for index, group in enumerate(initial_options)
-            for name, value in group.items()
-        },
+        **settings,
         "digest of the training samples": digest(batches.samples.fingerprint()),
         "division of the samples": digest(batches.parts),
         "batch size": batches.batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,20 @@ from gut_fast.distributed import Group, telling_the_others
 from gut_fast.optim.gossip import clip_grad_norm_per_agent_
 from gut_fast.simulation.batches import Batches
 from gut_fast.simulation.callbacks import AfterCheckpoint, Callback, Progress, ShowProgress, around, checked
-from gut_fast.simulation.configuration import check_labels, configuration_of, make_objective, make_optimizer
+from gut_fast.simulation.configuration import (
+    check_labels,
+    configuration_of,
+    make_objective,
+    make_optimizer,
+    settings_of,
+)
 from gut_fast.simulation.engines import AutoEngine, make_engine, undo_on_error
 from gut_fast.simulation.files import check_configuration, check_target, read_checkpoint, write_checkpoint
 from gut_fast.simulation.interrupt import Interrupt, deferred_interrupt
 from gut_fast.simulation.metrics import Tally, evaluate, metric_entries, read
 from gut_fast.simulation.objective import Loss, Metric, ModelLoss
 from gut_fast.simulation.samples import given_parts, joined, training_and_test
-from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule, options_of
+from gut_fast.simulation.schedules import MakeScheduler, Schedule, make_schedule
 from gut_fast.simulation.sharing import Everyone, agents_here, check_ranks
 from gut_fast.simulation.structure import as_file_error, check_structure
 from gut_fast.simulation.timetable import Timetable
@@ -166,7 +173,8 @@ class Simulator:
         self._engine_name = engine
         self._engine = make_engine(engine, stacked, self._objective)
         self._tally = Tally(self.optimizer, num_agents, len(agents), stacked.device)
-        self._initial_options = options_of(self.optimizer)
+        self._initial_settings = settings_of(self.optimizer)
+        self._initial_rates = [deepcopy(group["lr"]) for group in self.optimizer.param_groups]
         own_seed = randomness.derive_seed("random", seed, *([agents.start] if agents.start else []))
         self._random_state = randomness.initial_state(own_seed, stacked.device)
         self._schedule = Schedule()
@@ -416,10 +424,10 @@ class Simulator:
         """Makes the schedule of the run, in its state at the end of the last run."""
         if metric is None:
             metric = "train_loss" if self._test is None else "test_loss"
-        rates = [options["lr"] for options in self._initial_options]
         if metric not in self.entries:
             raise ValueError(f"schedule_metric={metric!r} is no entry of the history: {', '.join(self.entries)}")
-        self._schedule = make_schedule(timetable, schedule, metric, self.optimizer, rates, self._scheduler_state)
+        about = self.optimizer, self._initial_rates, self._scheduler_state
+        self._schedule = make_schedule(timetable, schedule, metric, *about)
 
     def _suspend(self) -> None:
         """Takes in the states of the generators and the scheduler, which live outside the simulator during a run."""
@@ -435,8 +443,7 @@ class Simulator:
         """The plain values that a checkpoint must have in common with this simulator."""
         return configuration_of(
             self.topology,
-            self.optimizer,
-            self._initial_options,
+            self._initial_settings,
             self.stacked,
             self.batches,
             agents_here=None if self._everyone.group is None else str(self.batches.agents),

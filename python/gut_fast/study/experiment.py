@@ -192,14 +192,14 @@ ENTRIES = {entry.name: entry for entry in dataclasses.fields(Experiment)}
 
 
 def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experiment:
-    """The experiment of these settings.
+    """The experiment of these settings; what they leave out is as in `Experiment`, alpha too.
 
     Args:
         common: settings of many experiments; options that this partition or rule does not have are left out.
         own: settings that come after, and must all be of use.
 
     Raises:
-        TypeError, ValueError: an unknown setting or a bad value.
+        TypeError, ValueError: an unknown setting or a bad value, or fewer steps than the first round has.
     """
     given = {**common, **own}
     rule = get_rule(given.get("rule", Experiment.rule))
@@ -216,9 +216,17 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
         entries["lr"] = float(_arguments_of(inner_class(entries["inner"]))["lr"].default)
     if entries.get("schedule", MILESTONES) != MILESTONES and (useless := own.keys() & {"milestones", "decay"}):
         raise ValueError(f"schedule {entries['schedule']!r} has no use for {', '.join(sorted(useless))}")
+    if "decay" in own and not entries.get("milestones", Experiment.milestones):
+        raise ValueError("decay has no effect without milestones; leave it out")
     entries["hyperparameters"] = _gathered(given, rule.hyperparameters, "hyperparameters")
-    entries["partition_options"] = _gathered(given, options, "partition_options")
-    return Experiment(**entries)
+    entries["partition_options"] = _gathered({**Experiment().partition_options, **given}, options, "partition_options")
+    experiment = Experiment(**entries)
+    if experiment.local_steps > experiment.steps:
+        raise ValueError(
+            f"local_steps={experiment.local_steps} is more than steps={experiment.steps}: the run would end before the "
+            f"first step that mixes, and nothing would be sent; take at most {experiment.steps}"
+        )
+    return experiment
 
 
 def options_of(partition: Any) -> list[str]:

@@ -54,7 +54,7 @@ class Child:
     """A process that calls ``function(connection, *arguments)`` with `threads` threads.
 
     Its exit code is 130 if it was interrupted, 1 if the function failed; a text about the error is then the last that
-    it has sent through `connection`, which ends with the process.
+    it has sent through `connection`, which ends with the process. If nobody listens there, it ends without a word.
     """
 
     def __init__(self, name: str, threads: int, function: Callable[..., object], *arguments: Any) -> None:
@@ -87,11 +87,14 @@ def _main(connection: Connection, threads: int, function: Callable[..., object],
         sys.stdout.flush()
         os._exit(INTERRUPTED)
     except Exception as error:
+        kind = "" if isinstance(error, ToldError) else f"{type(error).__name__}: "
+        try:
+            connection.send(f"{kind}{error}")
+        except OSError:  # nobody listens any more: the parent has gone, or a second Ctrl-C has ended its wait
+            os._exit(1)
         if not isinstance(error, (ToldError, PeerError)):
             traceback.print_exc()
         sys.stdout.flush()
-        kind = "" if isinstance(error, ToldError) else f"{type(error).__name__}: "
-        connection.send(f"{kind}{error}")
         os._exit(1)
 
 

@@ -229,6 +229,13 @@ def _results(found: Sequence[_Found]) -> Results:
 
 def _read_table(path: Path) -> Iterator[_Found]:
     try:
+        yield from _runs_in_table(path)
+    except ResultsError as error:
+        raise ResultsError(f"{error}; put a copy of it back, or remove it and its runs are run again") from error
+
+
+def _runs_in_table(path: Path) -> Iterator[_Found]:
+    try:
         text = _unpacked(path)
         table = pd.read_csv(io.BytesIO(text), dtype=str, keep_default_na=False, index_col=False)
     except (zstandard.ZstdError, ValueError, OverflowError) as error:

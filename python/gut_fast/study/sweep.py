@@ -223,6 +223,8 @@ def named_methods(content: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
             raise TypeError(
                 f"method {label!r} must have settings with a rule, such as {{rule: gut, lr: 0.1}}, got {shown(own)}"
             )
+    if "" in methods:
+        raise ValueError("a method has no name; write one before its colon")
     if twice := _first_twice(map(str, methods)):
         raise ValueError(f"two methods are called {twice!r}")
     return {str(label): own for label, own in methods.items()}

@@ -13,8 +13,11 @@ from gut_fast.requirements import pip_install
 
 __all__ = ["about_file", "read_yaml", "write_yaml"]
 
-MERGE = "tag:yaml.org,2002:merge"
-"""The tag of the key ``<<``, which brings in all names of another mapping."""
+PLAIN = "tag:yaml.org,2002:"
+"""How the tags of YAML's own types begin."""
+
+MERGE, TEXT = f"{PLAIN}merge", f"{PLAIN}str"
+"""The tag of the key ``<<``, which brings in all names of another mapping, and that of text."""
 
 MAX_BYTES = 4 << 20
 """The most bytes of a YAML file."""
@@ -44,13 +47,18 @@ def read_yaml(path: str | Path) -> Mapping[str, Any]:
         raise ImportError(f"sweeps need PyYAML; install it with: {pip_install('yaml')}") from error
 
     class Loader(yaml.SafeLoader):
-        """Names that stand twice are errors: YAML's own loader keeps the last."""
+        """Names are text as it is written, also no, 1.10 and ~; those that stand twice are errors.
+
+        YAML's own loader makes values of them, and keeps the last.
+        """
 
         def compose_mapping_node(self, anchor: Any) -> Any:
             node = super().compose_mapping_node(anchor)
             names = set()
             # Merge keys bring in names that those of the mapping itself come before; they are not merged yet.
             for key in (key for key, _ in node.value if key.tag != MERGE):
+                if isinstance(key, yaml.ScalarNode) and key.tag.startswith(PLAIN):
+                    key.tag = TEXT
                 name = self.construct_object(key, deep=True)
                 if isinstance(name, Hashable):
                     if name in names:

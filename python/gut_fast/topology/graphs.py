@@ -129,6 +129,8 @@ def circulant(n: int, offsets: Iterable[int]) -> Topology:
         TypeError, ValueError: an offset is not an integer or out of range, or the graph is not connected.
     """
     n = as_integer(n, "circulant: n", minimum=1)
+    if not isinstance(offsets, Iterable):
+        raise TypeError(f"circulant: offsets must be integers in a tuple or list, such as (1, 2), got {offsets!r}")
     offsets = tuple(as_integer(offset, "circulant: offset", minimum=1) for offset in offsets)
     if max(offsets, default=0) >= n:
         raise ValueError(f"circulant: offset {max(offsets)} must be below n = {n}")
