@@ -12,7 +12,7 @@ from torch.func import vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gut_fast import randomness
-from gut_fast.agents.layout import Entry
+from gut_fast.agents.layout import BufferEntry, Entry
 
 __all__ = ["Forward"]
 
@@ -42,7 +42,7 @@ class Forward:
 
         Args:
             module: the module that holds the stacked tensors.
-            entries: the stacked tensors, each with its name and its places in the module.
+            entries: the tensors (N, *shape) to compute with, each with its name and its places in the module.
             num_agents: number of agents N.
             args: the module's positional arguments, every tensor of them (N, ...).
             kwargs: its keyword arguments, likewise.
@@ -50,8 +50,8 @@ class Forward:
         leaves, spec = tree_flatten((args, kwargs)) if kwargs or not all(map(_is_tensor, args)) else (args, None)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         _check_leading_dimension(inputs, num_agents)
-        parameters: list[Tensor] = [tensor for _, tensor, _ in entries if isinstance(tensor, nn.Parameter)]
-        buffers = [tensor for _, tensor, _ in entries[len(parameters) :]]
+        buffers = [entry.tensor for entry in entries if isinstance(entry, BufferEntry)]
+        parameters = [entry.tensor for entry in entries[: len(entries) - len(buffers)]]
         one = _one_agent(module, entries, len(parameters), leaves, spec)
         compute = {None: self._first, True: _all_at_once, False: _one_by_one}[self.is_vectorized]
         outputs, *after = compute(one, [*inputs, *parameters], buffers)
