@@ -639,6 +639,28 @@ def test_a_module_that_vmap_cannot_take_is_computed_agent_by_agent():
         agents(inputs)
 
 
+@pytest.mark.parametrize("looks_in", [(True,), (False,), (True, False)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_module_that_looks_at_values_in_one_mode_only(looks_in, first):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            outputs = self.linear(inputs)
+            return -outputs if self.training in looks_in and outputs.sum() > 0 else outputs
+
+    agents, (inputs, _) = gf.stack(Looks().double(), NUM_AGENTS), batches()[0]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for training in (first, not first, first, not first):
+            outputs = agents.train(training)(inputs)
+            for i in range(NUM_AGENTS):
+                torch.testing.assert_close(outputs[i], agents.agent(i)(inputs[i]))
+    assert [str(each.message)[:40] for each in warned] == ["the agents are computed one after the ot"]
+
+
 def test_buffers_and_dropout_of_the_forward_pass():
     module = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(0.5)).double()
     agents, other = gf.stack(module, NUM_AGENTS), gf.stack(module, NUM_AGENTS)

@@ -211,7 +211,8 @@ class StackedModule(nn.Module):
 
         The agents are computed at once through `torch.func.vmap`, with random numbers that differ between them; a
         module that vmap cannot take, since it looks at values or changes tensors of its own, is computed agent by
-        agent, which is said once. Buffers change as in a loop over the agents.
+        agent, which is said once; the first pass in training, and that in evaluation, shows whether it can. Buffers
+        change as in a loop over the agents.
 
         It computes with the tensors that stand in the module at that time, so `torch.func.functional_call` can lend
         others, each of shape (N, *shape).
