@@ -49,8 +49,9 @@ def stack(module: nn.Module, num_agents: int, *, init: str = "same", seed: int |
 
     Raises:
         TypeError, ValueError: the module has no parameters, or some are lazy, on the meta device, not floating-point,
-            or of different dtypes or devices; init is ``"different"`` and a submodule has parameters of its own but no
-            ``reset_parameters``; or another argument is bad.
+            of different dtypes or devices, or also held in a list or another attribute; it is a stack, or has one; init
+            is ``"different"`` and a submodule has parameters of its own but no ``reset_parameters``; or another
+            argument is bad.
     """
     if init not in ("same", "different"):
         raise ValueError(f"init must be 'same' or 'different', got {init!r}")
@@ -92,6 +93,11 @@ class StackedModule(nn.Module):
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
         check_stackable(module, num_agents)
+        if stacks := [each for each in module.modules() if isinstance(each, StackedModule)]:
+            raise TypeError(
+                f"a stack of {stacks[0].num_agents} agents cannot be stacked; stack the plain module, or its agents' "
+                "average()"
+            )
         super().__init__()
         self.num_agents = int(num_agents)
         hooks, template = GradientHooks.of(module), copy.deepcopy(module)
