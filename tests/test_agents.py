@@ -5,11 +5,13 @@ import io
 import pickle
 import threading
 import warnings
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.optim.swa_utils import AveragedModel
@@ -337,6 +339,107 @@ def test_what_is_put_into_the_stack_reaches_agents_and_optimizer(change):
     assert torch.equal(modules[0][0].weight, agents.parameters()[0][0])
 
 
+@pytest.mark.parametrize("optimizer_first", [True, False])
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_a_parameter_that_is_put_into_the_stack_moves_in_with_its_gradient(optimizer_first, asked_for):
+    (agents, first), (expected, second) = new(), new()
+    expected.requires_grad_(False).parameters()[0].requires_grad_(True)
+    values = torch.randn_like(expected.parameters()[0])
+    with torch.no_grad():
+        expected.parameters()[0].copy_(values)
+    if asked_for:
+        agents.agent(1)
+    agents.requires_grad_(False)
+    agents.get_submodule("0").weight = nn.Parameter(values.clone())
+    if not optimizer_first:
+        first = gf.GUT(agents.parameters(), lr=0.1, mu=0.5, topology=RING)
+    for inputs, targets in batches():
+        for each, optimizer in ((agents, first), (expected, second)):
+            optimizer.zero_grad()
+            cross_entropy(each(inputs).flatten(0, 1), targets.flatten()).backward()
+            optimizer.step()
+    assert not torch.equal(agents.parameters()[0], values)
+    assert torch.equal(vectors(agents), vectors(expected))
+    assert torch.equal(agents.agent(1)[0].weight, expected.parameters()[0][1])
+
+
+def tied(agents):
+    agents.get_submodule("0").weight = agents.get_submodule("1").weight
+
+
+def with_another_module(agents):
+    agents.register_module("1", nn.Linear(NUM_AGENTS, NUM_AGENTS))
+
+
+def with_another_parameter(agents):
+    agents.register_parameter("scale", nn.Parameter(torch.ones(NUM_AGENTS, 4)))
+
+
+def with_another_shape(agents):
+    agents.get_submodule("0").weight = nn.Parameter(torch.zeros(4, 4))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (tied, r"0.weight of the stacked module has become its 1.weight; share them in the plain module, then stack"),
+        (with_another_module, r"1.weight is new in the stacked module.*change the plain module, then stack it"),
+        (with_another_parameter, r"scale is new in the stacked module"),
+        (with_another_shape, r"0.weight of the stacked module has become \(4, 4\) on cpu, expected \(3, 4, 4\)"),
+    ],
+)
+def test_what_cannot_be_put_into_the_stack_is_refused(change, message):
+    agents = gf.stack(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), NUM_AGENTS)
+    optimizer = gf.GUT(agents.parameters(), lr=0.1, mu=0.5, topology=RING)
+    change(agents)
+    for use in (agents.parameters, agents.zero_grad, optimizer.step, lambda: agents.agent(1)):
+        with pytest.raises(RuntimeError, match=message):
+            use()
+    if change is not tied:  # whose forward pass is that of the tied module
+        with pytest.raises(RuntimeError, match=message):
+            agents(torch.ones(NUM_AGENTS, 2, 4))
+
+
+@pytest.mark.parametrize("call", [lambda f: f, partial(torch.compile, backend="aot_eager", fullgraph=True)])
+@pytest.mark.parametrize("asked_for", [True, False])
+@pytest.mark.parametrize("kind", [torch.clone, nn.Parameter])
+def test_a_functional_call_computes_with_the_given_parameters(call, asked_for, kind):
+    if asked_for and isinstance(call, partial):
+        call = partial(torch.compile, backend="aot_eager")
+    agents, _ = new()
+    before, (inputs, _) = vectors(agents), batches()[0]
+    agents(inputs)
+    if asked_for:
+        agents.agent(1)
+    given = {name: kind(torch.randn_like(tensor)) for name, tensor in agents.named_parameters()}
+    outputs = call(lambda given: functional_call(agents, given, (inputs,)))(given)
+    gradients = torch.func.grad(lambda given: functional_call(agents, given, (inputs,)).square().sum())(given)
+    plain = make()
+    for i in range(NUM_AGENTS):
+        rows = {name: tensor[i].detach() for name, tensor in given.items()}
+        torch.testing.assert_close(outputs[i], functional_call(plain, rows, (inputs[i],)))
+        expected = torch.func.grad(lambda rows, i=i: functional_call(plain, rows, (inputs[i],)).square().sum())(rows)
+        torch.testing.assert_close({name: gradient[i] for name, gradient in gradients.items()}, expected)
+    assert torch.equal(vectors(agents), before)
+
+
+def test_a_lent_tensor_is_not_moved_into_the_stack():
+    class Regularised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.agents = gf.stack(make(), NUM_AGENTS)
+
+        def forward(self, inputs):
+            return self.agents.agent(1)(inputs[1])
+
+    module, (inputs, _) = Regularised(), batches()[0]
+    before = vectors(module.agents)
+    given = {name: torch.zeros_like(tensor) for name, tensor in module.named_parameters()}
+    with pytest.raises(RuntimeError, match=r"0.weight of the stacked module is lent.* only agents\(...\) computes"):
+        functional_call(module, given, (inputs,))
+    assert torch.equal(vectors(module.agents), before)
+
+
 def test_one_stacked_parameter_of_another_dtype_is_refused():
     agents, optimizer = new()
     agents.agent(0)
@@ -534,6 +637,28 @@ def test_a_module_that_vmap_cannot_take_is_computed_agent_by_agent():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         agents(inputs)
+
+
+@pytest.mark.parametrize("looks_in", [(True,), (False,), (True, False)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_module_that_looks_at_values_in_one_mode_only(looks_in, first):
+    class Looks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, inputs):
+            outputs = self.linear(inputs)
+            return -outputs if self.training in looks_in and outputs.sum() > 0 else outputs
+
+    agents, (inputs, _) = gf.stack(Looks().double(), NUM_AGENTS), batches()[0]
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for training in (first, not first, first, not first):
+            outputs = agents.train(training)(inputs)
+            for i in range(NUM_AGENTS):
+                torch.testing.assert_close(outputs[i], agents.agent(i)(inputs[i]))
+    assert [str(each.message)[:40] for each in warned] == ["the agents are computed one after the ot"]
 
 
 def test_buffers_and_dropout_of_the_forward_pass():

@@ -268,6 +268,24 @@ class NoReset(nn.Module):
         self.scale = nn.Parameter(torch.ones(3))
 
 
+class InList(nn.Linear):
+    """A module that computes with a parameter by way of a list."""
+
+    def __init__(self):
+        super().__init__(2, 2)
+        self.layers = {"all": [self.bias, self.weight]}
+
+    def forward(self, inputs):
+        return inputs @ self.layers["all"][1].T
+
+
+class OwnLSTM(nn.LSTM):
+    """A subclass of a module that keeps its list of parameters up to date itself."""
+
+    def forward(self, inputs):
+        return super().forward(inputs)[0]
+
+
 def with_parameter(parameter):
     module = nn.Module()
     module.linear = nn.Linear(2, 2)
@@ -284,6 +302,17 @@ def with_parameter(parameter):
         (lambda: stack(nn.Linear(2, 2), 0), ValueError, "num_agents must be at least 1, got 0"),
         (lambda: stack(nn.Linear(2, 2), 2.0), TypeError, "num_agents must be an integer, got 2.0"),
         (lambda: stack(nn.Linear(2, 2), 2, init="random"), ValueError, "'same' or 'different', got 'random'"),
+        (
+            lambda: stack(stack(nn.Linear(2, 2), 3), 2),
+            TypeError,
+            "a stack of 3 agents cannot be stacked; stack the plain",
+        ),
+        (lambda: stack(nn.Sequential(stack(nn.Linear(2, 2), 3)), 2), TypeError, "a stack of 3 agents cannot"),
+        (
+            lambda: stack(nn.Sequential(InList()), 2),
+            ValueError,
+            "parameter 0.bias is also held in the attribute 'layers' of InList, .* use the parameter itself",
+        ),
         (lambda: stack(nn.LazyLinear(2), 2), ValueError, "weight has no values yet; run a lazy module once"),
         (lambda: stack(nn.LazyBatchNorm1d(), 2), ValueError, "weight has no values yet"),
         (lambda: stack(nn.Linear(2, 2, device="meta"), 2), ValueError, "weight has no values yet"),
@@ -312,6 +341,17 @@ def with_parameter(parameter):
 def test_bad_modules_say_what_is_wrong(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.filterwarnings("ignore:the agents are computed one after the other")
+def test_a_module_that_keeps_its_list_of_parameters_up_to_date():
+    stacked = spread(stack(OwnLSTM(4, 3).double(), NUM_AGENTS))
+    inputs, _ = batch()
+    outputs = stacked(inputs)
+    for i in range(NUM_AGENTS):
+        torch.testing.assert_close(outputs[i], stacked.agent(i)(inputs[i]))
+    outputs.sum().backward()
+    assert all(parameter.grad.ne(0).any() for parameter in stacked.parameters())
 
 
 @pytest.mark.filterwarnings("ignore:.*jit.script.*deprecated:DeprecationWarning")

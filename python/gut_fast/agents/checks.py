@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
 
 from gut_fast.arguments import as_integer
 
 __all__ = ["check_can_reset", "check_stackable"]
+
+HOLDERS = ("_parameters", "_flat_weights")
+"""The attributes that may hold parameters: the registry, and the list that torch's recurrent layers keep up to date."""
 
 
 def check_stackable(module: nn.Module, num_agents: int) -> None:
@@ -36,6 +40,21 @@ def check_stackable(module: nn.Module, num_agents: int) -> None:
                 f"parameter {name} is {parameter.dtype} on {parameter.device}, but {first_name} is {first.dtype} on "
                 f"{first.device}; convert the module to one dtype and device with module.to(...)"
             )
+    _check_held_once(module)
+
+
+def _check_held_once(module: nn.Module) -> None:
+    """Raises ValueError if an attribute holds a parameter that its module would go on to compute with, unstacked."""
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    for submodule in module.modules():
+        for key, value in vars(submodule).items():
+            if key in HOLDERS:
+                continue
+            if found := [names[id(leaf)] for leaf in tree_leaves(value) if id(leaf) in names]:
+                raise ValueError(
+                    f"parameter {found[0]} is also held in the attribute {key!r} of {type(submodule).__name__}, which "
+                    "would keep it as it is before stacking; use the parameter itself, or a torch.nn.ParameterList"
+                )
 
 
 def check_can_reset(module: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,23 +13,26 @@ from torch.func import vmap
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from gut_fast import randomness
-from gut_fast.agents.layout import Entry
+from gut_fast.agents.layout import BufferEntry, Entry
 
 __all__ = ["Forward"]
 
 OneAgent = Callable[..., tuple[Any, ...]]
 """One agent's outputs, then its new buffers, as a function of its inputs, then its parameters and buffers."""
 
+Way = Callable[[OneAgent, Sequence[Tensor], Sequence[Tensor]], tuple[Any, ...]]
+"""A way to compute all agents' outputs and buffers from that, the inputs and parameters, and the buffers."""
+
 
 class Forward:
-    """The forward pass of all agents; it remembers whether vmap can take the module.
+    """The forward pass of all agents; it remembers whether vmap can take the module in training, and in evaluation.
 
     Attributes:
-        is_vectorized: whether the agents are computed at once; None before the first pass.
+        is_vectorized: whether the agents are computed at once, by ``module.training``; empty before the first pass.
     """
 
     def __init__(self) -> None:
-        self.is_vectorized: bool | None = None
+        self.is_vectorized: dict[bool, bool] = {}
 
     def __call__(
         self,
@@ -42,7 +46,7 @@ class Forward:
 
         Args:
             module: the module that holds the stacked tensors.
-            entries: the stacked tensors, each with its name and its places in the module.
+            entries: the tensors (N, *shape) to compute with, each with its name and its places in the module.
             num_agents: number of agents N.
             args: the module's positional arguments, every tensor of them (N, ...).
             kwargs: its keyword arguments, likewise.
@@ -50,15 +54,19 @@ class Forward:
         leaves, spec = tree_flatten((args, kwargs)) if kwargs or not all(map(_is_tensor, args)) else (args, None)
         inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         _check_leading_dimension(inputs, num_agents)
-        parameters: list[Tensor] = [tensor for _, tensor, _ in entries if isinstance(tensor, nn.Parameter)]
-        buffers = [tensor for _, tensor, _ in entries[len(parameters) :]]
+        buffers = [entry.tensor for entry in entries if isinstance(entry, BufferEntry)]
+        parameters = [entry.tensor for entry in entries[: len(entries) - len(buffers)]]
         one = _one_agent(module, entries, len(parameters), leaves, spec)
-        compute = {None: self._first, True: _all_at_once, False: _one_by_one}[self.is_vectorized]
+        first = partial(self._first, module.training)
+        ways: dict[bool | None, Way] = {None: first, True: _all_at_once, False: _one_by_one}
+        compute = ways[self.is_vectorized.get(module.training)]
         outputs, *after = compute(one, [*inputs, *parameters], buffers)
         _keep(after, buffers)
         return outputs
 
-    def _first(self, one: OneAgent, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> tuple[Any, ...]:
+    def _first(
+        self, training: bool, one: OneAgent, tensors: Sequence[Tensor], buffers: Sequence[Tensor]
+    ) -> tuple[Any, ...]:
         """Tries both ways: an error of the module itself is raised by the second."""
         before, random_state = [buffer.clone() for buffer in buffers], randomness.get_state(tensors[-1].device)
         try:
@@ -66,13 +74,15 @@ class Forward:
         except Exception as error:  # the type of an error of vmap depends on the operation
             reason = str(error).strip().split("\n")[0]
         else:
-            self.is_vectorized = True
+            self.is_vectorized[training] = True
             return result
         _keep(before, buffers)
         randomness.set_state(random_state, tensors[-1].device)
         result = _one_by_one(one, tensors, buffers)
-        self.is_vectorized = False
-        warnings.warn(f"the agents are computed one after the other, since vmap failed with {reason!r}", stacklevel=6)
+        if False not in self.is_vectorized.values():
+            message = f"the agents are computed one after the other, since vmap failed with {reason!r}"
+            warnings.warn(message, stacklevel=6)
+        self.is_vectorized[training] = False
         return result
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
+from itertools import chain, zip_longest
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.dlpack import from_dlpack
 
 from gut_fast.kernels.buffers import allocate, segment_views
 
-__all__ = ["Entry", "Layout", "Place", "own_storage", "places"]
+__all__ = ["BufferEntry", "Entry", "Layout", "Place", "own_storage", "places"]
 
 Place = tuple[dict[str, Any], str]
 """A module's dict of parameters or buffers, and a key in it."""
@@ -29,6 +30,10 @@ class Entry(NamedTuple):
     name: str
     tensor: Tensor
     places: list[Place]
+
+
+class BufferEntry(Entry):
+    """One that is a buffer."""
 
 
 def places(module: nn.Module) -> Iterator[Place]:
@@ -45,6 +50,16 @@ def own_storage(view: Tensor) -> Tensor:
     """
     has_memory = view.numel() > 0 and view.device.type in ("cpu", "cuda")
     return from_dlpack(view.detach()) if has_memory else view.detach()
+
+
+def entries_of(module: nn.Module) -> list[Entry]:
+    """The tensors that stand in a module, the parameters, then the buffers, each once."""
+    entries = [Entry(name, tensor, []) for name, tensor in module.named_parameters()]
+    entries += [BufferEntry(name, tensor, []) for name, tensor in module.named_buffers()]
+    by_tensor = {id(entry.tensor): entry for entry in entries}
+    for registry, key in places(module):
+        by_tensor[id(registry[key])].places.append((registry, key))
+    return entries
 
 
 class Layout:
@@ -64,13 +79,11 @@ class Layout:
     """
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
-        self._module = module
-        named = [*module.named_parameters(), *module.named_buffers()]
-        self.entries = [Entry(name, tensor, []) for name, tensor in named]
-        by_tensor = {id(entry.tensor): entry for entry in self.entries}
-        for registry, key in places(module):
-            by_tensor[id(registry[key])].places.append((registry, key))
-        self._num_agents = num_agents
+        self._module, self._num_agents = module, num_agents
+        self.entries = entries_of(module)
+        self._known = {each for entry in self.entries for each in _ids(entry.places)}
+        self._registries: list[dict[str, Any]] = []  # of every submodule, and what they held at the last look
+        self._held: list[Any] = []
         self._pointers: list[int] = []
         self.flats: list[Tensor] = []
         self.gradients = torch.empty(0, device="cpu")
@@ -82,10 +95,27 @@ class Layout:
         Raises:
             RuntimeError: a tensor has been replaced by what cannot be stacked; the message says what to do.
         """
-        for (_, tensor, where), pointer in zip(self.entries, self._pointers, strict=True):
-            if tensor.data_ptr() != pointer or any(registry.get(key) is not tensor for registry, key in where):
-                return self._lay(None)
-        return False
+        if self.is_held() and [entry.tensor.data_ptr() for entry in self.entries] == self._pointers:
+            return False
+        return self._lay(None)
+
+    def is_held(self) -> bool:
+        """Whether the module holds what it held when the tensors were laid, so that nothing has been replaced."""
+        held = list(chain.from_iterable(map(dict.values, self._registries)))
+        return len(held) == len(self._held) and all(map(is_, held, self._held))
+
+    def standing(self) -> list[Entry]:
+        """The tensors that stand in the places now; nothing is moved, since `torch.func.functional_call` only lends.
+
+        Raises:
+            RuntimeError: one has another shape, or the module has got a parameter in a new place.
+        """
+        if self.is_held():
+            return self.entries
+        self._check_places()
+        if all(registry[key] is tensor for _, tensor, where in self.entries for registry, key in where):
+            return self.entries
+        return [entry for entry in entries_of(self._module) if self._known.intersection(_ids(entry.places))]
 
     def move_to(self, flats: list[Tensor]) -> None:
         """Makes these the flat buffers, which hold the values already."""
@@ -111,7 +141,7 @@ class Layout:
     def _lay(self, flats: list[Tensor] | None) -> bool:
         for entry, current in zip(self.entries, self._checked(), strict=True):
             if current is not entry.tensor:
-                entry.tensor.data = current.detach()
+                _take_over(entry.tensor, current)
             for registry, key in entry.places:
                 registry[key] = entry.tensor
         groups = self._groups()
@@ -126,6 +156,9 @@ class Layout:
                     view.copy_(tensor)
                     tensor.data = own_storage(view)
         self.flats, self._pointers = flats, [entry.tensor.data_ptr() for entry in self.entries]
+        modules = self._module.modules()
+        self._registries = [each for m in modules for each in (m._parameters, m._buffers, m._modules)]
+        self._held = list(chain.from_iterable(map(dict.values, self._registries)))
         if has_moved:
             self.gradients = allocate(flats[0].numel(), flats[0].dtype, flats[0].device)
         return has_moved
@@ -137,16 +170,35 @@ class Layout:
         kinds = dict.fromkeys((buffer.dtype, buffer.device) for buffer in buffers)
         return [parameters, *([each for each in buffers if (each.dtype, each.device) == kind] for kind in kinds)]
 
+    def _check_places(self) -> None:
+        for name, tensor, where in entries_of(self._module):
+            if isinstance(tensor, nn.Parameter) and not self._known.issuperset(_ids(where)):
+                raise RuntimeError(
+                    f"{name} is new in the stacked module, whose parameters have a row for each agent; change the "
+                    "plain module, then stack it"
+                )
+        for name, tensor, where in self.entries:
+            for registry, key in where:
+                _check_shape(name, registry.get(key), tensor.shape)
+
     def _checked(self) -> list[Tensor]:
         """Returns what is in the module's places now, if it can be the stacked tensors; nothing has been changed."""
+        self._check_places()
         found: list[Tensor] = []
+        own = {id(entry.tensor): entry.name for entry in self.entries}
         for name, tensor, where in self.entries:
-            others = [registry.get(key) for registry, key in where]
-            current = next((other for other in others if other is not tensor), tensor)
-            if not isinstance(current, Tensor) or current.shape != tensor.shape or current.is_meta:
-                given = f"{tuple(current.shape)} on {current.device}" if isinstance(current, Tensor) else repr(current)
-                raise RuntimeError(f"{name} of the stacked module has become {given}, expected {tuple(tensor.shape)}")
-            found.append(current)
+            others = [registry[key] for registry, key in where]
+            found.append(current := next((other for other in others if other is not tensor), tensor))
+            if current is not tensor and id(current) in own:
+                raise RuntimeError(
+                    f"{name} of the stacked module has become its {own[id(current)]}; share them in the plain module, "
+                    "then stack it"
+                )
+            if isinstance(tensor, nn.Parameter) and not isinstance(current, nn.Parameter):
+                raise RuntimeError(
+                    f"{name} of the stacked module is lent a tensor that is no parameter, as by "
+                    "torch.func.functional_call; only agents(...) computes with it"
+                )
         first = found[0]
         for (name, tensor, _), current in zip(self.entries, found, strict=True):
             is_like_first = (current.dtype, current.device) == (first.dtype, first.device)
@@ -157,6 +209,25 @@ class Layout:
                     "what gut_fast.stack returned"
                 )
         return found
+
+
+def _ids(where: list[Place]) -> list[tuple[int, str]]:
+    return [(id(registry), key) for registry, key in where]
+
+
+def _check_shape(name: str, current: Any, shape: torch.Size) -> None:
+    if not isinstance(current, Tensor) or current.shape != shape or current.is_meta:
+        given = f"{tuple(current.shape)} on {current.device}" if isinstance(current, Tensor) else repr(current)
+        raise RuntimeError(f"{name} of the stacked module has become {given}, expected {tuple(shape)}")
+
+
+def _take_over(tensor: Tensor, current: Tensor) -> None:
+    """Makes a tensor what it has been replaced by; of a parameter with its gradient, and trained if that is."""
+    tensor.data = current.detach()
+    if isinstance(current, nn.Parameter):
+        tensor.requires_grad_(current.requires_grad)
+        if current.grad is not None:
+            tensor.grad = current.grad if tensor.grad is None else tensor.grad + current.grad
 
 
 def _fitting(tensors: Sequence[Tensor], flat: Tensor | None) -> Tensor:

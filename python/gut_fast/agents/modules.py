@@ -42,12 +42,12 @@ class AgentModules:
         follow(links)
         return module
 
-    def follow(self) -> None:
-        """Moves what the modules hold into the stack."""
-        if self._columns:
+    def follow(self, *, settle: bool) -> None:
+        """Moves what the modules hold into the stack, whose tensors are settled before, or not."""
+        if self._columns and settle:
             self.settle()
-            for links in self._columns:
-                follow(links)
+        for links in self._columns:
+            follow(links)
 
     def cut_gradients(self) -> None:
         """Sets the modules' gradients to None."""

@@ -49,8 +49,9 @@ def stack(module: nn.Module, num_agents: int, *, init: str = "same", seed: int |
 
     Raises:
         TypeError, ValueError: the module has no parameters, or some are lazy, on the meta device, not floating-point,
-            or of different dtypes or devices; init is ``"different"`` and a submodule has parameters of its own but no
-            ``reset_parameters``; or another argument is bad.
+            of different dtypes or devices, or also held in a list or another attribute; it is a stack, or has one; init
+            is ``"different"`` and a submodule has parameters of its own but no ``reset_parameters``; or another
+            argument is bad.
     """
     if init not in ("same", "different"):
         raise ValueError(f"init must be 'same' or 'different', got {init!r}")
@@ -92,6 +93,11 @@ class StackedModule(nn.Module):
 
     def __init__(self, module: nn.Module, num_agents: int) -> None:
         check_stackable(module, num_agents)
+        if stacks := [each for each in module.modules() if isinstance(each, StackedModule)]:
+            raise TypeError(
+                f"a stack of {stacks[0].num_agents} agents cannot be stacked; stack the plain module, or its agents' "
+                "average()"
+            )
         super().__init__()
         self.num_agents = int(num_agents)
         hooks, template = GradientHooks.of(module), copy.deepcopy(module)
@@ -149,8 +155,19 @@ class StackedModule(nn.Module):
         return [own_storage(flat) for flat in self._layout.flats[1:]]
 
     def parameters(self, recurse: bool = True) -> Parameters:
-        """The stacked parameters, each of shape (N, *shape), for an optimizer: a list, and an iterator as in torch."""
+        """The stacked parameters, each of shape (N, *shape), for an optimizer: a list, and an iterator as in torch.
+
+        What has been put into the stack, as another parameter of the same shape, is copied into them first.
+
+        Raises:
+            RuntimeError: what has been put into the stack cannot be moved; the message says what to do.
+        """
         return Parameters(super().parameters(recurse))
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters with their names, likewise; the arguments are those of `torch.nn.Module`."""
+        self._take_in()
+        return super().named_parameters(*args, **kwargs)
 
     def tensors(self) -> dict[str, Tensor]:
         """All stacked parameters and buffers by name, shared ones once, those that are not saved among them."""
@@ -177,7 +194,8 @@ class StackedModule(nn.Module):
         Raises:
             RuntimeError: a tensor of an agent has another shape, dtype or device than the other agents'.
         """
-        self._agents.follow()
+        self._take_in()
+        self._agents.follow(settle=True)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the gradients of the stack, and so of all agents, to None or to zero."""
@@ -185,6 +203,7 @@ class StackedModule(nn.Module):
             self.follow_agents()
             super().zero_grad(set_to_none)
             return
+        self._take_in()
         for _, tensor, _ in self._layout.entries:  # without torch's search for parameters
             tensor.grad = None
         self.cut_gradients()
@@ -198,13 +217,19 @@ class StackedModule(nn.Module):
 
         The agents are computed at once through `torch.func.vmap`, with random numbers that differ between them; a
         module that vmap cannot take, since it looks at values or changes tensors of its own, is computed agent by
-        agent, which is said once. Buffers change as in a loop over the agents.
+        agent, which is said once; the first pass in training, and that in evaluation, shows whether it can. Buffers
+        change as in a loop over the agents.
+
+        It computes with the tensors that stand in the module at that time, so `torch.func.functional_call` can lend
+        others, each of shape (N, *shape).
 
         Raises:
             ValueError: a tensor has no leading dimension N.
+            RuntimeError: a tensor in the module has another shape, or a parameter has come in a new place.
         """
-        self.follow_agents()
-        return self._forward(self.template, self._layout.entries, self.num_agents, args, kwargs)
+        entries = self._layout.standing()
+        self._agents.follow(settle=entries is self._layout.entries)
+        return self._forward(self.template, entries, self.num_agents, args, kwargs)
 
     def apply(self: Self, fn: Callable[[nn.Module], None]) -> Self:
         """Applies a function to every submodule of every agent's module, children first, and returns the stack."""
@@ -250,6 +275,7 @@ class StackedModule(nn.Module):
 
     def skeleton(self) -> nn.Module:
         """A module that holds the stacked tensors themselves, with modes and hooks of its own, for `call`."""
+        self._take_in()
         return self._layout.module_with(self.tensors())
 
     def part(self, agents: range) -> StackedModule:
@@ -301,6 +327,11 @@ class StackedModule(nn.Module):
         size = values.numel() // self.num_agents
         kind = f"{self.num_agents} agents of {type(self.template).__name__}({own if chr(10) not in own else ''})"
         return f"{kind}, {size:,} parameters each, {values.dtype} on {values.device}"
+
+    def _take_in(self) -> None:
+        """Moves what stands in the stack in place of its own tensors into these."""
+        if not self._layout.is_held():
+            self._agents.settle()
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self.follow_agents()
