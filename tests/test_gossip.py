@@ -5,8 +5,10 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import gut_fast as gf
+import ranks
 from gut_fast.verify.lockstep import seeded
 from quadratics import MATCHING, RING, parameters, refused, same, set_gradients, snapshot, train
 
@@ -23,6 +25,55 @@ def test_sgd_inside_equals_the_plain_class(rule):
         other.step()
     for p, q in zip(plain, wrapped, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-9)
+
+
+def inner_sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.02)
+
+
+@pytest.mark.parametrize("inner", [inner_sgd, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_factors_are_on_the_gradients_that_the_inner_optimizer_sees(inner):
+    scale = torch.tensor([1.0, 0.0, 0.5, 3.0, -1.0, 0.0])
+    (params, optimizer), (twins, twin) = ((p, gf.Gossip(inner(p), topology=RING)) for p in (parameters(), parameters()))
+    for step in range(4):
+        set_gradients(params, step)
+        for p, q in zip(params, twins, strict=True):
+            q.grad = p.grad * scale.view(6, *[1] * (p.dim() - 1))
+            p.grad[1], p.grad[5] = float("nan"), float("inf")
+        params[step % 3].grad = twins[step % 3].grad = None
+        given = [p.grad for p in params]
+        optimizer.step(grad_scale=scale)
+        twin.step()
+        assert all(p.grad is gradient for p, gradient in zip(params, given, strict=True))
+    assert same(snapshot(params, optimizer), snapshot(twins, twin))
+    assert all(same(optimizer.inner.state[p], twin.inner.state[q]) for p, q in zip(params, twins, strict=True))
+
+
+def train_scaled(rank, size):
+    """Trains with GradScaler, and with gradients as they are; one rank finds infinities, where its own are zero."""
+    results = []
+    for is_scaled in (True, False):
+        params = [torch.nn.Parameter(torch.full(shape, 1.0 + rank)) for shape in ((3, 5), ())]
+        where = {"topology": gf.topology.ring(size), "process_group": dist.group.WORLD}
+        optimizer = gf.Gossip(torch.optim.AdamW(params, lr=0.1), **where)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=is_scaled)
+        for step in range(6):
+            optimizer.zero_grad()
+            has_overflow = (step, rank) == (4, 1)
+            spoilt = (torch.inf if is_scaled else 0.0) if has_overflow else 1.0
+            scaler.scale(sum((p - step).square().sum() for p in params) * spoilt).backward()
+            if step % 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([p.detach().clone() for p in params])
+    return results
+
+
+def test_grad_scaler_across_ranks_changes_no_number():
+    for scaled, plain in ranks.run(2, train_scaled):
+        assert same(scaled, plain)
+        assert all(p.isfinite().all() for p in scaled)
 
 
 def test_it_cannot_be_captured():

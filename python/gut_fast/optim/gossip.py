@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -41,8 +42,9 @@ class Gossip(GossipOptimizer):
 
     so ``Gossip(torch.optim.AdamW(params, lr=1e-3), rule="gut", topology=...)`` is decentralized AdamW with tracking,
     and with `torch.optim.SGD` inside it equals the plain class to rounding. Weight decay and momentum of the inner
-    optimizer act in its move. The learning rate is first that of the inner optimizer's groups; attach schedulers to the
-    Gossip optimizer, which hands the learning rate on at every step.
+    optimizer act in its move, the factors of ``step(grad_scale=...)`` on the gradients that it sees. The learning rate
+    is first that of the inner optimizer's groups; attach schedulers to the Gossip optimizer, which hands the learning
+    rate on at every step.
 
     Args:
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
@@ -148,6 +150,14 @@ class Gossip(GossipOptimizer):
         self.inner.add_param_group({**inner_keys, "params": params})
         self._handed_on.append(float(own["lr"]))
 
+    def _group_steps(self, grad_scale: Tensor | None) -> list[GossipStep | None]:
+        """Makes the step of each group; the factors are on the gradients that the inner optimizer is given."""
+        if grad_scale is None:
+            return super()._group_steps(None)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        with _scaled_gradients(parameters, grad_scale):
+            return super()._group_steps(None)
+
     @torch.no_grad()
     def _gradients(self) -> list[list[Tensor | None]]:
         """Lets the inner optimizer move, takes the move back, and returns it divided by the learning rate."""
@@ -227,6 +237,23 @@ class Gossip(GossipOptimizer):
 
 def _own(lr: float | Tensor) -> float | Tensor:
     return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+@contextmanager
+def _scaled_gradients(parameters: Sequence[Tensor], factors: Tensor) -> Iterator[None]:
+    """Within the context an agent's gradients are multiplied by its factor; zero makes zero of NaN and Inf too."""
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                rows = gradient.to_dense().reshape(len(factors), gradient.numel() // len(factors))
+                factor = factors.to(gradient.device)[:, None]
+                scaled = torch.where(factor == 0, 0.0, rows * factor)  # in float64, as the factors are
+                parameter.grad = scaled.to(gradient.dtype).view(gradient.shape)
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 @torch.no_grad()
