@@ -366,10 +366,10 @@ class GossipOptimizer(KeepsState):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_agents()
         if torch.compiler.is_compiling():
             self._step_in_graph(grad_scale)
             return loss
-        self._follow_agents()
         is_captured = self._is_captured()
         if not is_captured:
             self.update_coefficients()
@@ -403,8 +403,9 @@ class GossipOptimizer(KeepsState):
         """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
         if self._exchange is not None:
             raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
-        for option, is_set in (("local_steps", self.local_steps > 1), ("wire_dtype", self._together is not None)):
-            if is_set:
+        plain = {"local_steps": self.local_steps == 1, "wire_dtype": self._together is None}
+        for option, is_plain in {**plain, "mix_state": not self.mix_state}.items():
+            if not is_plain:
                 raise RuntimeError(f"{self._name}: with {option}, leave step() out of torch.compile")
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)
