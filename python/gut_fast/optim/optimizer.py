@@ -53,7 +53,7 @@ class GossipOptimizer(KeepsState):
         params: stacked parameters, or parameter groups; every one of shape (N, *shape), contiguous, and in one group
             of one floating dtype and device. Groups may have their own lr, weight_decay, maximize and hyper-parameters.
         rule: for example ``"gut"``; `gut_fast.rules.RULES` lists them.
-        topology: who mixes with whom, for N agents.
+        topology: who mixes with whom, for N agents. For another one load the state into another optimizer.
         lr: learning rate η >= 0, a number or a tensor of one, which schedulers fill in place and every step reads (from
             a GPU it waits for it). At 0 the parameters mix and the state stays as it is.
         weight_decay: λ >= 0, adds λz to the gradient.
@@ -152,7 +152,7 @@ class GossipOptimizer(KeepsState):
                 raise TypeError(
                     f"{self._name}: give the parameters of the module, {type(params).__name__}.parameters()"
                 )
-            self.rule, self.topology, self.backend = get_rule(rule), topology, backend
+            self.rule, self._topology, self.backend = get_rule(rule), topology, backend
             check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
             check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
             if capturable:
