@@ -231,9 +231,7 @@ class GossipOptimizer(KeepsState):
         try:
             self._meet()
         except BaseException:
-            self._prepared.pop()
-            for parameter in self.param_groups.pop()["params"]:
-                self.state.pop(parameter, None)
+            self._drop_group()
             raise
 
     def _take_group(self, param_group: dict[str, Any]) -> None:
@@ -269,6 +267,12 @@ class GossipOptimizer(KeepsState):
         if self.topology.is_static and self._exchange is None and parameters:
             mixing = self.topology.csr(0, parameters[0].device)
         return Prepared(parameters, self.rule, mixing, self.state_dtype)
+
+    def _drop_group(self) -> None:
+        """Takes the last group out again."""
+        self._prepared.pop()
+        for parameter in self.param_groups.pop()["params"]:
+            self.state.pop(parameter, None)
 
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         return checks.settings_of(group, self.rule, self.defaults["lr"])
