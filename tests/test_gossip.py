@@ -5,8 +5,11 @@ import pickle
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import gut_fast as gf
+import ranks
+from gut_fast.distributed import PeerError
 from gut_fast.verify.lockstep import seeded
 from quadratics import MATCHING, RING, parameters, refused, same, set_gradients, snapshot, train
 
@@ -23,6 +26,55 @@ def test_sgd_inside_equals_the_plain_class(rule):
         other.step()
     for p, q in zip(plain, wrapped, strict=True):
         torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-9, atol=1e-9)
+
+
+def inner_sgd(params):
+    return torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.02)
+
+
+@pytest.mark.parametrize("inner", [inner_sgd, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_factors_are_on_the_gradients_that_the_inner_optimizer_sees(inner):
+    scale = torch.tensor([1.0, 0.0, 0.5, 3.0, -1.0, 0.0])
+    (params, optimizer), (twins, twin) = ((p, gf.Gossip(inner(p), topology=RING)) for p in (parameters(), parameters()))
+    for step in range(4):
+        set_gradients(params, step)
+        for p, q in zip(params, twins, strict=True):
+            q.grad = p.grad * scale.view(6, *[1] * (p.dim() - 1))
+            p.grad[1], p.grad[5] = float("nan"), float("inf")
+        params[step % 3].grad = twins[step % 3].grad = None
+        given = [p.grad for p in params]
+        optimizer.step(grad_scale=scale)
+        twin.step()
+        assert all(p.grad is gradient for p, gradient in zip(params, given, strict=True))
+    assert same(snapshot(params, optimizer), snapshot(twins, twin))
+    assert all(same(optimizer.inner.state[p], twin.inner.state[q]) for p, q in zip(params, twins, strict=True))
+
+
+def train_scaled(rank, size):
+    """Trains with GradScaler, and with gradients as they are; one rank finds infinities, where its own are zero."""
+    results = []
+    for is_scaled in (True, False):
+        params = [torch.nn.Parameter(torch.full(shape, 1.0 + rank)) for shape in ((3, 5), ())]
+        where = {"topology": gf.topology.ring(size), "process_group": dist.group.WORLD}
+        optimizer = gf.Gossip(torch.optim.AdamW(params, lr=0.1), **where)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3, enabled=is_scaled)
+        for step in range(6):
+            optimizer.zero_grad()
+            has_overflow = (step, rank) == (4, 1)
+            spoilt = (torch.inf if is_scaled else 0.0) if has_overflow else 1.0
+            scaler.scale(sum((p - step).square().sum() for p in params) * spoilt).backward()
+            if step % 2:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        results.append([p.detach().clone() for p in params])
+    return results
+
+
+def test_grad_scaler_across_ranks_changes_no_number():
+    for scaled, plain in ranks.run(2, train_scaled):
+        assert same(scaled, plain)
+        assert all(p.isfinite().all() for p in scaled)
 
 
 def test_it_cannot_be_captured():
@@ -113,6 +165,67 @@ def test_groups():
     assert inner.param_groups[2]["betas"] == (0.5, 0.9)
     train(params, optimizer, range(3))
     assert inner.param_groups[2]["lr"] == 0.03
+
+
+class Choosy(torch.optim.SGD):
+    """An optimizer of one's own that raises after it has added a group with Nesterov momentum."""
+
+    def add_param_group(self, param_group):
+        super().add_param_group(param_group)
+        if param_group["nesterov"]:
+            raise RuntimeError("no nesterov")
+
+
+@pytest.mark.parametrize("wire", [None, "int4"])
+@pytest.mark.parametrize(
+    ("inner", "group", "message"),
+    [
+        (lambda params: torch.optim.AdamW([("a", params[0])]), {}, "with/without names"),
+        (lambda params: torch.optim.AdamW(params[:1]), {"weight_decay": -1.0, "mu": 1.5}, "mu"),
+        (lambda params: torch.optim.AdamW(params[:1]), {"lr": -1.0}, "lr"),
+        (lambda params: Choosy(params[:1], 0.1), {"nesterov": True}, "no nesterov"),
+    ],
+    ids=["names", "rule", "rate", "own"],
+)
+def test_a_group_that_one_of_both_refuses_changes_neither(inner, group, message, wire):
+    ends = []
+    for is_tried in (True, False):
+        params = parameters(torch.float32)
+        optimizer = gf.Gossip(inner(params), mu=0.2, topology=RING, wire_dtype=wire)
+        train(params[:1], optimizer, range(2))
+        if is_tried:
+            with refused(params[:1], optimizer, (ValueError, RuntimeError), message):
+                optimizer.add_param_group({"params": params[1:], **group})
+            assert len(optimizer.param_groups) == len(optimizer.inner.param_groups) == 1
+        train(params[:1], optimizer, range(2, 4))
+        ends.append(snapshot(params[:1], optimizer))
+    assert same(*ends)
+
+
+def add_refused_by_the_inner(rank, size):
+    """The inner optimizer of rank 1 refuses a group; then all go on."""
+    first, second = (torch.nn.Parameter(torch.full((3,), k + float(rank))) for k in range(2))
+    inner = Choosy([first], lr=0.1)
+    optimizer = gf.Gossip(inner, topology=gf.topology.complete(size), process_group=dist.group.WORLD)
+    error, message = (RuntimeError, "no nesterov") if rank else (PeerError, "rank 1 does not come .* no nesterov")
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [second], "nesterov": rank == 1})
+    optimizer.step()
+    return first.detach().clone(), len(optimizer.param_groups), len(inner.param_groups)
+
+
+def test_a_rank_whose_inner_optimizer_refuses_a_group_tells_the_others():
+    assert same(ranks.run(2, add_refused_by_the_inner), [(torch.full((3,), 0.5), 1, 1)] * 2)
+
+
+def test_names_of_parameters_are_those_of_the_inner_optimizer():
+    a, b, c = parameters()
+    optimizer = gf.Gossip(torch.optim.AdamW([("a", a), ("b", b)]), mu=0.2, topology=RING)
+    optimizer.add_param_group({"params": [("c", c)]})
+    for one in (optimizer, optimizer.inner):
+        assert [group["param_names"] for group in one.param_groups] == [["a", "b"], ["c"]]
+    train([a, b, c], optimizer, range(2))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
 def test_state_dict_and_pickle_continue_bit_for_bit():

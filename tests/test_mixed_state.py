@@ -96,6 +96,14 @@ def test_state_of_another_shape_is_refused_before_anything_is_changed():
     assert same(values_of(params), before)
 
 
+def test_compiled_steps_are_refused():
+    params = parameters(torch.float32)
+    optimizer = adamw(params, mix_state=("exp_avg_sq",))
+    set_gradients(params, 0)
+    with pytest.raises(Exception, match="with mix_state, leave step"):
+        torch.compile(optimizer.step, backend="eager", fullgraph=True)()
+
+
 def test_messages_count_the_bytes_of_what_is_mixed():
     """Two bytes a number of 21, and one number for each of three tensors, beside the model in float32."""
     params = parameters(torch.float32)

@@ -297,6 +297,32 @@ def test_compiled_steps_with_groups_and_a_schedule():
     assert same(snapshot(params, optimizer), snapshot(twins, twin))
 
 
+def put_gradients(agents):
+    for i in range(6):
+        for p in agents.agent(i).parameters():
+            p.grad = torch.full_like(p, i + 1.0)
+
+
+def put_weights(agents):
+    agents.agent(2).load_state_dict({"weight": torch.full((2, 3), 5.0), "bias": torch.zeros(2)}, assign=True)
+
+
+@pytest.mark.parametrize("put", [put_gradients, put_weights])
+def test_compiled_steps_take_what_was_put_into_agents(put):
+    ends, module = [], torch.nn.Linear(3, 2)
+    for is_compiled in (False, True):
+        agents = gf.stack(module, 6)
+        optimizer = gf.GUT(agents.parameters(), 0.1, 0.5, topology=RING)
+        step = torch.compile(lambda one=optimizer: one.step(), backend="eager") if is_compiled else optimizer.step
+        for _ in range(3):
+            step()
+            optimizer.zero_grad()
+            put(agents)
+        step()
+        ends.append(values_of(agents.parameters()))
+    assert same(*ends)
+
+
 def test_a_time_varying_topology_says_that_it_cannot_be_compiled():
     params, optimizer = make(topology=MATCHING)
     set_gradients(params, 0)

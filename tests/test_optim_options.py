@@ -58,6 +58,13 @@ def test_unknown_keywords_are_answered_with_the_nearest_right_one(unknown, messa
         gf.GossipOptimizer(parameters(), "dsgdm", topology=RING, nesterof=True)
 
 
+@pytest.mark.parametrize("setting", ["topology", "wire_dtype", "group"])
+def test_what_a_run_rests_on_cannot_be_assigned(setting):
+    params, optimizer = make()
+    with refused(params, optimizer, AttributeError, setting):
+        setattr(optimizer, setting, gf.topology.complete(6))
+
+
 @pytest.mark.parametrize("option", ["foreach", "fused", "differentiable"])
 def test_other_ways_to_compute_a_step_are_refused_in_groups_too(option):
     params, optimizer = make()

@@ -28,11 +28,10 @@ class AcrossRanks(Optimizer):
     """The part of `GossipOptimizer` that other ranks see; without a process group there is no exchange.
 
     Attributes:
-        topology: who mixes with whom; smaller after ranks have left.
         mix_state: names of an inner optimizer's state that is mixed as the models are.
     """
 
-    topology: Topology
+    _topology: Topology
     mix_state: tuple[str, ...] = ()
     _exchange: Exchange | None = None
     _together: Together | None = None  # codes or rounds messages where all agents are here
@@ -86,8 +85,8 @@ class AcrossRanks(Optimizer):
             exchange.run_local(steps)
             return
         exchange.run([*steps, *self._state_steps()], self._counts.rounds, None if scale is None else SCALED)
-        if self.topology is not exchange.topology:
-            self.topology = exchange.topology
+        if self._topology is not exchange.topology:
+            self._topology = exchange.topology
             for group in self.param_groups:
                 self._warn_if_unstable(group)
 
@@ -121,6 +120,11 @@ class AcrossRanks(Optimizer):
     def no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Returns a context, for all backward passes of a step but the last, in which no message leaves."""
         return contextlib.nullcontext() if self._exchange is None else self._exchange.no_sync()
+
+    @property
+    def topology(self) -> Topology:
+        """Who mixes with whom; smaller after ranks have left."""
+        return self._topology
 
     @property
     def group(self) -> Group | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -41,8 +42,9 @@ class Gossip(GossipOptimizer):
 
     so ``Gossip(torch.optim.AdamW(params, lr=1e-3), rule="gut", topology=...)`` is decentralized AdamW with tracking,
     and with `torch.optim.SGD` inside it equals the plain class to rounding. Weight decay and momentum of the inner
-    optimizer act in its move. The learning rate is first that of the inner optimizer's groups; attach schedulers to the
-    Gossip optimizer, which hands the learning rate on at every step.
+    optimizer act in its move, the factors of ``step(grad_scale=...)`` on the gradients that it sees. The learning rate
+    is first that of the inner optimizer's groups; attach schedulers to the Gossip optimizer, which hands the learning
+    rate on at every step. Keys of an added group, besides the rule's, are the inner optimizer's.
 
     Args:
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number
@@ -110,7 +112,8 @@ class Gossip(GossipOptimizer):
             self.mix_state = checked_names(mix_state, optimizer)
         self.inner = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
-        groups = [{"params": group["params"], "lr": _own(group["lr"])} for group in optimizer.param_groups]
+        groups: list[dict[str, Any]]
+        groups = [{"params": _named(group), "lr": _own(group["lr"])} for group in optimizer.param_groups]
         super().__init__(
             groups,
             rule,
@@ -132,20 +135,34 @@ class Gossip(GossipOptimizer):
             **hyperparameters,
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, to the inner optimizer too; keys besides the rule's are the inner optimizer's."""
-        if len(self.param_groups) < len(self.inner.param_groups):  # while constructing
-            super().add_param_group(param_group)
+    def _take_group(self, param_group: dict[str, Any]) -> None:
+        if not self._is_made:  # the inner optimizer has the group already
+            super()._take_group(param_group)
             self._handed_on.append(float(param_group["lr"]))
             return
-        own = {"lr": param_group.get("lr", self.inner.defaults["lr"])}
-        own |= {name: param_group[name] for name in self.rule.hyperparameters if name in param_group}
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        super().add_param_group({"params": params, **own})
-        inner_keys = {name: value for name, value in param_group.items() if name not in self.rule.hyperparameters}
-        self.inner.add_param_group({**inner_keys, "params": params})
-        self._handed_on.append(float(own["lr"]))
+        params, lr = param_group["params"], param_group.get("lr", self.inner.defaults["lr"])
+        params = params if isinstance(params, (Tensor, set)) else list(params)
+        names = [name for name in self.rule.hyperparameters if name in param_group]
+        others = {name: value for name, value in param_group.items() if name not in names}
+        try:
+            self.inner.add_param_group({**others, "params": params})
+            super()._take_group({"params": params, "lr": _own(lr), **{name: param_group[name] for name in names}})
+        except BaseException:
+            del self.inner.param_groups[len(self.param_groups) :]
+            raise
+        self._handed_on.append(float(lr))
+
+    def _drop_group(self) -> None:
+        super()._drop_group()
+        del self.inner.param_groups[-1], self._handed_on[-1]
+
+    def _group_steps(self, grad_scale: Tensor | None) -> list[GossipStep | None]:
+        """Makes the step of each group; the factors are on the gradients that the inner optimizer is given."""
+        if grad_scale is None:
+            return super()._group_steps(None)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        with _scaled_gradients(parameters, grad_scale):
+            return super()._group_steps(None)
 
     @torch.no_grad()
     def _gradients(self) -> list[list[Tensor | None]]:
@@ -224,8 +241,31 @@ class Gossip(GossipOptimizer):
         }
 
 
+def _named(group: dict[str, Any]) -> list[Any]:
+    """Returns the parameters of a group, with their names if it has them."""
+    names, params = group.get("param_names"), group["params"]
+    return list(params) if names is None else list(zip(names, params, strict=True))
+
+
 def _own(lr: float | Tensor) -> float | Tensor:
     return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+@contextmanager
+def _scaled_gradients(parameters: Sequence[Tensor], factors: Tensor) -> Iterator[None]:
+    """Within the context an agent's gradients are multiplied by its factor; zero makes zero of NaN and Inf too."""
+    gradients = [parameter.grad for parameter in parameters]
+    try:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                rows = gradient.to_dense().reshape(len(factors), gradient.numel() // len(factors))
+                factor = factors.to(gradient.device)[:, None]
+                scaled = torch.where(factor == 0, 0.0, rows * factor)  # in float64, as the factors are
+                parameter.grad = scaled.to(gradient.dtype).view(gradient.shape)
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
 
 
 @torch.no_grad()

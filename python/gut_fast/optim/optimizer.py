@@ -53,7 +53,7 @@ class GossipOptimizer(KeepsState):
         params: stacked parameters, or parameter groups; every one of shape (N, *shape), contiguous, and in one group
             of one floating dtype and device. Groups may have their own lr, weight_decay, maximize and hyper-parameters.
         rule: for example ``"gut"``; `gut_fast.rules.RULES` lists them.
-        topology: who mixes with whom, for N agents.
+        topology: who mixes with whom, for N agents. For another one load the state into another optimizer.
         lr: learning rate η >= 0, a number or a tensor of one, which schedulers fill in place and every step reads (from
             a GPU it waits for it). At 0 the parameters mix and the state stays as it is.
         weight_decay: λ >= 0, adds λz to the gradient.
@@ -152,7 +152,7 @@ class GossipOptimizer(KeepsState):
                 raise TypeError(
                     f"{self._name}: give the parameters of the module, {type(params).__name__}.parameters()"
                 )
-            self.rule, self.topology, self.backend = get_rule(rule), topology, backend
+            self.rule, self._topology, self.backend = get_rule(rule), topology, backend
             check_names(hyperparameters, self.rule.hyperparameters, Options.__annotations__, self._name)
             check_implementation({"foreach": foreach, "fused": fused, "differentiable": differentiable}, self._name)
             if capturable:
@@ -231,9 +231,7 @@ class GossipOptimizer(KeepsState):
         try:
             self._meet()
         except BaseException:
-            self._prepared.pop()
-            for parameter in self.param_groups.pop()["params"]:
-                self.state.pop(parameter, None)
+            self._drop_group()
             raise
 
     def _take_group(self, param_group: dict[str, Any]) -> None:
@@ -269,6 +267,12 @@ class GossipOptimizer(KeepsState):
         if self.topology.is_static and self._exchange is None and parameters:
             mixing = self.topology.csr(0, parameters[0].device)
         return Prepared(parameters, self.rule, mixing, self.state_dtype)
+
+    def _drop_group(self) -> None:
+        """Takes the last group out again."""
+        self._prepared.pop()
+        for parameter in self.param_groups.pop()["params"]:
+            self.state.pop(parameter, None)
 
     def _settings(self, group: dict[str, Any]) -> dict[str, Any]:
         return checks.settings_of(group, self.rule, self.defaults["lr"])
@@ -366,10 +370,10 @@ class GossipOptimizer(KeepsState):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._follow_agents()
         if torch.compiler.is_compiling():
             self._step_in_graph(grad_scale)
             return loss
-        self._follow_agents()
         is_captured = self._is_captured()
         if not is_captured:
             self.update_coefficients()
@@ -403,8 +407,9 @@ class GossipOptimizer(KeepsState):
         """Takes a step that is traced: what depends on learning rates, state and step count is done by an op."""
         if self._exchange is not None:
             raise RuntimeError(f"{self._name}: with a process_group, leave step() out of torch.compile")
-        for option, is_set in (("local_steps", self.local_steps > 1), ("wire_dtype", self._together is not None)):
-            if is_set:
+        plain = {"local_steps": self.local_steps == 1, "wire_dtype": self._together is None}
+        for option, is_plain in {**plain, "mix_state": not self.mix_state}.items():
+            if not is_plain:
                 raise RuntimeError(f"{self._name}: with {option}, leave step() out of torch.compile")
         if grad_scale is not None:
             grad_scale = checks.checked_grad_scale(grad_scale, self._num_here, self._name)

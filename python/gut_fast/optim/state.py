@@ -216,7 +216,7 @@ class KeepsState(AcrossRanks):
     def __getstate__(self) -> dict[str, Any]:
         if self._exchange is not None:
             raise TypeError(f"{self._name}: with a process_group it cannot be copied or pickled; keep its state_dict()")
-        names = "rule", "topology", "backend", "state_dtype", "capturable", "_is_made", "_together", "_counts"
+        names = "rule", "_topology", "backend", "state_dtype", "capturable", "_is_made", "_together", "_counts"
         return {**super().__getstate__(), **{name: getattr(self, name) for name in names}, "_stacks": None}
 
     @torch.no_grad()
