@@ -214,6 +214,28 @@ def differing(rank, size, odd):
     return str(caught.value)
 
 
+def with_other_inner_optimizers(rank, size, odd):
+    """Returns what the constructor raises where rank 2 has another inner optimizer, or other options of it."""
+    parameters, ring = [nn.Parameter(torch.zeros(3))], gf.topology.ring(size)
+    kind = torch.optim.SGD if (odd, rank) == ("kind", 2) else torch.optim.Adam
+    options = {"betas": (0.5, 0.999)} if (odd, rank) == ("options", 2) else {}
+    with pytest.raises(MismatchError) as caught:
+        gf.Gossip(kind(parameters, lr=0.1, **options), topology=ring, process_group=dist.group.WORLD)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("odd", "expected"),
+    [
+        ("kind", "inner optimizer: Adam on ranks [0, 1]; SGD on ranks [2]"),
+        ("options", "hyper-parameters: ['inner group 0: betas = (0.9, 0.999)'] on ranks [0, 1]; "),
+    ],
+)
+def test_ranks_with_different_inner_optimizers_are_told(odd, expected):
+    for said in ranks.run(3, with_other_inner_optimizers, odd):
+        assert expected in said
+
+
 DIFFERENCES = {
     "W": "the mixing matrices of ranks [0, 1, 3], ranks [2] differ in rows [0, 1, 2, 3]",
     "rule": "differ in their rule: gut on ranks [0, 1, 3]; d2 on ranks [2]",

@@ -16,6 +16,8 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves
 
 from gut_fast.distributed.group import Group, MismatchError, PeerError, Welcome
 from gut_fast.distributed.membership import RankOptions
@@ -27,6 +29,9 @@ __all__ = ["check_agreement", "check_welcome", "fixed_settings", "group_settings
 
 COMPARED_STEPS = 64
 """How many steps of a topology are compared; of one that repeats earlier, a period."""
+
+
+PLAIN = (bool, int, float, str, torch.Tensor, type(None))
 
 
 def fixed_settings(
@@ -60,12 +65,23 @@ def fixed_settings(
 
 
 def group_settings(
-    rule: UpdateRule, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None]
+    rule: UpdateRule,
+    groups: Sequence[Mapping[str, Any]],
+    steps: Sequence[GossipStep | None],
+    inner: Optimizer | None = None,
 ) -> dict[str, Any]:
-    """Returns the settings of an optimizer's parameter groups, by name; `steps` are a snapshot of each group's step."""
+    """Returns the settings of an optimizer's parameter groups, and of the optimizer in it, by name.
+
+    `steps` are a snapshot of each group's step.
+    """
     names = ("lr", "weight_decay", "maximize", "drift_memory", *rule.hyperparameters)
+    others = [] if inner is None else inner.param_groups
     return {
-        "hyper-parameters": [f"group {k}: { ({n: group[n] for n in names}) }" for k, group in enumerate(groups)],
+        "inner optimizer": None if inner is None else type(inner).__name__,
+        "hyper-parameters": [
+            *(f"group {k}: { ({n: group[n] for n in names}) }" for k, group in enumerate(groups)),
+            *(f"inner group {k}: {name} = {value}" for k, group in enumerate(others) for name, value in _plain(group)),
+        ],
         "parameters": [
             f"group {k}, parameter {p}: {tuple(tensor.shape)} {tensor.dtype}"
             for k, group in enumerate(groups)
@@ -73,6 +89,13 @@ def group_settings(
         ],
         "state_dtype": [f"group {k}: {step.state[0].dtype}" for k, step in enumerate(steps) if step and step.state],
     }
+
+
+def _plain(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the options that are numbers, words or several of these: others may be shown differently elsewhere."""
+    for name, value in options.items():
+        if name not in ("params", "param_names") and all(isinstance(leaf, PLAIN) for leaf in tree_leaves(value)):
+            yield name, value
 
 
 def _digests(topology: Topology) -> list[str]:

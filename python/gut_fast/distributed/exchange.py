@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.optim import Optimizer
 
 from gut_fast.distributed import wire_state
 from gut_fast.distributed.agreement import check_agreement, check_welcome, fixed_settings, group_settings
@@ -117,7 +118,9 @@ class Exchange:
             self._routes[key] = make_route(self.topology.csr(number), self.group.rank, self.agents_per_rank)
         return self._routes[key]
 
-    def meet(self, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None]) -> Meeting:
+    def meet(
+        self, groups: Sequence[Mapping[str, Any]], steps: Sequence[GossipStep | None], inner: Optimizer | None
+    ) -> Meeting:
         """Makes sure that all ranks have the same settings, and plans the buckets; again after a group is added.
 
         New groups are overwritten by the first agent's with `sync_initial`, else compared.
@@ -125,6 +128,7 @@ class Exchange:
         Args:
             groups: the optimizer's parameter groups.
             steps: a snapshot of each group's step, and of the steps of its state.
+            inner: the optimizer that makes the local moves, if there is one.
 
         Raises:
             MismatchError, PeerError: the ranks differ, or not all came: see `check_agreement`.
@@ -133,7 +137,7 @@ class Exchange:
         if not self._num_compared:
             self.group.take()
             welcome = self.group.welcome
-        self._agree(group_settings(self._rule, groups, steps), welcome)
+        self._agree(group_settings(self._rule, groups, steps, inner), welcome)
         self._plan_buckets(groups, steps)
         if welcome is None:
             new = [parameter for group in groups[self._num_compared :] for parameter in group["params"]]

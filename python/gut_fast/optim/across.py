@@ -28,10 +28,12 @@ class AcrossRanks(Optimizer):
     """The part of `GossipOptimizer` that other ranks see; without a process group there is no exchange.
 
     Attributes:
-        mix_state: names of an inner optimizer's state that is mixed as the models are.
+        inner: the optimizer that makes the local moves, of `gut_fast.Gossip`, else None.
+        mix_state: names of its state that is mixed as the models are.
     """
 
     _topology: Topology
+    inner: Optimizer | None = None
     mix_state: tuple[str, ...] = ()
     _exchange: Exchange | None = None
     _together: Together | None = None  # codes or rounds messages where all agents are here
@@ -65,7 +67,7 @@ class AcrossRanks(Optimizer):
         """Compares the settings with the other ranks' once all groups are there, and listens to gradients."""
         if self._exchange is not None and self._is_made:
             steps = [self._snapshot(k) if group["params"] else None for k, group in enumerate(self.param_groups)]
-            meeting = self._exchange.meet(self.param_groups, [*steps, *self._state_steps()])
+            meeting = self._exchange.meet(self.param_groups, [*steps, *self._state_steps()], self.inner)
             if meeting.step is not None:  # a newcomer comes to the end of a round
                 self._counts.go_to_end_of(meeting.step)
             if meeting.difference and not self._counts.steps and not self._exchange.group.rank:

@@ -110,7 +110,7 @@ class Gossip(GossipOptimizer):
                 if hyperparameters.pop(option, None):
                     raise ValueError(f"Gossip: no {option}=; {reason}")
             self.mix_state = checked_names(mix_state, optimizer)
-        self.inner = optimizer
+        self.inner: Optimizer = optimizer
         self._handed_on: list[float] = []  # the learning rate each inner group was last given
         groups: list[dict[str, Any]]
         groups = [{"params": _named(group), "lr": _own(group["lr"])} for group in optimizer.param_groups]
