@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import warnings
+from multiprocessing import forkserver
 
 import pytest
 import torch.distributed as dist
@@ -62,6 +63,23 @@ def tell(connection):
 def listen(connection):
     connection.send("a row")
     connection.recv()
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_end_the_server_of_processes_while_it_loads(own_forkserver, capfd):
+    def interrupt():
+        while (pid := forkserver.ensure_running.__self__._forkserver_pid) is None:
+            time.sleep(0.001)
+        for _ in range(200):
+            time.sleep(0.01)
+            os.kill(pid, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    child = Child("child", 1, tell)
+    assert child.connection.recv() == "a row"
+    child.process.kill()
+    child.process.join()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -60,6 +61,7 @@ class Child:
     def __init__(self, name: str, threads: int, function: Callable[..., object], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
+        _start_server()
         self.connection, connection = context.Pipe()
         self.process = context.Process(
             target=_main, args=(connection, threads, function, arguments), name=name, daemon=True
@@ -72,6 +74,17 @@ class Child:
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGINT)
+
+
+def _start_server() -> None:
+    """Starts the server, unless it is there, so that Ctrl-C does not end it, with a traceback, while it loads."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None  # which the server inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _main(connection: Connection, threads: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
