@@ -75,6 +75,17 @@ def test_second_moments_are_mixed_at_the_end_of_each_round_only():
     assert spread[-1] < spread[-2]
 
 
+def test_state_that_only_some_groups_have_is_mixed_there():
+    params = parameters(torch.float32)
+    groups = [{"params": params[:2]}, {"params": params[2:], "amsgrad": True}]
+    optimizer = adamw(groups, mix_state=("max_exp_avg_sq",))
+    train(params, optimizer, range(2))
+    has_state = ["max_exp_avg_sq" in optimizer.inner.state[p] for p in params]
+    assert has_state == [False, False, True]
+    with pytest.raises(ValueError, match="AdamW keeps 'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq'"):
+        adamw(groups, mix_state=("max_exp_avg",))
+
+
 def test_states_that_are_not_there_yet_are_left_out():
     params = parameters(torch.float32)
     optimizer = adamw(params, mix_state=("exp_avg_sq",))

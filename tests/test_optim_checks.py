@@ -249,6 +249,25 @@ def test_unstable_hyperparameters_warn_at_the_callers_line(make_one, message):
     assert caught[0].filename == __file__
 
 
+def test_weight_decay_of_frozen_parameters_is_said_once():
+    params = parameters()
+    params[1].requires_grad_(requires_grad=False)
+    with pytest.warns(UserWarning, match=r"GUT: weight_decay=0.1 also shrinks .* of shape \(6, 5\)") as caught:
+        optimizer = gf.GUT(params, 0.1, topology=RING, weight_decay=0.1)
+    assert [warning.filename for warning in caught] == [__file__]
+    optimizer.param_groups[0].update(lr=0.05, weight_decay=0.2)
+    optimizer.step()
+
+
+def test_frozen_parameters_in_a_group_without_weight_decay_stay():
+    params = [torch.nn.Parameter(torch.ones(6, 3), requires_grad=k == 0) for k in range(2)]
+    groups = [{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.0}]
+    optimizer = gf.GUTm(groups, 0.1, topology=RING, weight_decay=0.1)
+    optimizer.step()
+    assert (params[0] < 1).all()
+    torch.testing.assert_close(params[1].detach(), torch.ones(6, 3))
+
+
 def test_stable_hyperparameters_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")

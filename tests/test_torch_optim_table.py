@@ -493,6 +493,16 @@ def a_frozen_parameter(make):
     return trained(make, params)
 
 
+@differs(True, "as above; a warning says so, and a group of their own with weight_decay=0 leaves frozen parameters")
+def a_frozen_parameter_with_weight_decay(make):
+    params = parameters()
+    before = params[0].requires_grad_(False).clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        make(params, lr=0.05, weight_decay=0.1).step()
+    return not torch.equal(before, params[0])
+
+
 @row
 def frozen_after_some_steps_with_zero_momentum(make):
     params = parameters()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gut_fast.analysis import conserved
 from gut_fast.kernels.backends import HALVES, arithmetic
@@ -22,8 +23,9 @@ __all__ = [
     "checked_grad_scale",
     "frames_to_the_caller",
     "listed",
-    "looks_unstacked",
     "settings_of",
+    "warn_if_unstacked",
+    "warns_of_frozen",
     "with_amp",
 ]
 
@@ -150,7 +152,19 @@ def checked_coefficients(settings: Mapping[str, Any], rule: UpdateRule, name: st
     return rule.coefficients(**{key: value for key, value in settings.items() if key != "drift_memory"})
 
 
-def looks_unstacked(parameters: Sequence[Tensor]) -> bool:
+def warn_if_unstacked(parameters: Sequence[Tensor], num_agents: int, name: str) -> None:
+    """Warns if the rows of one plain module's parameters would be taken for agents."""
+    if _looks_unstacked(parameters):
+        warnings.warn(
+            f"{name}: are these the parameters of one plain module, the first of shape {tuple(parameters[0].shape)}? "
+            f"Its rows would be taken for {num_agents} agents; gut_fast.stack(module, {num_agents}) makes the "
+            f"parameters of {num_agents} modules",
+            UserWarning,
+            stacklevel=frames_to_the_caller(),
+        )
+
+
+def _looks_unstacked(parameters: Sequence[Tensor]) -> bool:
     """Returns whether these may be the weights and biases of one plain module whose widths happen to be N.
 
     The parameters of `torch.nn.Linear(5, N)` have shapes (N, 5) and (N,), as if N agents had a vector and a number
@@ -166,6 +180,21 @@ def looks_unstacked(parameters: Sequence[Tensor]) -> bool:
         0 < float(tensor.detach().abs().max()) <= 1.0001 * weight[0].numel() ** -0.5 and not tensor[0].equal(tensor[1])
         for weight, tensor in [*biases, *zip(weights, weights, strict=True)]
     )
+
+
+def warns_of_frozen(parameters: Sequence[Tensor], weight_decay: float, name: str) -> bool:
+    """Warns if weight decay would shrink frozen parameters, and returns whether it has."""
+    frozen = [each for each in parameters if isinstance(each, nn.Parameter) and not each.requires_grad]
+    if not weight_decay or not frozen:
+        return False
+    warnings.warn(
+        f"{name}: weight_decay={weight_decay} also shrinks parameters that do not require gradients, the first of "
+        f"shape {tuple(frozen[0].shape)}, as a gradient of None counts as zero; put them into a group of their own "
+        "with weight_decay=0",
+        UserWarning,
+        stacklevel=frames_to_the_caller(),
+    )
+    return True
 
 
 def frames_to_the_caller() -> int:

@@ -41,10 +41,11 @@ class Gossip(GossipOptimizer):
         g = (z − z_inner) / η,   then one step of the rule from z
 
     so ``Gossip(torch.optim.AdamW(params, lr=1e-3), rule="gut", topology=...)`` is decentralized AdamW with tracking,
-    and with `torch.optim.SGD` inside it equals the plain class to rounding. Weight decay and momentum of the inner
-    optimizer act in its move, the factors of ``step(grad_scale=...)`` on the gradients that it sees. The learning rate
-    is first that of the inner optimizer's groups; attach schedulers to the Gossip optimizer, which hands the learning
-    rate on at every step. Keys of an added group, besides the rule's, are the inner optimizer's.
+    and with `torch.optim.SGD` inside it equals the plain class to rounding, where all parameters have gradients: torch
+    leaves one without as it is, the plain class takes it for zero. Weight decay and momentum of the inner optimizer act
+    in its move, the factors of ``step(grad_scale=...)`` on the gradients that it sees. The learning rate is first that
+    of the inner optimizer's groups; attach schedulers to the Gossip optimizer, which hands the learning rate on at
+    every step. Keys of an added group, besides the rule's, are the inner optimizer's.
 
     Args:
         optimizer: a `torch.optim.Optimizer` over stacked parameters whose step needs no closure and treats every number

@@ -20,7 +20,7 @@ from gut_fast.arguments import shown
 from gut_fast.kernels.validation import described, unreadable
 from gut_fast.optim.loading import check_form
 
-__all__ = ["check_inner_state", "state_after_a_step", "why_not_local"]
+__all__ = ["check_inner_state", "names_of_state", "why_not_local"]
 
 SHAPES = (((3, 4), 12), ((5,), 5), ((), 1))
 """Shapes of a parameter of one agent in trial steps, and their sizes."""
@@ -102,13 +102,19 @@ def _plain_step(optimizer: Optimizer) -> None:
     (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
-def state_after_a_step(optimizer: Optimizer) -> tuple[Tensor | None, dict[str, Any]]:
-    """Returns a parameter and its state after a trial step; None and {} if the optimizer cannot be tried."""
-    options = next((group for group in optimizer.param_groups if group["params"]), None)
+def names_of_state(optimizer: Optimizer) -> list[str] | None:
+    """Returns the names of state in its parameters' shape that any group has after a step; None if none can be tried."""
     try:
-        return (None, {}) if options is None else _tried(optimizer, options)
+        tried = [_tried(optimizer, group) for group in optimizer.param_groups if group["params"]]
     except Exception:  # as in `why_not_local`
-        return None, {}
+        return None
+    alike = [
+        key
+        for parameter, state in tried
+        for key, value in state.items()
+        if isinstance(value, Tensor) and value.shape == parameter.shape
+    ]
+    return list(dict.fromkeys(alike)) if tried else None
 
 
 def check_inner_state(optimizer: Optimizer, state_dict: Any, name: str) -> None:

@@ -18,7 +18,7 @@ from gut_fast.distributed import state_step
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
 from gut_fast.kernels.validation import described
-from gut_fast.optim.local import state_after_a_step
+from gut_fast.optim.local import names_of_state
 from gut_fast.topology import CSR
 
 __all__ = ["checked_names", "mixed_state"]
@@ -35,15 +35,13 @@ def checked_names(names: Any, optimizer: Optimizer) -> tuple[str, ...]:
         raise TypeError(f"Gossip: mix_state must be a tuple of names, such as ('exp_avg_sq',), got {shown(names)}")
     if len(set(names)) < len(names):
         raise ValueError(f"Gossip: mix_state has a name twice: {shown(names)}")
-    parameter, state = state_after_a_step(optimizer)
-    if names and parameter is not None:
-        alike = [key for key, value in state.items() if isinstance(value, Tensor) and value.shape == parameter.shape]
-        if unknown := [name for name in names if name not in alike]:
-            known = ", ".join(map(repr, alike)) or "nothing"
-            raise ValueError(
-                f"Gossip: mix_state has {unknown[0]!r}, but of the shape of its parameters "
-                f"{type(optimizer).__name__} keeps {known}"
-            )
+    alike = names_of_state(optimizer) if names else None
+    if alike is not None and (unknown := [name for name in names if name not in alike]):
+        known = ", ".join(map(repr, alike)) or "nothing"
+        raise ValueError(
+            f"Gossip: mix_state has {unknown[0]!r}, but of the shape of its parameters "
+            f"{type(optimizer).__name__} keeps {known}"
+        )
     return tuple(names)
 
 

@@ -56,7 +56,7 @@ class GossipOptimizer(KeepsState):
         topology: who mixes with whom, for N agents. For another one load the state into another optimizer.
         lr: learning rate η >= 0, a number or a tensor of one, which schedulers fill in place and every step reads (from
             a GPU it waits for it). At 0 the parameters mix and the state stays as it is.
-        weight_decay: λ >= 0, adds λz to the gradient.
+        weight_decay: λ >= 0, adds λz to the gradient, of frozen parameters too: give these a group with λ = 0.
         maximize: ascends instead of descending.
         drift_memory: γ in [0, 1). Rules that divide the drift D by η divide it by ρ = max(η, γ · the ρ of the step
             before): the same while η is constant or grows, and stable where a schedule restarts a tiny η. 0 divides by
@@ -110,8 +110,8 @@ class GossipOptimizer(KeepsState):
 
     Warns:
         UserWarning: the hyper-parameters are unstable on the topology, the message gives the limit and what to do; or
-            the parameters look like those of one plain module whose widths happen to be N; or agents on several ranks
-            start from different weights without `sync_initial`.
+            weight decay shrinks frozen parameters; or the parameters look like those of one plain module whose widths
+            happen to be N; or agents on several ranks start from different weights without `sync_initial`.
     """
 
     def __init__(
@@ -291,14 +291,8 @@ class GossipOptimizer(KeepsState):
 
     def _warn_if_unstacked(self) -> None:
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        if self._num_here > 1 and not self._looked_up_stacks() and checks.looks_unstacked(parameters):
-            warnings.warn(
-                f"{self._name}: are these the parameters of one plain module, the first of shape "
-                f"{tuple(parameters[0].shape)}? Its rows would be taken for {self._num_here} agents; "
-                f"gut_fast.stack(module, {self._num_here}) makes the parameters of {self._num_here} modules",
-                UserWarning,
-                stacklevel=checks.frames_to_the_caller(),
-            )
+        if self._num_here > 1 and not self._looked_up_stacks():
+            checks.warn_if_unstacked(parameters, self._num_here, self._name)
 
     def update_coefficients(self) -> None:
         """Brings the coefficients up to date with the hyper-parameters, and the state with what was put there.
@@ -346,7 +340,7 @@ class GossipOptimizer(KeepsState):
             grad_scale: [N], a factor on each agent's gradient; zero lets the agent mix without a gradient of its own.
                 With a process_group [k], for the agents here.
 
-        A gradient of None counts as zero. NaN and Inf in gradients are carried, as in `torch.optim`.
+        A gradient of None counts as zero: momentum and weight decay go on. NaN and Inf are carried as in `torch.optim`.
 
         Raises:
             TypeError, ValueError: a bad learning rate, hyper-parameter or gradient; nothing has been changed.

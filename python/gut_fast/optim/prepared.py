@@ -44,6 +44,7 @@ class Prepared:
         nothing = torch.zeros(size, dtype=torch.float64, device="cpu")
         self._mixing_step, self._local_step = _Computed(nothing), _Computed(nothing)
         self._next = self._mixing_step
+        self._has_warned = False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -110,6 +111,8 @@ class Prepared:
         checks.check_state_dtype(settings, self._rule, self.state.buffers, name)
         flat = checks.checked_coefficients(settings, self._rule, name).flat()
         checks.check_range(flat, settings["lr"], self._parameters, name)
+        if not self._has_warned:
+            self._has_warned = checks.warns_of_frozen(self._parameters, settings["weight_decay"], name)
         fresh = torch.tensor(flat, dtype=torch.float64, device="cpu")
         if not stays:
             self._next.coefficients = fresh
