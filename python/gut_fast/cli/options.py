@@ -5,14 +5,25 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from gut_fast import data
 from gut_fast.study import plots
 
-__all__ = ["CONTEXT", "JSON_HELP", "AsJson", "DataFolder", "Download", "check_picture", "help_if_bare", "prepare_data"]
+__all__ = [
+    "CONTEXT",
+    "JSON_HELP",
+    "AsJson",
+    "DataFolder",
+    "Download",
+    "check_effects",
+    "check_picture",
+    "given_options",
+    "help_if_bare",
+    "prepare_data",
+]
 
 OTHER_NAMES = dict.fromkeys(("output", "output-folder", "output-dir", "out-dir", "outdir"), "out")
 """Other names of options, which no help lists."""
@@ -40,6 +51,35 @@ def help_if_bare(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
         raise typer.Exit
+
+
+def given_options(context: typer.Context) -> dict[str, Any]:
+    """The values of the options that stand on the command line, by the names of the command's arguments."""
+    return {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    }
+
+
+def check_effects(
+    context: typer.Context, needs: Iterable[tuple[str, str]], excludes: Iterable[tuple[str, str]] = ()
+) -> None:
+    """Raises ValueError for an option on the command line that would have no effect.
+
+    Args:
+        context: of the command.
+        needs: names of arguments, each with that of another one without which it has no effect.
+        excludes: names of arguments, each with that of another one beside which it has none.
+    """
+    given = given_options(context)
+    options = {parameter.name: parameter.opts[0] for parameter in context.command.params}
+    for name, other in needs:
+        if name in given and other not in given:
+            raise ValueError(f"{options[name]} has no effect without {options[other]}; add that, or leave it out")
+    for name, other in excludes:
+        if name in given and other in given:
+            raise ValueError(f"{options[name]} has no effect with {options[other]}; leave one of them out")
 
 
 def prepare_data(names: Iterable[str], folder: Path | None, download: bool) -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from gut_fast import analysis, rules
 from gut_fast.cli.network import make_question, show_network
-from gut_fast.cli.options import AsJson, check_picture
+from gut_fast.cli.options import AsJson, check_effects, check_picture
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, facts_grid, print_json, writing
 from gut_fast.study import graph_pictures, summary
 from gut_fast.topology import Topology
@@ -28,10 +28,22 @@ GAMMA_HELP = "Averaging rate γ in (0, 1]: W becomes I + γ (W − I)."
 SPECS = ", ".join(form.example for form in TOPOLOGIES.values())
 
 
-_network = partial(typer.Option, rich_help_panel="Network: what a step and a target cost")
+PANEL = "Network: what a step and a target cost"
+_network = partial(typer.Option, rich_help_panel=PANEL)
+
+NEEDS = (
+    ("sizes", "out"),
+    ("accuracy", "runs"),
+    ("straggler_factor", "straggler_probability"),
+    ("straggler_probability", "straggler_factor"),
+    ("link_straggler_factor", "link_straggler_probability"),
+    ("link_straggler_probability", "link_straggler_factor"),
+)
+"""Options, each with the one without which it has no effect; all of the panel need --network."""
 
 
 def topology(
+    context: typer.Context,
     spec: Annotated[str, typer.Argument(metavar="SPEC", help=f"For example {SPECS}.")],
     gamma: Annotated[float, typer.Option(help=GAMMA_HELP)] = 1.0,
     lr: Annotated[float, typer.Option(help="Learning rate η, for the noise.")] = 0.1,
@@ -67,6 +79,9 @@ def topology(
 ) -> None:
     """Show a topology: its spectrum, which methods are stable on it, and what they settle to."""
     with as_bad_argument():
+        of_network = [each.name for each in context.command.params if getattr(each, "rich_help_panel", "") == PANEL]
+        needs = [*((name, "network") for name in of_network), *NEEDS]
+        check_effects(context, needs, [("lr", "network"), ("curvature", "network")])
         if out is not None:
             check_picture(out)
         mixing = parse_topology(spec, gamma)

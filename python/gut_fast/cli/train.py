@@ -15,7 +15,7 @@ import typer
 from gut_fast import data, models, rules
 from gut_fast.analysis.choice import AUTO
 from gut_fast.arguments import all_known, printable
-from gut_fast.cli.options import JSON_HELP, DataFolder, Download
+from gut_fast.cli.options import JSON_HELP, DataFolder, Download, given_options
 from gut_fast.cli.sweep import FILE, console_of_runs, execute, missing_runs
 from gut_fast.cli.sweep_progress import Display
 from gut_fast.cli.terminal import as_bad_argument, console_of_text, print_json, writing
@@ -170,7 +170,7 @@ def train(
                 raise FileExistsError(
                     f"{out} holds an experiment already; continue it with --resume, or name another --out"
                 )
-            content = _content(_experiment(_given(context)), _seeds(seeds))
+            content = _content(_experiment(given_options(context)), _seeds(seeds))
             tasks = make_sweep(content).tasks()
         missing = missing_runs(tasks, out, folder, download)
         check_launch(missing, out, launch)
@@ -275,17 +275,16 @@ def _what_is_trained(experiment: Experiment, launch: int | None) -> str:
     return f"{experiment.rule} on {simulator.topology.name}, backend {backend}"
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
-    """The values of the options that stand on the command line, by the names of `train`'s arguments."""
-    return {
-        name: value
-        for name, value in context.params.items()
-        if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    }
-
-
 def _check_nothing_else_given(context: typer.Context) -> None:
-    given = _given(context).keys() - {"out", "resume", "threads", "folder", "launch", "on_peer_failure", "as_json"}
+    given = given_options(context).keys() - {
+        "out",
+        "resume",
+        "threads",
+        "folder",
+        "launch",
+        "on_peer_failure",
+        "as_json",
+    }
     if given:
         options = sorted(parameter.opts[0] for parameter in context.command.params if parameter.name in given)
         raise ValueError(f"--resume goes on with the settings in the folder; leave out {', '.join(options)}")

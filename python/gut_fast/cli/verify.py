@@ -84,6 +84,8 @@ def _request(
         raise ValueError(reason)
     # The backends that "auto" may choose here; Triton's interpreter, on CPU tensors, would take hours.
     automatic = {name for device in comparison.devices() for name in AUTOMATIC[device]}
+    if tier and backend and "cpu" not in backend:
+        raise ValueError("--tier has no effect without the backend cpu; add --backend cpu, or leave --tier out")
     return Request(
         rules=[RULES[name] for name in _chosen("--rule", [get_rule(name).name for name in rule or ()], RULES)],
         backends=_chosen("--backend", backend or [name for name in BACKENDS if name in automatic], BACKENDS),
