@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 import warnings
+from multiprocessing import forkserver
 
 import pytest
 import torch.distributed as dist
 
 from gut_fast.study import processes
-from gut_fast.study.processes import RankError, ToldError, launch
+from gut_fast.study.processes import Child, RankError, ToldError, launch
 
 
 def sleep(folder, process_group):
@@ -52,6 +53,45 @@ def test_what_the_user_did_wrong_is_said_in_a_line_and_a_damaged_checkpoint_too(
     assert "a file is corrupt; it counts as missing" in said
     assert "Traceback" not in said
     assert "something else" not in said
+
+
+def tell(connection):
+    while True:
+        connection.send("a row")
+
+
+def listen(connection):
+    connection.send("a row")
+    connection.recv()
+
+
+@pytest.mark.slow
+def test_ctrl_c_does_not_end_the_server_of_processes_while_it_loads(own_forkserver, capfd):
+    def interrupt():
+        while (pid := forkserver.ensure_running.__self__._forkserver_pid) is None:
+            time.sleep(0.001)
+        for _ in range(200):
+            time.sleep(0.01)
+            os.kill(pid, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    child = Child("child", 1, tell)
+    assert child.connection.recv() == "a row"
+    child.process.kill()
+    child.process.join()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [tell, listen])
+def test_a_child_to_which_nobody_listens_any_more_ends_without_a_word(own_forkserver, capfd, function):
+    """As after a second Ctrl-C, on which its parent does not wait for it."""
+    child = Child("child", 1, function)
+    assert child.connection.recv() == "a row"
+    child.connection.close()
+    child.process.join(60)
+    assert child.process.exitcode == 1
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_store_of_launched_ranks_listens_on_the_loopback_interface_only():

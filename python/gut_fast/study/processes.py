@@ -17,6 +17,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -54,12 +55,13 @@ class Child:
     """A process that calls ``function(connection, *arguments)`` with `threads` threads.
 
     Its exit code is 130 if it was interrupted, 1 if the function failed; a text about the error is then the last that
-    it has sent through `connection`, which ends with the process.
+    it has sent through `connection`, which ends with the process. If nobody listens there, it ends without a word.
     """
 
     def __init__(self, name: str, threads: int, function: Callable[..., object], *arguments: Any) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(LIBRARIES)
+        _start_server()
         self.connection, connection = context.Pipe()
         self.process = context.Process(
             target=_main, args=(connection, threads, function, arguments), name=name, daemon=True
@@ -72,6 +74,17 @@ class Child:
         assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGINT)
+
+
+def _start_server() -> None:
+    """Starts the server, unless it is there, so that Ctrl-C does not end it, with a traceback, while it loads."""
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None  # which the server inherits
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
 
 
 def _main(connection: Connection, threads: int, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
@@ -87,11 +100,14 @@ def _main(connection: Connection, threads: int, function: Callable[..., object],
         sys.stdout.flush()
         os._exit(INTERRUPTED)
     except Exception as error:
+        kind = "" if isinstance(error, ToldError) else f"{type(error).__name__}: "
+        try:
+            connection.send(f"{kind}{error}")
+        except OSError:  # nobody listens any more: the parent has gone, or a second Ctrl-C has ended its wait
+            os._exit(1)
         if not isinstance(error, (ToldError, PeerError)):
             traceback.print_exc()
         sys.stdout.flush()
-        kind = "" if isinstance(error, ToldError) else f"{type(error).__name__}: "
-        connection.send(f"{kind}{error}")
         os._exit(1)
 
 
