@@ -247,7 +247,6 @@ def test_a_command_that_ctrl_c_ends_has_the_exit_code_of_a_shell(gut_fast_comman
         ),
         (["topology", "ring:4", "--network", "--lr", "1"], "--lr has no effect with --network; leave one of them out"),
         (["verify", "--backend", "torch", "--tier", "scalar"], "--tier has no effect without the backend cpu"),
-        (["train", "--milestones", "", "--decay", "0.5"], "decay has no effect without milestones; leave it out"),
         (["topology", "torus:4"], "expected torus:ROWSxCOLS"),
         (["topology", "ring:4", "--out", "ring.jpg"], "expected the name of a PNG file"),
         (["topology", "ring:4", "--out", "none/ring.png"], "there is no folder none"),
