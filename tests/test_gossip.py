@@ -385,6 +385,17 @@ def test_clipping_equals_torchs_for_each_agent(norm_type):
             torch.testing.assert_close(p.grad[i], row.grad)
 
 
+@pytest.mark.parametrize("norm_type", [2.0, float("inf")])
+def test_clipping_leaves_out_parameters_without_a_number(norm_type):
+    params = parameters()
+    set_gradients(params, 0)
+    empty = torch.nn.Parameter(torch.zeros(6, 0, dtype=params[0].dtype))
+    empty.grad = torch.zeros_like(empty)
+    expected = gf.clip_grad_norm_per_agent_(params, float("inf"), norm_type)
+    assert torch.equal(gf.clip_grad_norm_per_agent_([empty, *params], float("inf"), norm_type), expected)
+    assert gf.clip_grad_norm_per_agent_(empty, 1.0, norm_type).tolist() == [0] * 6
+
+
 def test_clipping_bad_input():
     params = parameters()
     assert gf.clip_grad_norm_per_agent_(params, 1.0).shape == (0,)
@@ -393,6 +404,8 @@ def test_clipping_bad_input():
     before = [p.grad.clone() for p in params]
     with pytest.raises(RuntimeError, match=r"agents \[4\] is not finite"):
         gf.clip_grad_norm_per_agent_(params, 1.0, error_if_nonfinite=True)
+    with pytest.raises(TypeError, match="max_norm must be a number, got '1'"):
+        gf.clip_grad_norm_per_agent_(params, "1")
     with pytest.raises(ValueError, match="max_norm must be >= 0, got nan"):
         gf.clip_grad_norm_per_agent_(params, float("nan"))
     odd = torch.nn.Parameter(seeded(5, 2, seed=0))

@@ -112,7 +112,12 @@ DAMAGES = [
     (set_data(0, lambda data: data[:4]), ValueError, r"parameter 0 has shape \(4, 3, 5\), expected \(6, ...\)"),
     (set_data(0, lambda data: data.transpose(1, 2)), ValueError, "parameter 0 is not contiguous"),
     (set_data(1, lambda data: data.float()), TypeError, "parameter 1 is torch.float32 on cpu, but parameter 0"),
-    (convert_all(torch.float32), TypeError, "the state is torch.float64; for parameters of torch.float32 it can be"),
+    (
+        convert_all(torch.float32),
+        TypeError,
+        "GUTm: the parameters are now torch.float32, .*; make the optimizer after the conversion: the state is "
+        "torch.float64; for parameters of torch.float32 it can be",
+    ),
 ]
 
 

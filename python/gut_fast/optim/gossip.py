@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gut_fast.arguments import shown
+from gut_fast.arguments import as_number, shown
 from gut_fast.distributed import DEFAULT_TIMEOUT, Group, telling_the_others
 from gut_fast.kernels import validation
 from gut_fast.kernels.backends import GossipStep
@@ -271,7 +271,10 @@ def _scaled_gradients(parameters: Sequence[Tensor], factors: Tensor) -> Iterator
 
 @torch.no_grad()
 def clip_grad_norm_per_agent_(
-    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float | Tensor,
+    norm_type: float = 2.0,
+    error_if_nonfinite: bool = False,
 ) -> Tensor:
     """Scales each agent's gradient, in place, so that its norm over all parameters is at most `max_norm`.
 
@@ -282,11 +285,14 @@ def clip_grad_norm_per_agent_(
         The norms before clipping, shape [N] (shape [0] if there is no gradient).
 
     Raises:
+        TypeError: `max_norm` is not a number.
         ValueError: `max_norm` is negative or NaN, or the leading dimensions differ.
         RuntimeError: `error_if_nonfinite` and some agent's norm is NaN or Inf; the message names the agents.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if not isinstance(max_norm, Tensor):
+        max_norm = as_number(max_norm, "clip_grad_norm_per_agent_: max_norm")
     if not max_norm >= 0:
         raise ValueError(f"clip_grad_norm_per_agent_: max_norm must be >= 0, got {max_norm}")
     if not gradients:
@@ -295,8 +301,9 @@ def clip_grad_norm_per_agent_(
     if len(num_agents) != 1 or None in num_agents:
         shapes = [tuple(gradient.shape) for gradient in gradients]
         raise ValueError(f"clip_grad_norm_per_agent_: gradients must share the leading dimension N, got {shapes}")
-    rows = [gradient.reshape(len(gradient), gradient[0].numel()) for gradient in gradients]
+    rows = [gradient.reshape(len(gradient), gradient[0].numel()) for gradient in gradients if gradient.numel()]
     per_tensor = [torch.linalg.vector_norm(row, norm_type, dim=1) for row in rows]
+    per_tensor = per_tensor or [gradients[0].new_zeros(len(gradients[0]))]  # of gradients without a number
     norms: Tensor = torch.linalg.vector_norm(torch.stack(per_tensor), norm_type, dim=0)
     if error_if_nonfinite and not bool(norms.isfinite().all()):
         bad = torch.nonzero(~norms.isfinite()).flatten().tolist()

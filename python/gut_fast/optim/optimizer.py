@@ -436,11 +436,11 @@ class GossipOptimizer(KeepsState):
         messages = self.rule.num_messages
         step = GossipStep(parameters, state, gradients, prepared.coefficients, messages, *mixing, scale)
         if state and state[0].dtype != (self.state_dtype or parameters[0].dtype):
+            now = f"{self._name}: the parameters are now {parameters[0].dtype}, their state is {state[0].dtype}; make "
+            now += "the optimizer after the conversion"
+            validation.check_dtypes(parameters[0].dtype, state[0].dtype, f"{now}: ")
             validation.check(step)
-            raise TypeError(
-                f"{self._name}: the parameters are now {parameters[0].dtype}, their state is {state[0].dtype}; make "
-                "the optimizer after the conversion, or give it this state_dtype"
-            )
+            raise TypeError(f"{now}, or give it this state_dtype")
         return step
 
     def _mixing(self, prepared: Prepared, device: torch.device) -> CSR:
