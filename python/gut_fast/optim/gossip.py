@@ -18,6 +18,7 @@ from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim.local import MIXES, check_inner_state, why_not_local
 from gut_fast.optim.mixed_state import checked_names, mixed_state
 from gut_fast.optim.optimizer import GossipOptimizer
+from gut_fast.optim.options import check_group
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
@@ -142,6 +143,7 @@ class Gossip(GossipOptimizer):
             super()._take_group(param_group)
             self._handed_on.append(float(param_group["lr"]))
             return
+        check_group(param_group, (*self.rule.hyperparameters, *self.inner.defaults), self._name)
         params, lr = param_group["params"], param_group.get("lr", self.inner.defaults["lr"])
         params = params if isinstance(params, (Tensor, set)) else list(params)
         names = [name for name in self.rule.hyperparameters if name in param_group]
