@@ -214,7 +214,7 @@ class Gossip(GossipOptimizer):
         """Returns the state as `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
         return {**super().state_dict(), "inner": self.inner.state_dict(), "inner_type": type(self.inner).__name__}
 
-    def _loading_together(self) -> list[Optimizer]:
+    def _with_inner(self) -> list[Optimizer]:
         return [self, self.inner]
 
     def _take_over(self, loaded: dict[str, Any]) -> None:
