@@ -76,7 +76,8 @@ class Gossip(GossipOptimizer):
         **hyperparameters: those of the rule.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
+        TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed. After a step that fails in
+            or behind the inner optimizer's, parameters are as before, its own state is as its step left it.
     """
 
     def __init__(
