@@ -218,6 +218,29 @@ def test_a_rank_whose_inner_optimizer_refuses_a_group_tells_the_others():
     assert same(ranks.run(2, add_refused_by_the_inner), [(torch.full((3,), 0.5), 1, 1)] * 2)
 
 
+@pytest.mark.parametrize("is_listed_anew", [False, True])
+def test_parameters_that_come_to_a_group_or_go_are_followed_by_both(is_listed_anew):
+    params = parameters()
+    optimizer = gf.Gossip(torch.optim.AdamW(params[:2], lr=0.01), "dsgd", topology=RING)
+    group = optimizer.param_groups[0]
+    train(params[:2], optimizer, range(2))
+    if is_listed_anew:
+        group["params"] = params[1:]
+    else:
+        group["params"].append(params[2])
+        del group["params"][0]
+    train(params, optimizer, range(2, 4))
+    assert list(optimizer.inner.state) == params[1:]
+    assert optimizer.inner.state[params[2]]["step"] == 2
+    saved = copy.deepcopy(optimizer.state_dict())
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twin = gf.Gossip(torch.optim.AdamW(twins[1:], lr=0.01), "dsgd", topology=RING)
+    twin.load_state_dict(saved)
+    train(params, optimizer, range(4, 6))
+    train(twins, twin, range(4, 6))
+    assert same([p.detach() for p in params], [p.detach() for p in twins])
+
+
 def test_names_of_parameters_are_those_of_the_inner_optimizer():
     a, b, c = parameters()
     optimizer = gf.Gossip(torch.optim.AdamW([("a", a), ("b", b)]), mu=0.2, topology=RING)

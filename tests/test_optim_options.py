@@ -65,6 +65,26 @@ def test_what_a_run_rests_on_cannot_be_assigned(setting):
         setattr(optimizer, setting, gf.topology.complete(6))
 
 
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("local_steps", "has no 'local_steps' of its own; give it to the whole optimizer"),
+        ("topology", "has no 'topology' of its own"),
+        ("kapa", "has the key 'kapa'; did you mean 'kappa'"),
+        ("weight_decy", ".* did you mean 'weight_decay'"),
+    ],
+)
+@pytest.mark.parametrize(
+    "make_one", [gf.GUT, lambda params, topology: gf.Gossip(torch.optim.AdamW(params), topology=topology)]
+)
+def test_keys_of_groups_that_would_have_no_effect_are_refused(make_one, key, message):
+    params = parameters()
+    optimizer = make_one(params[:1], topology=RING)
+    with refused(params[:1], optimizer, ValueError, f"{optimizer._name}: a parameter group {message}"):
+        optimizer.add_param_group({"params": params[1:], key: 0.5})
+    optimizer.add_param_group({"params": params[1:], "name": "rest", "lr_scale": 2.0, "no_weight_decay": True})
+
+
 @pytest.mark.parametrize("option", ["foreach", "fused", "differentiable"])
 def test_other_ways_to_compute_a_step_are_refused_in_groups_too(option):
     params, optimizer = make()

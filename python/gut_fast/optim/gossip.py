@@ -18,6 +18,7 @@ from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim.local import check_inner_state, why_not_local
 from gut_fast.optim.mixed_state import checked_names, mixed_state
 from gut_fast.optim.optimizer import GossipOptimizer
+from gut_fast.optim.options import check_group
 from gut_fast.rules import UpdateRule
 from gut_fast.topology import Topology
 
@@ -75,7 +76,8 @@ class Gossip(GossipOptimizer):
         **hyperparameters: those of the rule.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed.
+        TypeError, ValueError, RuntimeError: as `GossipOptimizer`; nothing has been changed. After a step that fails in
+            or behind the inner optimizer's, parameters are as before, its own state is as its step left it.
     """
 
     def __init__(
@@ -141,6 +143,7 @@ class Gossip(GossipOptimizer):
             super()._take_group(param_group)
             self._handed_on.append(float(param_group["lr"]))
             return
+        check_group(param_group, (*self.rule.hyperparameters, *self.inner.defaults), self._name)
         params, lr = param_group["params"], param_group.get("lr", self.inner.defaults["lr"])
         params = params if isinstance(params, (Tensor, set)) else list(params)
         names = [name for name in self.rule.hyperparameters if name in param_group]
@@ -211,7 +214,7 @@ class Gossip(GossipOptimizer):
         """Returns the state as `GossipOptimizer.state_dict`, with the inner optimizer's under ``"inner"``."""
         return {**super().state_dict(), "inner": self.inner.state_dict(), "inner_type": type(self.inner).__name__}
 
-    def _loading_together(self) -> list[Optimizer]:
+    def _with_inner(self) -> list[Optimizer]:
         return [self, self.inner]
 
     def _take_over(self, loaded: dict[str, Any]) -> None:

@@ -103,7 +103,7 @@ def _plain_step(optimizer: Optimizer) -> None:
 
 
 def names_of_state(optimizer: Optimizer) -> list[str] | None:
-    """Returns the names of state in its parameters' shape that any group has after a step; None if none can be tried."""
+    """Returns the names of state in its parameters' shape that some group has after a step; None if it is not tried."""
     try:
         tried = [_tried(optimizer, group) for group in optimizer.param_groups if group["params"]]
     except Exception:  # as in `why_not_local`

@@ -37,7 +37,7 @@ from gut_fast.kernels.backends import GossipStep
 from gut_fast.optim import checks
 from gut_fast.optim.compiled import register
 from gut_fast.optim.counts import Counts
-from gut_fast.optim.options import Options, Parameters, check_implementation, check_names
+from gut_fast.optim.options import Options, Parameters, check_group, check_implementation, check_names
 from gut_fast.optim.prepared import Prepared, Views
 from gut_fast.optim.state import DRIFT_MEMORY, KeepsState
 from gut_fast.rules import UpdateRule, get_rule
@@ -237,6 +237,7 @@ class GossipOptimizer(KeepsState):
     def _take_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group that the other ranks have not yet met about."""
         params, tensors = checks.listed(param_group, self.rule, self._name)
+        check_group(param_group, self.rule.hyperparameters, self._name)
         check_implementation(param_group, self._name)
         group = {**self.defaults, "drift_lr": 0.0, "round_lr": 0.0, **param_group}
         group = analysis.with_auto(self.rule, group, self.topology, self.local_steps)

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from gut_fast.arguments import shown
 from gut_fast.distributed import Group
 
-__all__ = ["Options", "Parameters", "check_implementation", "check_names", "with_shared_options"]
+__all__ = ["Options", "Parameters", "check_group", "check_implementation", "check_names", "with_shared_options"]
 
 Parameters = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 """Parameters, parameter groups, or parameters with their names, as `torch.optim` takes them."""
@@ -70,6 +70,37 @@ def check_names(given: Iterable[str], allowed: Iterable[str], options: Iterable[
             near = difflib.get_close_matches(unknown, [*allowed, *options, "lr", "params", "topology"], 1, 0.6)
             hint = f"did you mean {near[0]!r}?" if near else f"its rule has: {', '.join(allowed) or 'none'}"
             raise TypeError(f"{name}: unexpected keyword argument {unknown!r}; {hint}")
+
+
+OF_GROUPS = (
+    "params",
+    "param_names",
+    "lr",
+    "initial_lr",
+    "drift_lr",
+    "round_lr",
+    "weight_decay",
+    "maximize",
+    "drift_memory",
+)
+"""Keys of every parameter group, beside the rule's hyper-parameters and those of `NOT_HERE`."""
+
+
+def check_group(param_group: Mapping[str, Any], allowed: Iterable[str], name: str) -> None:
+    """Raises ValueError if a key is an option of the whole optimizer, or a misspelt one of a group. Others pass.
+
+    Args:
+        param_group: a parameter group.
+        allowed: the rule's hyper-parameters, and the options of an inner optimizer.
+        name: the optimizer's name.
+    """
+    known = {*allowed, *OF_GROUPS, *NOT_HERE}
+    for key in param_group.keys() - known:
+        if key in (*Options.__annotations__, "topology", "rule"):
+            raise ValueError(f"{name}: a parameter group has no {key!r} of its own; give it to the whole optimizer")
+        alike = [other for other in known if abs(len(other) - len(str(key))) < 2]
+        if near := difflib.get_close_matches(str(key), alike, 1, 0.85):
+            raise ValueError(f"{name}: a parameter group has the key {key!r}; did you mean {near[0]!r}?")
 
 
 def check_implementation(given: Mapping[str, Any], name: str) -> None:

@@ -130,9 +130,13 @@ class KeepsState(AcrossRanks):
                     self._mixing(prepared, first.device)  # raises if they have moved
                 validation.check_parameters(group["params"], self._num_here, f"{self._name}: ")
                 self._prepared[index] = self._prepare(group["params"])
-        state, there = self.__dict__["state"], {each for group in self.param_groups for each in group["params"]}
-        for gone in [key for key in state if isinstance(key, Tensor) and key not in there]:
-            del state[gone]  # which state_dict could not number
+        there = {each for group in self.param_groups for each in group["params"]}
+        for optimizer in self._with_inner():
+            for own, group in zip(optimizer.param_groups, self.param_groups, strict=True):
+                own["params"] = group["params"]
+            state = vars(optimizer)["state"]
+            for gone in [key for key in state if isinstance(key, Tensor) and key not in there]:
+                del state[gone]  # which state_dict could not number
         self._stacks = None
         self._adopt_state()
         self._begin_wire_anew()
@@ -187,7 +191,7 @@ class KeepsState(AcrossRanks):
         # Torch casts state to the parameters' dtype; `loaded` keeps what it was, after the user's own hooks.
         handle = self.register_load_state_dict_pre_hook(check)
         try:
-            with unchanged_if_raised(*self._loading_together()):
+            with unchanged_if_raised(*self._with_inner()):
                 super().load_state_dict(state_dict)
                 self._take_over(loaded)
             if (part := self._exchange or self._together) is not None:
@@ -195,8 +199,8 @@ class KeepsState(AcrossRanks):
         finally:
             handle.remove()
 
-    def _loading_together(self) -> list[Optimizer]:
-        """Returns the optimizers that a state is loaded into."""
+    def _with_inner(self) -> list[Optimizer]:
+        """Returns this optimizer, and what else has a state of its parameters."""
         return [self]
 
     def _take_over(self, loaded: dict[str, Any]) -> None:
