@@ -216,8 +216,6 @@ def make_experiment(common: Mapping[str, Any], own: Mapping[str, Any]) -> Experi
         entries["lr"] = float(_arguments_of(inner_class(entries["inner"]))["lr"].default)
     if entries.get("schedule", MILESTONES) != MILESTONES and (useless := own.keys() & {"milestones", "decay"}):
         raise ValueError(f"schedule {entries['schedule']!r} has no use for {', '.join(sorted(useless))}")
-    if "decay" in own and not entries.get("milestones", Experiment.milestones):
-        raise ValueError("decay has no effect without milestones; leave it out")
     entries["hyperparameters"] = _gathered(given, rule.hyperparameters, "hyperparameters")
     entries["partition_options"] = _gathered({**Experiment().partition_options, **given}, options, "partition_options")
     experiment = Experiment(**entries)
