@@ -100,7 +100,7 @@ class Layout:
         return self._lay(None)
 
     def is_held(self) -> bool:
-        """Whether the module holds what it held when the tensors were laid, so that nothing has been replaced."""
+        """Returns whether the module holds what it held when the tensors were laid: nothing has been replaced."""
         held = list(chain.from_iterable(map(dict.values, self._registries)))
         return len(held) == len(self._held) and all(map(is_, held, self._held))
 
