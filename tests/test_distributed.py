@@ -389,8 +389,8 @@ def rounded(rank, size, wire, steps):
     return drift, mean(), parameter.detach().clone(), optimizer.bytes_sent
 
 
-BYTES = {torch.bfloat16: 600, "int8": 300 + 2 * 4, "int4": 150 + 2 * 4}
-"""The bytes of a message of 300 numbers, in two blocks."""
+BYTES = {torch.bfloat16: 600, "int8": 4 * 75 + 2 * 4, "int4": 4 * 38 + 2 * 4}
+"""The bytes of a message of 300 numbers: words of 32 bits, and the scales of two blocks."""
 
 
 @pytest.mark.parametrize("wire", BYTES, ids=str)
