@@ -34,7 +34,7 @@ SHORT = {
     "report": [],
     "sweep": ["--jobs", "1"],
     "topology": [],
-    "train": ["--data", "digits", "--model", "mlp", "--steps", "2", "--eval-every", "2", "--threads", "1"],
+    "train": ["--data", "digits", "--model", "mlp", "--steps", "16", "--eval-every", "16", "--threads", "1"],
     "tune": ["--jobs", "1"],
 }
 """What makes a command short; the commands that are not here have long tests of their own, and are only parsed."""
