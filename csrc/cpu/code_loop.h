@@ -234,13 +234,13 @@ struct CodeBlocks {
         const auto c = number<bits>(w, j);
         __builtin_prefetch(X + c + kCodeBlock);
         __builtin_prefetch(own + c + kCodeBlock);
-        const V mine = Lane::load(own + c), number = floats(bits_of<Int>((word >> (bits * j)) & ((1 << bits) - 1)));
+        const V mine = Lane::load(own + c), low = floats(bits_of<Int>((word >> (bits * j)) & ((1 << bits) - 1)));
         V t = mine * factor;
         t = t > most ? most : t;
         t = t < -most ? -most : t;
-        const V shift = (t - number) * all(1 / levels) + all(kMagic);
+        const V shift = (t - low) * all(1 / levels) + all(kMagic);
         check.add(k, integer(shift));
-        const V found = (number + rounded(shift) * all(levels)) * step;
+        const V found = (low + rounded(shift) * all(levels)) * step;
         keep_larger(largest, found - mine);
         Lane::store(X + c, found);
       }
