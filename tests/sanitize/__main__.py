@@ -23,7 +23,7 @@ OPTIONS = {
     "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
     "TSAN_OPTIONS": "halt_on_error=1:die_after_fork=0",
 }
-TESTS = ["test_cpu.py", "test_tensor_kinds.py", "test_ops.py"]
+TESTS = ["test_cpu.py", "test_tensor_kinds.py", "test_ops.py", "test_codes.py"]
 SITE = """\
 import sys  # an editable installation would import the module that it has built itself
 sys.meta_path[:] = [each for each in sys.meta_path if "ScikitBuild" not in type(each).__name__]
