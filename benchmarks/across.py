@@ -208,13 +208,13 @@ class Gossip(Contender):
 
     @classmethod
     def message_bytes(cls, case, numbers):
-        """The bytes of a message: its numbers, and of 8 and 4 bits a scale for every 256 of a tensor."""
+        """The bytes of a message: its numbers; of 8 and 4 bits in words of 32, and a scale for 256 of a tensor."""
         wire = cls.options.get("wire_dtype", torch.float32)
         if isinstance(wire, torch.dtype):
             return numbers * wire.itemsize
         sizes = [parameter.numel() for parameter in case.make_module(0).parameters()]
         bits = int(wire.removeprefix("int"))
-        return sum(math.ceil(size * bits / 8) + 4 * math.ceil(size / 256) for size in sizes)
+        return sum(4 * math.ceil(size * bits / 32) + 4 * math.ceil(size / 256) for size in sizes)
 
     @classmethod
     def truth(cls, agents, *, keeps_gradient=False):
