@@ -262,9 +262,9 @@ def test_divisions_take_time_in_proportion_to_the_agents(alpha, equal):
     """Sixteen times the agents took 250 times as long where every agent looked at every other one."""
 
     def seconds(num_agents):
-        start = time.perf_counter()
+        start = time.process_time()  # others may be at work beside it
         dirichlet(torch.arange(4 * num_agents) % 10, num_agents, alpha, equal=equal)
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     seconds(1000)
     assert seconds(16_000) < 80 * max(min(seconds(1000) for _ in range(3)), 0.01)
