@@ -13,6 +13,7 @@ from torch import nn
 import gut_fast as gf
 import ranks
 from gut_fast.distributed import Group, MismatchError, PeerError
+from gut_fast.distributed.agreement import group_settings
 from gut_fast.rules import RULES
 from gut_fast.verify.lockstep import seeded
 
@@ -234,6 +235,16 @@ def with_other_inner_optimizers(rank, size, odd):
 def test_ranks_with_different_inner_optimizers_are_told(odd, expected):
     for said in ranks.run(3, with_other_inner_optimizers, odd):
         assert expected in said
+
+
+def test_learning_rates_in_tensors_are_compared_as_numbers_whatever_their_device():
+    parameter, lr = nn.Parameter(torch.zeros(2, 3)), torch.tensor(0.5)
+    inner = torch.optim.Adam([parameter], lr=lr)
+    optimizer = gf.Gossip(inner, "dsgd", topology=gf.topology.complete(2))
+    found = group_settings(optimizer.rule, optimizer.param_groups, [None], inner)["hyper-parameters"]
+    assert "inner group 0: lr = 0.5" in found
+    assert "'lr': 0.5" in found[0]
+    assert not any("tensor(" in text for text in found)
 
 
 DIFFERENCES = {

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from gut_fast.distributed.group import Group, MismatchError, PeerError, Welcome
 from gut_fast.distributed.membership import RankOptions
@@ -79,7 +79,7 @@ def group_settings(
     return {
         "inner optimizer": None if inner is None else type(inner).__name__,
         "hyper-parameters": [
-            *(f"group {k}: { ({n: group[n] for n in names}) }" for k, group in enumerate(groups)),
+            *(f"group {k}: { ({n: _numbers(group[n]) for n in names}) }" for k, group in enumerate(groups)),
             *(f"inner group {k}: {name} = {value}" for k, group in enumerate(others) for name, value in _plain(group)),
         ],
         "parameters": [
@@ -95,7 +95,12 @@ def _plain(options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yields the options that are numbers, words or several of these: others may be shown differently elsewhere."""
     for name, value in options.items():
         if name not in ("params", "param_names") and all(isinstance(leaf, PLAIN) for leaf in tree_leaves(value)):
-            yield name, value
+            yield name, _numbers(value)
+
+
+def _numbers(value: Any) -> Any:
+    """Returns an option with numbers in the place of tensors, which name the device of their rank."""
+    return tree_map(lambda leaf: leaf.tolist() if isinstance(leaf, torch.Tensor) else leaf, value)
 
 
 def _digests(topology: Topology) -> list[str]:

@@ -184,8 +184,10 @@ def _looks_unstacked(parameters: Sequence[Tensor]) -> bool:
 
 def warns_of_frozen(parameters: Sequence[Tensor], weight_decay: float, name: str) -> bool:
     """Warns if weight decay would shrink frozen parameters, and returns whether it has."""
+    if not weight_decay:  # which is asked at every change of the learning rate
+        return False
     frozen = [each for each in parameters if isinstance(each, nn.Parameter) and not each.requires_grad]
-    if not weight_decay or not frozen:
+    if not frozen:
         return False
     warnings.warn(
         f"{name}: weight_decay={weight_decay} also shrinks parameters that do not require gradients, the first of "
